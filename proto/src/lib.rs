@@ -14,7 +14,10 @@
 #![forbid(unsafe_code)]
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+pub mod ads;
 pub mod any;
+pub mod convert;
+pub mod names;
 
 /// The generated messages and services.
 pub mod pb {
@@ -48,3 +51,10 @@ pub mod pb {
 }
 
 pub use any::Any;
+
+/// By hand, because the generated one would print the workload's token.
+impl std::fmt::Debug for pb::v1::CertifyRequest {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("CertifyRequest").field("csr_der", &self.csr_der.len()).finish_non_exhaustive()
+    }
+}

@@ -826,6 +826,7 @@ impl Protocol {
     }
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[prost(skip_debug)]
 pub struct CertifyRequest {
     /// only its P-256 public key is taken
     #[prost(bytes = "bytes", tag = "1")]

@@ -1,0 +1,228 @@
+//! `WorkloadConfig`: a sidecar's own settings.
+//!
+//! Why it is not yet an `InboundPolicy`: the authorization of each port is a resource of its own, so that a
+//! change of one policy does not resend the rest. [`WorkloadResource::join`] puts them together, all or
+//! nothing; [`split`] takes them apart again.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
+
+use ipnet::IpNet;
+use weft_core::{
+    identity::{PodUid, SpiffeId, TrustDomain},
+    policy::{Authorization, DETECT_TIMEOUT, Egress, InboundPolicy, MtlsMode, PortPolicy, Protocol},
+};
+
+use super::{
+    Invalid, Problem,
+    common::{
+        At, MAX_ITEMS, cut, identity, in_range, millis, port, protocol, requires, to_millis, to_protocol,
+        trust_domain,
+    },
+    decode,
+};
+use crate::{
+    names::{Name, NameError},
+    pb::v1::{self, inbound_port::MtlsMode as PbMtls, workload_config::Egress as PbEgress},
+};
+
+/// Address ranges of a mesh: a large cluster has one range a node.
+const MAX_RANGES: usize = 16_384;
+
+/// A workload's settings, with its authorization policies by name.
+#[derive(Clone, Debug, PartialEq)]
+pub struct WorkloadResource {
+    /// Who the workload is.
+    pub identity: SpiffeId,
+    /// Ports that are named.
+    pub ports: BTreeMap<u16, PortResource>,
+    /// Every other port.
+    pub default_port: PortResource,
+    /// The mesh's own address ranges.
+    pub mesh_ranges: Vec<IpNet>,
+    /// What to do with destinations outside the mesh.
+    pub egress: Egress,
+    /// Trust domains whose identities are accepted; the names of the bundles to subscribe follow from it.
+    pub trust_domains: Vec<TrustDomain>,
+}
+
+/// One port of a workload.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PortResource {
+    /// What the app speaks there.
+    pub protocol: Protocol,
+    /// How long a silent client may keep detection waiting.
+    pub detect_timeout: Duration,
+    /// Whether plaintext is admitted.
+    pub mtls: MtlsMode,
+    /// Resource name of its authorization: what to subscribe next.
+    pub authorization: Arc<str>,
+}
+
+/// Reads a workload's settings.
+///
+/// # Errors
+/// The first field that cannot be taken.
+pub fn parse(body: &[u8]) -> Result<WorkloadResource, Invalid> {
+    WorkloadResource::try_from(&decode::<v1::WorkloadConfig>("WorkloadConfig", body)?)
+}
+
+/// Takes a policy apart: the workload's settings, and each authorization under its resource name.
+pub fn split(policy: &InboundPolicy, uid: &PodUid) -> (WorkloadResource, Vec<(String, Arc<Authorization>)>) {
+    let mut authorizations = Vec::with_capacity(policy.ports.len() + 1);
+    let mut port = |number: u16, port: &PortPolicy| {
+        let name = Name::Authorization(uid.clone(), number).to_string();
+        authorizations.push((name.clone(), Arc::clone(&port.authorization)));
+        PortResource {
+            protocol: port.protocol,
+            detect_timeout: port.detect_timeout,
+            mtls: port.mtls,
+            authorization: name.into(),
+        }
+    };
+    let resource = WorkloadResource {
+        identity: policy.identity.clone(),
+        ports: policy.ports.iter().map(|(number, policy)| (*number, port(*number, policy))).collect(),
+        default_port: port(0, &policy.default_port),
+        mesh_ranges: policy.mesh_ranges.clone(),
+        egress: policy.egress,
+        trust_domains: policy.trust_domains.clone(),
+    };
+    (resource, authorizations)
+}
+
+impl WorkloadResource {
+    /// Every authorization to subscribe, each once.
+    pub fn authorizations(&self) -> BTreeSet<Arc<str>> {
+        let named = self.ports.values().map(|port| Arc::clone(&port.authorization));
+        named.chain([Arc::clone(&self.default_port.authorization)]).collect()
+    }
+
+    /// The whole policy, once every authorization is there; `None` before.
+    pub fn join(
+        &self,
+        mut authorization: impl FnMut(&str) -> Option<Arc<Authorization>>,
+    ) -> Option<InboundPolicy> {
+        let mut port = |port: &PortResource| {
+            Some(Arc::new(PortPolicy {
+                protocol: port.protocol,
+                detect_timeout: port.detect_timeout,
+                mtls: port.mtls,
+                authorization: authorization(&port.authorization)?,
+            }))
+        };
+        Some(InboundPolicy {
+            identity: self.identity.clone(),
+            ports: self
+                .ports
+                .iter()
+                .map(|(number, policy)| Some((*number, port(policy)?)))
+                .collect::<Option<_>>()?,
+            default_port: port(&self.default_port)?,
+            mesh_ranges: self.mesh_ranges.clone(),
+            egress: self.egress,
+            trust_domains: self.trust_domains.clone(),
+        })
+    }
+}
+
+impl TryFrom<&v1::WorkloadConfig> for WorkloadResource {
+    type Error = Invalid;
+
+    fn try_from(pb: &v1::WorkloadConfig) -> Result<Self, Invalid> {
+        let at = At::root("WorkloadConfig");
+        requires(&at, &pb.requires)?;
+        let mut ports = BTreeMap::new();
+        at.each("ports", &pb.ports, usize::from(u16::MAX), |at, inbound| {
+            let number = port(&at.field("port"), inbound.port)?;
+            if ports.insert(number, port_resource(at, inbound)?).is_some() {
+                return Err(at.field("port").bad(Problem::Duplicate(number.to_string())));
+            }
+            Ok(())
+        })?;
+        let at_default = at.field("default_port");
+        let default_port = pb.default_port.as_ref().ok_or_else(|| at_default.bad(Problem::Missing))?;
+        in_range(&at_default.field("port"), default_port.port.into(), 0..=0)?;
+        let egress = match PbEgress::try_from(pb.egress) {
+            Ok(PbEgress::Allow) => Egress::Allow,
+            Ok(PbEgress::Deny) => Egress::Deny,
+            Ok(PbEgress::Unspecified) => {
+                return Err(at.field("egress").bad(Problem::Unspecified("EGRESS_ALLOW or EGRESS_DENY")));
+            }
+            Err(_) => return Err(at.field("egress").bad(Problem::UnknownValue(pb.egress))),
+        };
+        Ok(Self {
+            identity: identity(&at.field("identity"), &pb.identity)?,
+            ports,
+            default_port: port_resource(&at_default, default_port)?,
+            mesh_ranges: at.each("mesh_ranges", &pb.mesh_ranges, MAX_RANGES, |at, range| {
+                range.parse().map_err(|_| at.bad(Problem::Cidr(cut(range))))
+            })?,
+            egress,
+            trust_domains: at
+                .each("trust_domains", &pb.trust_domains, MAX_ITEMS, |at, name| trust_domain(at, name))?,
+        })
+    }
+}
+
+impl From<&WorkloadResource> for v1::WorkloadConfig {
+    fn from(workload: &WorkloadResource) -> Self {
+        let egress = match workload.egress {
+            Egress::Allow => PbEgress::Allow,
+            Egress::Deny => PbEgress::Deny,
+        };
+        Self {
+            identity: workload.identity.to_string(),
+            ports: workload.ports.iter().map(|(number, port)| to_port(*number, port)).collect(),
+            default_port: Some(to_port(0, &workload.default_port)),
+            mesh_ranges: workload.mesh_ranges.iter().map(ToString::to_string).collect(),
+            egress: egress.into(),
+            trust_domains: workload.trust_domains.iter().map(ToString::to_string).collect(),
+            requires: Vec::new(),
+        }
+    }
+}
+
+fn port_resource(at: &At<'_>, port: &v1::InboundPort) -> Result<PortResource, Invalid> {
+    let mtls = match PbMtls::try_from(port.mtls) {
+        Ok(PbMtls::Permissive) => MtlsMode::Permissive,
+        Ok(PbMtls::Strict) => MtlsMode::Strict,
+        Ok(PbMtls::Unspecified) => {
+            let problem = Problem::Unspecified("MTLS_MODE_PERMISSIVE or MTLS_MODE_STRICT");
+            return Err(at.field("mtls").bad(problem));
+        }
+        Err(_) => return Err(at.field("mtls").bad(Problem::UnknownValue(port.mtls))),
+    };
+    let at_authz = at.field("authz");
+    if port.authz.is_empty() {
+        return Err(at_authz.bad(Problem::Missing));
+    }
+    let name: Name = port.authz.parse().map_err(|e: NameError| at_authz.bad(e))?;
+    if !matches!(name, Name::Authorization(..)) {
+        return Err(at_authz.bad(Problem::NameKind(cut(&port.authz), "authz/")));
+    }
+    Ok(PortResource {
+        protocol: protocol(&at.field("protocol"), port.protocol)?,
+        detect_timeout: millis(&at.field("detect_timeout_ms"), port.detect_timeout_ms)?
+            .unwrap_or(DETECT_TIMEOUT),
+        mtls,
+        authorization: port.authz.as_str().into(),
+    })
+}
+
+fn to_port(number: u16, port: &PortResource) -> v1::InboundPort {
+    let mtls = match port.mtls {
+        MtlsMode::Permissive => PbMtls::Permissive,
+        MtlsMode::Strict => PbMtls::Strict,
+    };
+    v1::InboundPort {
+        port: number.into(),
+        protocol: to_protocol(port.protocol),
+        mtls: mtls.into(),
+        authz: port.authorization.to_string(),
+        detect_timeout_ms: Some(to_millis(port.detect_timeout)),
+    }
+}
