@@ -1,0 +1,305 @@
+//! Who may ask for what: deny rules, then allow rules, then the default.
+//!
+//! Everything here fails closed. A deny rule that cannot be decided denies (an opaque connection has no
+//! method or path to compare), an allow rule that cannot be decided allows nothing. Paths are compared
+//! only in one canonical form, and a request whose path is not canonical is refused as soon as a rule
+//! looks at it: matching one form and forwarding another is how path rules are bypassed.
+//!
+//! Several values of one header: an allow rule needs all of them to match, a deny rule any.
+
+use std::{borrow::Cow, net::IpAddr};
+
+use http::{HeaderMap, HeaderName, Method};
+
+use crate::{
+    identity::SpiffeId,
+    policy::{Action, Authorization, AuthzRule, HttpMatch, SourceMatch, StringMatch},
+    route::{ends_with_ignore_case, percent_decode},
+};
+
+/// Who asks.
+#[derive(Clone, Copy, Debug)]
+pub struct Peer<'a> {
+    /// The authenticated identity; `None`: plaintext.
+    pub identity: Option<&'a SpiffeId>,
+    /// The peer's address.
+    pub address: IpAddr,
+}
+
+/// What is asked.
+#[derive(Clone, Copy, Debug)]
+pub enum Ask<'a> {
+    /// One request.
+    Http {
+        /// Method.
+        method: &'a Method,
+        /// Authority without port.
+        host: &'a str,
+        /// Path without query, as it will be forwarded.
+        path: &'a str,
+        /// Headers.
+        headers: &'a HeaderMap,
+    },
+    /// A connection whose content is not understood.
+    Opaque,
+}
+
+/// The decision.
+#[derive(Clone, Copy, Debug)]
+pub enum Verdict<'a> {
+    /// Let it pass.
+    Permit {
+        /// The rule that allowed it; `None`: the default.
+        rule: Option<&'a AuthzRule>,
+    },
+    /// Refuse it.
+    Deny {
+        /// The rule that denied it, if one did.
+        rule: Option<&'a AuthzRule>,
+        /// Why.
+        reason: DenyReason,
+    },
+}
+
+/// Why a request or connection is refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DenyReason {
+    /// A deny rule matches.
+    DenyRule,
+    /// A deny rule would have to look at HTTP, and this is an opaque connection.
+    DenyRuleNeedsHttp,
+    /// No rule allows it, and the default is to deny.
+    NoRuleAllows,
+    /// A rule looks at the path, and the path is not in canonical form.
+    Path(NotCanonical),
+}
+
+/// Why a path may mean different things to a policy and to an app.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NotCanonical {
+    /// Neither `*` nor a path from `/` on.
+    #[error("path does not start with /")]
+    NotAbsolute,
+    /// `//`.
+    #[error("path has an empty segment")]
+    EmptySegment,
+    /// `.` or `..`.
+    #[error("path has a . or .. segment")]
+    DotSegment,
+    /// `\`, `;`, `#`, a control or a character outside ASCII.
+    #[error("path has the character {0:?}")]
+    Character(char),
+    /// An escape for something that could be written plainly, that separates, or that hides another escape.
+    #[error("path escapes the byte {0:#04x}")]
+    Escape(u8),
+    /// `%` without two hexadecimal digits.
+    #[error("path has a broken escape")]
+    BrokenEscape,
+}
+
+/// Decides.
+pub fn authorize<'a>(policy: &'a Authorization, peer: &Peer<'_>, ask: &Ask<'_>) -> Verdict<'a> {
+    let mut path = Path::Unread;
+    for action in [Action::Deny, Action::Allow] {
+        let rules = policy.rules.iter().filter(|rule| rule.action == action);
+        for rule in rules.filter(|rule| from(rule, peer)) {
+            let held = match (ask, rule.http.is_empty()) {
+                (_, true) => true,
+                (Ask::Opaque, false) if action == Action::Deny => {
+                    return Verdict::Deny { rule: Some(rule), reason: DenyReason::DenyRuleNeedsHttp };
+                }
+                (Ask::Opaque, false) => false,
+                (Ask::Http { .. }, false) => match asks_any(&rule.http, action, ask, &mut path) {
+                    Ok(held) => held,
+                    Err(bad) => return Verdict::Deny { rule: Some(rule), reason: DenyReason::Path(bad) },
+                },
+            };
+            if held {
+                return match action {
+                    Action::Allow => Verdict::Permit { rule: Some(rule) },
+                    Action::Deny => Verdict::Deny { rule: Some(rule), reason: DenyReason::DenyRule },
+                };
+            }
+        }
+    }
+    match policy.default {
+        Action::Allow => Verdict::Permit { rule: None },
+        Action::Deny => Verdict::Deny { rule: None, reason: DenyReason::NoRuleAllows },
+    }
+}
+
+/// Whether a path means the same to everybody who reads it.
+///
+/// # Errors
+/// Why not. An app, a policy and a proxy that decode in different orders would disagree about it.
+pub fn canonical_path(path: &str) -> Result<(), NotCanonical> {
+    if path == "*" {
+        return Ok(());
+    }
+    let Some(rest) = path.strip_prefix('/') else {
+        return Err(NotCanonical::NotAbsolute);
+    };
+    let mut segments = rest.split('/').peekable();
+    while let Some(segment) = segments.next() {
+        match segment {
+            "" if segments.peek().is_some() => return Err(NotCanonical::EmptySegment),
+            "." | ".." => return Err(NotCanonical::DotSegment),
+            _ => {}
+        }
+    }
+    let mut bytes = path.bytes();
+    while let Some(b) = bytes.next() {
+        match b {
+            b'%' => {
+                let mut digit = || bytes.next().and_then(|b| char::from(b).to_digit(16));
+                let (Some(high), Some(low)) = (digit(), digit()) else {
+                    return Err(NotCanonical::BrokenEscape);
+                };
+                let escaped = (high << 4 | low) as u8;
+                if is_hidden(escaped) {
+                    return Err(NotCanonical::Escape(escaped));
+                }
+            }
+            b'\\' | b';' | b'#' | b'?' | 0..=b' ' | 0x7f => {
+                return Err(NotCanonical::Character(char::from(b)));
+            }
+            0x80.. => {
+                let odd = path.chars().find(|c| !c.is_ascii());
+                return Err(NotCanonical::Character(odd.unwrap_or(char::REPLACEMENT_CHARACTER)));
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// Unreserved characters need no escape, `/ \ ; %` and controls must not arrive by one. Escapes of
+/// the rest (space, `@`, letters outside ASCII) are what ordinary clients send.
+fn is_hidden(b: u8) -> bool {
+    b.is_ascii_alphanumeric() || b.is_ascii_control() || b"-._~/\\;%".contains(&b)
+}
+
+/// A request's path, read when the first rule asks for it.
+enum Path<'a> {
+    Unread,
+    Read(Cow<'a, [u8]>),
+}
+
+fn from(rule: &AuthzRule, peer: &Peer<'_>) -> bool {
+    rule.sources.is_empty() || rule.sources.iter().any(|source| source.holds(peer))
+}
+
+fn asks_any<'p>(
+    any: &[HttpMatch],
+    action: Action,
+    ask: &Ask<'p>,
+    path: &mut Path<'p>,
+) -> Result<bool, NotCanonical> {
+    for http in any {
+        if http.holds(action, ask, path)? {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+impl Authorization {
+    /// Whether any rule looks at paths: then a path that is not canonical may be refused.
+    pub fn looks_at_paths(&self) -> bool {
+        self.rules.iter().flat_map(|rule| &rule.http).any(|http| !http.paths.is_empty())
+    }
+
+    /// Whether any rule looks at HTTP: then an opaque connection is decided without what it says.
+    pub fn needs_http(&self) -> bool {
+        self.rules.iter().any(|rule| !rule.http.is_empty())
+    }
+}
+
+impl Verdict<'_> {
+    /// Whether it may pass.
+    pub fn is_permit(&self) -> bool {
+        matches!(self, Self::Permit { .. })
+    }
+}
+
+impl DenyReason {
+    /// A short name, for labels and logs.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::DenyRule => "deny-rule",
+            Self::DenyRuleNeedsHttp => "deny-rule-needs-http",
+            Self::NoRuleAllows => "no-rule-allows",
+            Self::Path(_) => "path-not-canonical",
+        }
+    }
+}
+
+impl SourceMatch {
+    /// Whether the peer is meant: all that is set must hold.
+    pub fn holds(&self, peer: &Peer<'_>) -> bool {
+        let is = |want: &Option<StringMatch>, of: fn(&SpiffeId) -> &str| {
+            want.as_ref().is_none_or(|want| peer.identity.is_some_and(|id| want.is_match(of(id))))
+        };
+        let none_of = |unwanted: &[StringMatch], of: fn(&SpiffeId) -> &str| {
+            peer.identity.is_none_or(|id| !unwanted.iter().any(|un| un.is_match(of(id))))
+        };
+        is(&self.identity, SpiffeId::as_str)
+            && is(&self.namespace, SpiffeId::namespace)
+            && is(&self.trust_domain, SpiffeId::trust_domain)
+            && self.cidr.is_none_or(|cidr| cidr.contains(&peer.address.to_canonical()))
+            && none_of(&self.not_identities, SpiffeId::as_str)
+            && none_of(&self.not_namespaces, SpiffeId::namespace)
+    }
+}
+
+impl HttpMatch {
+    fn holds<'p>(&self, action: Action, ask: &Ask<'p>, read: &mut Path<'p>) -> Result<bool, NotCanonical> {
+        let Ask::Http { method, host, path, headers } = *ask else {
+            return Ok(false);
+        };
+        if !self.methods.is_empty() && !self.methods.contains(method) {
+            return Ok(false);
+        }
+        if !self.hosts.is_empty() && !self.hosts.iter().any(|want| host_is(want, host)) {
+            return Ok(false);
+        }
+        if !self.headers.iter().all(|(name, want)| header_is(name, want, headers, action)) {
+            return Ok(false);
+        }
+        if self.paths.is_empty() {
+            return Ok(true);
+        }
+        if matches!(read, Path::Unread) {
+            canonical_path(path)?;
+            *read = Path::Read(percent_decode(path));
+        }
+        let Path::Read(decoded) = read else {
+            return Ok(false);
+        };
+        // A policy may be written either way: `/a b` or `/a%20b`.
+        Ok(self.paths.iter().any(|want| want.is_match_bytes(decoded) || want.is_match(path)))
+    }
+}
+
+fn host_is(want: &StringMatch, host: &str) -> bool {
+    let host = host.strip_suffix('.').unwrap_or(host);
+    match want {
+        StringMatch::Exact(want) => host.eq_ignore_ascii_case(want),
+        StringMatch::Prefix(want) => {
+            host.as_bytes().get(..want.len()).is_some_and(|head| head.eq_ignore_ascii_case(want.as_bytes()))
+        }
+        StringMatch::Suffix(want) => ends_with_ignore_case(host, want),
+        StringMatch::Present => !host.is_empty(),
+    }
+}
+
+fn header_is(name: &HeaderName, want: &StringMatch, headers: &HeaderMap, action: Action) -> bool {
+    let mut values = headers.get_all(name).iter().map(|value| value.as_bytes()).peekable();
+    if values.peek().is_none() {
+        return false;
+    }
+    match action {
+        Action::Allow => values.all(|value| want.is_match_bytes(value)),
+        Action::Deny => values.any(|value| want.is_match_bytes(value)),
+    }
+}
