@@ -4,11 +4,19 @@
 //! must not) are where every control plane has had its outages. As values that are told what arrived, they
 //! are tested one by one and against a model (`tests/model.rs`), and the shells around them only move bytes.
 
+pub mod client;
+pub mod collection;
+pub mod server;
+
+pub use client::{Change, Client};
+pub use collection::{Collection, Priority};
+pub use server::{Source, Stream, Versioned};
+
 /// Bytes of one message on the stream.
 pub const MAX_MESSAGE_LEN: usize = 4 * 1024 * 1024;
 /// Bytes of one resource.
 pub const MAX_RESOURCE_LEN: usize = 1024 * 1024;
-/// Resources that one client holds, and names that one stream asks for.
+/// Resources that one client holds, and that one message may have.
 pub const MAX_RESOURCES: usize = 100_000;
 
 /// `Any.type_url` of a [`crate::pb::v1::CollectionHead`], which travels among the endpoints.
@@ -73,6 +81,10 @@ impl ResourceType {
             Self::Route => "Route",
         }
     }
+
+    const fn index(self) -> usize {
+        self as usize
+    }
 }
 
 impl std::fmt::Display for ResourceType {
@@ -80,3 +92,11 @@ impl std::fmt::Display for ResourceType {
         f.write_str(self.as_str())
     }
 }
+
+/// Whether `name` is subscribed as a collection: many resources, told one by one.
+fn is_collection(ty: ResourceType, name: &str) -> bool {
+    ty == ResourceType::Endpoint && name.ends_with("/*")
+}
+
+/// The last part of a head's name.
+const HEAD: &str = "$head";
