@@ -303,3 +303,251 @@ fn header_is(name: &HeaderName, want: &StringMatch, headers: &HeaderMap, action:
         Action::Deny => values.any(|value| want.is_match_bytes(value)),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::policy::ObjectRef;
+
+    fn rule(action: Action, sources: Vec<SourceMatch>, http: Vec<HttpMatch>) -> AuthzRule {
+        let object =
+            ObjectRef { kind: "AuthorizationPolicy".into(), namespace: "ns".into(), name: "p".into() };
+        AuthzRule { object, action, sources, http }
+    }
+
+    fn policy(default: Action, rules: Vec<AuthzRule>) -> Authorization {
+        Authorization { default, rules, generation: 1 }
+    }
+
+    fn exact(text: &str) -> StringMatch {
+        StringMatch::Exact(text.into())
+    }
+
+    fn prefix(text: &str) -> StringMatch {
+        StringMatch::Prefix(text.into())
+    }
+
+    fn id(namespace: &str, account: &str) -> SpiffeId {
+        format!("spiffe://cluster.local/ns/{namespace}/sa/{account}").parse().unwrap()
+    }
+
+    fn of(identity: &str) -> SourceMatch {
+        SourceMatch { identity: Some(exact(identity)), ..Default::default() }
+    }
+
+    fn paths(paths: &[StringMatch]) -> HttpMatch {
+        HttpMatch { paths: paths.to_vec(), ..Default::default() }
+    }
+
+    struct Call {
+        method: Method,
+        host: &'static str,
+        path: String,
+        headers: HeaderMap,
+    }
+
+    fn get(path: &str) -> Call {
+        Call { method: Method::GET, host: "web.shop", path: path.to_owned(), headers: HeaderMap::new() }
+    }
+
+    fn ask<'a>(policy: &'a Authorization, who: Option<&SpiffeId>, call: &Call) -> Verdict<'a> {
+        let peer = Peer { identity: who, address: "10.0.0.9".parse().unwrap() };
+        let Call { method, host, path, headers } = call;
+        authorize(policy, &peer, &Ask::Http { method, host, path, headers })
+    }
+
+    fn opaque<'a>(policy: &'a Authorization, who: Option<&SpiffeId>) -> Verdict<'a> {
+        authorize(policy, &Peer { identity: who, address: "10.0.0.9".parse().unwrap() }, &Ask::Opaque)
+    }
+
+    fn reason(verdict: Verdict<'_>) -> Option<DenyReason> {
+        match verdict {
+            Verdict::Permit { .. } => None,
+            Verdict::Deny { reason, .. } => Some(reason),
+        }
+    }
+
+    #[test]
+    fn the_default_decides_when_no_rule_does() {
+        let web = id("shop", "web");
+        assert!(ask(&policy(Action::Allow, vec![]), None, &get("/")).is_permit());
+        assert_eq!(
+            reason(ask(&policy(Action::Deny, vec![]), Some(&web), &get("/"))),
+            Some(DenyReason::NoRuleAllows)
+        );
+        assert!(!opaque(&policy(Action::Deny, vec![]), Some(&web)).is_permit());
+    }
+
+    #[test]
+    fn identities_are_compared_whole() {
+        let p = policy(Action::Deny, vec![rule(Action::Allow, vec![of(id("shop", "pay").as_str())], vec![])]);
+        assert!(ask(&p, Some(&id("shop", "pay")), &get("/")).is_permit());
+        assert!(!ask(&p, Some(&id("shop", "payments")), &get("/")).is_permit());
+        assert!(!ask(&p, Some(&id("shop2", "pay")), &get("/")).is_permit());
+        assert!(!ask(&p, None, &get("/")).is_permit());
+        assert!(opaque(&p, Some(&id("shop", "pay"))).is_permit());
+    }
+
+    #[test]
+    fn deny_comes_before_allow_whatever_the_order() {
+        let allow = rule(Action::Allow, vec![], vec![]);
+        let deny = rule(Action::Deny, vec![of(id("a", "b").as_str())], vec![]);
+        for rules in [vec![allow.clone(), deny.clone()], vec![deny, allow]] {
+            let p = policy(Action::Allow, rules);
+            assert_eq!(reason(ask(&p, Some(&id("a", "b")), &get("/"))), Some(DenyReason::DenyRule));
+            assert!(ask(&p, Some(&id("a", "c")), &get("/")).is_permit());
+        }
+    }
+
+    #[test]
+    fn all_parts_of_a_source_must_hold() {
+        let source = SourceMatch {
+            namespace: Some(exact("shop")),
+            trust_domain: Some(exact("cluster.local")),
+            cidr: Some("10.0.0.0/24".parse().unwrap()),
+            not_identities: vec![exact(id("shop", "bad").as_str())],
+            ..Default::default()
+        };
+        let p = policy(Action::Deny, vec![rule(Action::Allow, vec![source.clone()], vec![])]);
+        assert!(ask(&p, Some(&id("shop", "web")), &get("/")).is_permit());
+        assert!(!ask(&p, Some(&id("shop", "bad")), &get("/")).is_permit());
+        assert!(!ask(&p, Some(&id("other", "web")), &get("/")).is_permit());
+        assert!(!ask(&p, None, &get("/")).is_permit());
+        let mapped = Peer { identity: Some(&id("shop", "web")), address: "::ffff:10.0.0.9".parse().unwrap() };
+        assert!(authorize(&p, &mapped, &Ask::Opaque).is_permit());
+        let elsewhere = Peer { identity: Some(&id("shop", "web")), address: "10.0.1.9".parse().unwrap() };
+        assert!(!authorize(&p, &elsewhere, &Ask::Opaque).is_permit());
+        // A caller without identity is not excluded by "not these".
+        let not = SourceMatch { not_namespaces: vec![exact("shop")], ..Default::default() };
+        let p = policy(Action::Deny, vec![rule(Action::Allow, vec![not], vec![])]);
+        assert!(ask(&p, None, &get("/")).is_permit());
+        assert!(!ask(&p, Some(&id("shop", "web")), &get("/")).is_permit());
+    }
+
+    #[test]
+    fn opaque_connections_fail_closed() {
+        let web = id("shop", "web");
+        let http = || vec![paths(&[prefix("/api/")])];
+        let p = policy(Action::Deny, vec![rule(Action::Allow, vec![], http())]);
+        assert_eq!(reason(opaque(&p, Some(&web))), Some(DenyReason::NoRuleAllows));
+        let p = policy(Action::Allow, vec![rule(Action::Deny, vec![], http())]);
+        assert_eq!(reason(opaque(&p, Some(&web))), Some(DenyReason::DenyRuleNeedsHttp));
+        // The deny rule is about somebody else.
+        let p = policy(Action::Allow, vec![rule(Action::Deny, vec![of(id("x", "y").as_str())], http())]);
+        assert!(opaque(&p, Some(&web)).is_permit());
+        assert!(p.needs_http() && p.looks_at_paths());
+    }
+
+    #[test]
+    fn methods_hosts_and_headers() {
+        let http = HttpMatch {
+            methods: vec![Method::GET],
+            hosts: vec![exact("WEB.shop"), StringMatch::Suffix(".example.com".into())],
+            headers: vec![(HeaderName::from_static("x-team"), exact("a"))],
+            ..Default::default()
+        };
+        let allow = policy(Action::Deny, vec![rule(Action::Allow, vec![], vec![http.clone()])]);
+        let deny = policy(Action::Allow, vec![rule(Action::Deny, vec![], vec![http])]);
+        let mut call = get("/");
+        assert!(!ask(&allow, None, &call).is_permit() && ask(&deny, None, &call).is_permit());
+        call.headers.append("x-team", "a".parse().unwrap());
+        assert!(ask(&allow, None, &call).is_permit() && !ask(&deny, None, &call).is_permit());
+        call.host = "Api.Example.com.";
+        assert!(ask(&allow, None, &call).is_permit() && !ask(&deny, None, &call).is_permit());
+        // A second value: allow needs all, deny needs one.
+        call.headers.append("x-team", "b".parse().unwrap());
+        assert!(!ask(&allow, None, &call).is_permit() && !ask(&deny, None, &call).is_permit());
+        call.method = Method::POST;
+        assert!(!ask(&allow, None, &call).is_permit() && ask(&deny, None, &call).is_permit());
+        assert!(!allow.looks_at_paths());
+    }
+
+    #[test]
+    fn paths_in_one_form_only() {
+        let p = policy(Action::Allow, vec![rule(Action::Deny, vec![], vec![paths(&[prefix("/admin")])])]);
+        assert!(ask(&p, None, &get("/public")).is_permit());
+        assert_eq!(reason(ask(&p, None, &get("/admin/x"))), Some(DenyReason::DenyRule));
+        for bad in [
+            "//admin",
+            "/public/../admin",
+            "/./admin",
+            "/%61dmin",
+            "/%2561dmin",
+            "/public/%2e%2e/admin",
+            "/public%2f..%2fadmin",
+            "/public%2F",
+            "/public\\..\\admin",
+            "/public%5cadmin",
+            "/public;x=1/admin",
+            "/public%3b",
+            "/public%00",
+            "/public/..",
+            "/public/.",
+            "/public%",
+            "/public%2",
+            "/public%zz",
+            "public",
+            "",
+            "/a b",
+            "/ä",
+            "/a#b",
+            "/a\u{1}",
+        ] {
+            let verdict = ask(&p, None, &get(bad));
+            assert!(matches!(reason(verdict), Some(DenyReason::Path(_))), "{bad:?}: {verdict:?}");
+        }
+        for good in
+            ["/", "*", "/a/", "/a%20b", "/users/a%40b.com", "/caf%C3%A9", "/a@b:c,d=e&f+g!h$i(j)'*~_-."]
+        {
+            assert_eq!(canonical_path(good), Ok(()), "{good:?}");
+        }
+    }
+
+    #[test]
+    fn odd_paths_pass_where_no_rule_looks_at_them() {
+        let p = policy(Action::Deny, vec![rule(Action::Allow, vec![], vec![])]);
+        assert!(ask(&p, None, &get("//x/../y")).is_permit());
+        // Only rules about this caller look.
+        let http = vec![paths(&[prefix("/admin")])];
+        let p = policy(Action::Allow, vec![rule(Action::Deny, vec![of(id("a", "b").as_str())], http)]);
+        assert!(ask(&p, None, &get("//x")).is_permit());
+        assert!(!ask(&p, Some(&id("a", "b")), &get("//x")).is_permit());
+    }
+
+    #[test]
+    fn escapes_are_compared_decoded() {
+        let p = policy(
+            Action::Allow,
+            vec![rule(Action::Deny, vec![], vec![paths(&[exact("/a@b"), exact("/x%20y")])])],
+        );
+        for denied in ["/a@b", "/a%40b", "/x%20y"] {
+            assert!(!ask(&p, None, &get(denied)).is_permit(), "{denied}");
+        }
+        let p = policy(Action::Allow, vec![rule(Action::Deny, vec![], vec![paths(&[prefix("/café")])])]);
+        assert!(
+            !ask(&p, None, &get("/caf%C3%A9")).is_permit() && !ask(&p, None, &get("/caf%c3%a9")).is_permit()
+        );
+    }
+
+    proptest! {
+        /// Whatever decodes to a denied path is denied.
+        #[test]
+        fn no_spelling_escapes_a_deny_rule(upper in any::<bool>(), escape in prop::collection::vec(any::<bool>(), 6), tail in "[ -~]{0,12}") {
+            let p = policy(Action::Allow, vec![rule(Action::Deny, vec![], vec![paths(&[prefix("/admin")])])]);
+            let spelled: String = "/admin".chars().zip(&escape).map(|(c, &escape)| match (escape, upper) {
+                (false, _) => c.to_string(),
+                (true, false) => format!("%{:02x}", c as u32),
+                (true, true) => format!("%{:02X}", c as u32),
+            }).collect();
+            let call = get(&(spelled + &tail));
+            prop_assert!(!ask(&p, None, &call).is_permit());
+        }
+
+        #[test]
+        fn any_path_is_handled(path in any::<String>()) {
+            let _ = canonical_path(&path);
+        }
+    }
+}

@@ -671,7 +671,7 @@ impl Slot {
         let keep = seen.latency.keep(now);
         let waited = seen.waiting.oldest().map_or(0.0, |at| now.saturating_duration_since(at).as_secs_f64());
         let failing = seen.failing.now(seen.latency.decay(), now);
-        let latency = (seen.latency.seconds() * keep).max(waited).max(SHORTEST_LATENCY);
+        let latency = (seen.latency.seconds() * keep).max(waited) + SHORTEST_LATENCY;
         latency * self.load() * (1.0 + FAILING_COSTS * failing * failing)
     }
 
@@ -706,14 +706,15 @@ impl Failing {
             return 0.0; // nearly always: no exponential needed
         }
         let idle = now.saturating_duration_since(self.at).as_secs_f64();
-        self.share * (-idle / decay.as_secs_f64().max(f64::MIN_POSITIVE)).exp()
+        let share = self.share * (-idle / decay.as_secs_f64().max(f64::MIN_POSITIVE)).exp();
+        if share < FORGOTTEN { 0.0 } else { share }
     }
 
     /// Takes one outcome: 1 failed, 0 did not.
     fn learn(&mut self, failed: f64, decay: Duration, now: Instant) {
         let share = self.now(decay, now);
         let share = share + (failed - share) * FAILING_LEARNS;
-        *self = Self { share: if share < FORGOTTEN { 0.0 } else { share }, at: self.at.max(now) };
+        *self = Self { share, at: self.at.max(now) };
     }
 }
 
@@ -760,6 +761,411 @@ const FAILING_COSTS: f64 = 100.0;
 /// Weight of one outcome in the recent share of failures: five in a row make 41 %.
 const FAILING_LEARNS: f64 = 0.1;
 /// A share of failures that makes no difference.
-const FORGOTTEN: f64 = 0.001;
-/// Below this, differences of latency are noise: the clock and the scheduler.
+const FORGOTTEN: f64 = 0.01;
+/// Added to every latency: below it, differences are noise of the clock and the scheduler.
 const SHORTEST_LATENCY: f64 = 50e-6;
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use proptest::prelude::*;
+    use rand::{SeedableRng, rngs::SmallRng};
+
+    use super::*;
+    use crate::{
+        backoff::Backoff,
+        classify::Failure,
+        policy::{Service, ServiceName},
+    };
+
+    #[expect(clippy::disallowed_methods, reason = "an arbitrary origin of virtual time")]
+    fn origin() -> Instant {
+        Instant::now()
+    }
+
+    const MS: Duration = Duration::from_millis(1);
+    const S: Duration = Duration::from_secs(1);
+    const FAILED: Outcome = Outcome::Failure(Failure::Status(503));
+
+    fn address(n: u16) -> SocketAddr {
+        SocketAddr::from(([10, 0, (n >> 8) as u8, n as u8], 80))
+    }
+
+    fn endpoint(n: u16) -> Endpoint {
+        Endpoint::new(PodUid::new(&format!("pod-{n}")).unwrap(), address(n))
+    }
+
+    fn service(algorithm: Algorithm) -> Service {
+        let name = ServiceName { namespace: "ns".into(), name: "s".into(), port: 80 };
+        let mut service = Service::new(name);
+        service.load_balancing.algorithm = algorithm;
+        service.health.backoff = Backoff::try_new(S, 60 * S, 0.0).unwrap();
+        service
+    }
+
+    fn backend(
+        service: Service,
+        endpoints: impl IntoIterator<Item = Endpoint>,
+        generation: u64,
+    ) -> BackendPolicy {
+        let endpoints = endpoints.into_iter().map(Arc::new).collect();
+        BackendPolicy { service: Arc::new(service), endpoints, generation, resolved: true }
+    }
+
+    struct World {
+        balancer: Balancer,
+        service: Service,
+        now: Instant,
+        rng: SmallRng,
+        generation: u64,
+    }
+
+    impl World {
+        fn new(service: Service, endpoints: impl IntoIterator<Item = Endpoint>) -> Self {
+            let balancer = Balancer::new(&service.load_balancing, &service.health);
+            let mut world =
+                Self { balancer, service, now: origin(), rng: SmallRng::seed_from_u64(5), generation: 0 };
+            world.update(endpoints);
+            world
+        }
+
+        fn of(n: u16) -> Self {
+            Self::new(service(Algorithm::PeakEwma), (0..n).map(endpoint))
+        }
+
+        fn update(&mut self, endpoints: impl IntoIterator<Item = Endpoint>) {
+            self.generation += 1;
+            self.balancer.update(&backend(self.service.clone(), endpoints, self.generation), self.now);
+        }
+
+        fn pick(&mut self) -> Lease {
+            self.balancer.pick(&[], self.now, &mut self.rng).unwrap()
+        }
+
+        /// One request at a time, each of `took`; says who got how many.
+        fn run(&mut self, requests: u32, took: Duration) -> BTreeMap<SocketAddr, u32> {
+            let mut seen = BTreeMap::new();
+            for _ in 0..requests {
+                let lease = self.pick();
+                *seen.entry(lease.endpoint().address).or_default() += 1;
+                self.now += took;
+                lease.finish(Outcome::Success, self.now);
+            }
+            seen
+        }
+
+        /// Lets one endpoint fail until it is ejected.
+        fn fail(&mut self, address: SocketAddr) -> Option<Ejection> {
+            let others = self.balancer.endpoints(self.now).into_iter().map(|v| v.endpoint.address);
+            let others: Vec<_> = others.filter(|other| *other != address).collect();
+            (0..10).find_map(|_| {
+                self.now += MS;
+                let lease = self.balancer.pick(&others, self.now, &mut self.rng).unwrap();
+                assert_eq!(lease.endpoint().address, address);
+                lease.finish(FAILED, self.now)
+            })
+        }
+
+        fn state(&self, address: SocketAddr) -> Health {
+            let views = self.balancer.endpoints(self.now);
+            views.iter().find(|view| view.endpoint.address == address).unwrap().state
+        }
+    }
+
+    const ALL: [Algorithm; 4] =
+        [Algorithm::PeakEwma, Algorithm::LeastRequest, Algorithm::RoundRobin, Algorithm::Random];
+
+    #[test]
+    fn nobody_to_send_to() {
+        let mut w = World::new(service(Algorithm::PeakEwma), []);
+        assert_eq!(w.balancer.pick(&[], w.now, &mut w.rng).unwrap_err(), PickError::NoEndpoints);
+        let draining = Endpoint { health: EndpointHealth::Draining, ..endpoint(1) };
+        let not_ready = Endpoint { health: EndpointHealth::Unhealthy, ..endpoint(2) };
+        let no_weight = Endpoint { weight: 0, ..endpoint(3) };
+        w.update([draining.clone(), not_ready.clone(), no_weight.clone()]);
+        assert_eq!(w.balancer.pick(&[], w.now, &mut w.rng).unwrap_err(), PickError::NoneReady);
+        assert_eq!(w.state(address(2)), Health::NotReady);
+        for algorithm in ALL {
+            let mut w = World::new(
+                service(algorithm),
+                [draining.clone(), endpoint(7), not_ready.clone(), no_weight.clone(), endpoint(8)],
+            );
+            let seen = w.run(200, MS);
+            assert_eq!(seen.keys().copied().collect::<Vec<_>>(), [address(7), address(8)], "{algorithm:?}");
+        }
+    }
+
+    #[test]
+    fn equal_endpoints_share_equally() {
+        for algorithm in ALL {
+            let mut w = World::new(service(algorithm), (0..10).map(endpoint));
+            let seen = w.run(10_000, MS);
+            assert!(seen.values().all(|n| (800..1_200).contains(n)), "{algorithm:?} {seen:?}");
+        }
+    }
+
+    #[test]
+    fn weights_share_by_weight() {
+        for algorithm in ALL {
+            let heavy = Endpoint { weight: 9, ..endpoint(0) };
+            let mut w = World::new(service(algorithm), [heavy, endpoint(1)]);
+            let light = w.run(10_000, MS)[&address(1)];
+            assert!((500..2_000).contains(&light), "{algorithm:?} {light}");
+        }
+        let mut w = World::new(
+            service(Algorithm::RoundRobin),
+            [(0, 5), (1, 1), (2, 1)].map(|(n, weight)| Endpoint { weight, ..endpoint(n) }),
+        );
+        let order: Vec<_> = (0..7).map(|_| w.pick().endpoint().address.ip().to_string()).collect();
+        let last: Vec<_> = order.iter().map(|ip| ip.chars().last().unwrap_or_default()).collect();
+        assert_eq!(last.iter().collect::<String>(), "0010200");
+    }
+
+    #[test]
+    fn a_slow_endpoint_gets_little() {
+        let mut w = World::of(5);
+        let mut slow = 0;
+        for _ in 0..2_000 {
+            let lease = w.pick();
+            let is_slow = lease.endpoint().address == address(3);
+            slow += u32::from(is_slow);
+            w.now += if is_slow { 200 * MS } else { 10 * MS };
+            lease.finish(Outcome::Success, w.now);
+        }
+        assert!(slow <= 10, "{slow}");
+    }
+
+    #[test]
+    fn a_stalled_endpoint_is_left_before_it_answers() {
+        let mut w = World::of(2);
+        w.run(200, 10 * MS);
+        let (mut stalled, mut others) = (Vec::new(), 0);
+        for _ in 0..200 {
+            let lease = w.pick();
+            w.now += 10 * MS;
+            if lease.endpoint().address == address(1) {
+                stalled.push(lease);
+            } else {
+                others += 1;
+                lease.finish(Outcome::Success, w.now);
+            }
+        }
+        assert!(stalled.len() <= 3 && others >= 197, "{} {others}", stalled.len());
+    }
+
+    #[test]
+    fn failing_fast_attracts_nothing() {
+        let mut s = service(Algorithm::PeakEwma);
+        (s.health.consecutive_failures, s.health.success_rate) = (0, None);
+        let mut w = World::new(s, (0..5).map(endpoint));
+        let mut failed = 0;
+        for _ in 0..5_000 {
+            let lease = w.pick();
+            let fails = lease.endpoint().address == address(2);
+            failed += u32::from(fails);
+            w.now += if fails { MS } else { 10 * MS };
+            lease.finish(if fails { FAILED } else { Outcome::Success }, w.now);
+        }
+        // Without ejection: about one in a hundred, where a fair share is one in five.
+        assert!(failed < 75, "{failed}");
+    }
+
+    #[test]
+    fn tried_endpoints_are_left_out_while_another_is_there() {
+        for algorithm in ALL {
+            let mut w = World::new(service(algorithm), (0..3).map(endpoint));
+            for _ in 0..100 {
+                let tried = [address(0), address(2)];
+                let lease = w.balancer.pick(&tried, w.now, &mut w.rng).unwrap();
+                assert_eq!(lease.endpoint().address, address(1), "{algorithm:?}");
+            }
+            let all = [address(0), address(1), address(2)];
+            assert!(w.balancer.pick(&all, w.now, &mut w.rng).is_ok());
+        }
+    }
+
+    #[test]
+    fn ejected_then_one_probe_then_healthy() {
+        let mut w = World::of(3);
+        let ejection = w.fail(address(1)).unwrap();
+        assert_eq!(ejection.endpoint.address, address(1));
+        assert_eq!(ejection.reason, Reason::ConsecutiveFailures(5));
+        assert_eq!(w.state(address(1)), Health::Ejected { until: ejection.until });
+        w.now = ejection.until - MS;
+        assert!((0..200).all(|_| w.pick().endpoint().address != address(1)));
+        w.now = ejection.until;
+        assert_eq!(w.state(address(1)), Health::Probing);
+        let mut probe =
+            std::iter::repeat_with(|| w.pick()).find(|l| l.endpoint().address == address(1)).unwrap();
+        assert!((0..200).all(|_| w.pick().endpoint().address != address(1)));
+        probe.first_byte(w.now + MS);
+        probe.finish(Outcome::Success, w.now + MS);
+        assert_eq!(w.state(address(1)), Health::Healthy);
+        // A failed probe ejects for longer.
+        let ejection = w.fail(address(1)).unwrap();
+        assert_eq!(ejection.until - w.now, 2 * S);
+        w.now = ejection.until;
+        let probe = std::iter::repeat_with(|| w.pick()).find(|l| l.endpoint().address == address(1)).unwrap();
+        let again = probe.finish(FAILED, w.now).unwrap();
+        assert_eq!((again.reason, again.until - w.now), (Reason::ProbeFailed, 4 * S));
+    }
+
+    #[test]
+    fn a_dropped_probe_lets_the_next_one_go() {
+        let mut w = World::of(2);
+        w.now = w.fail(address(0)).unwrap().until;
+        for _ in 0..3 {
+            let probe =
+                std::iter::repeat_with(|| w.pick()).find(|l| l.endpoint().address == address(0)).unwrap();
+            drop(probe);
+        }
+        assert_eq!(w.state(address(0)), Health::Probing);
+    }
+
+    #[test]
+    fn the_last_one_is_never_ejected() {
+        let mut w = World::of(1);
+        assert!(w.fail(address(0)).is_none());
+        let mut s = service(Algorithm::PeakEwma);
+        s.health.max_ejection_percent = 100;
+        let mut w = World::new(s, (0..2).map(endpoint));
+        assert!(w.fail(address(0)).is_some());
+        assert!(w.fail(address(1)).is_none());
+        // The healthy one leaves: the ejected one is the last, and comes back.
+        w.update([endpoint(0)]);
+        assert_eq!(w.state(address(0)), Health::Healthy);
+    }
+
+    #[test]
+    fn updates_keep_what_is_known() {
+        let mut w = World::of(4);
+        w.fail(address(1)).unwrap();
+        let held = std::iter::repeat_with(|| w.pick()).find(|l| l.endpoint().address == address(2)).unwrap();
+        let replaced = Endpoint { uid: PodUid::new("another").unwrap(), ..endpoint(3) };
+        w.update([endpoint(9), replaced, endpoint(1), endpoint(0)]);
+        assert!(matches!(w.state(address(1)), Health::Ejected { .. }));
+        assert_eq!(w.state(address(2)), Health::Draining);
+        assert_eq!(w.state(address(9)), Health::Healthy);
+        let of = |w: &World, a| w.balancer.endpoints(w.now).into_iter().find(|v| v.endpoint.address == a);
+        assert_eq!(of(&w, address(3)).unwrap().requests, 0);
+        assert!(of(&w, address(0)).unwrap().requests > 0);
+        assert_eq!(of(&w, address(2)).unwrap().in_flight, 1);
+        held.finish(FAILED, w.now);
+        assert!(of(&w, address(2)).is_none());
+        assert_eq!(w.balancer.ready(), 4);
+    }
+
+    #[test]
+    fn who_joins_later_warms_up() {
+        for algorithm in [Algorithm::PeakEwma, Algorithm::RoundRobin, Algorithm::Random] {
+            let mut w = World::new(service(algorithm), (0..4).map(endpoint));
+            w.run(400, 5 * MS);
+            w.update((0..5).map(endpoint));
+            let early = w.run(200, 5 * MS).get(&address(4)).copied().unwrap_or_default();
+            w.now += 20 * S;
+            w.run(400, 5 * MS);
+            let late = w.run(1_000, 5 * MS)[&address(4)];
+            assert!(early <= 20, "{algorithm:?} {early}");
+            assert!((120..280).contains(&late), "{algorithm:?} {late}");
+        }
+    }
+
+    #[test]
+    fn in_flight_counts_every_way_out() {
+        let mut w = World::of(1);
+        let in_flight = |w: &World| w.balancer.endpoints(w.now)[0].in_flight;
+        let (a, b, c) = (w.pick(), w.pick(), w.pick());
+        assert_eq!(in_flight(&w), 3);
+        drop(a);
+        b.finish(Outcome::Cancelled, w.now);
+        c.finish(FAILED, w.now);
+        assert_eq!(in_flight(&w), 0);
+    }
+
+    #[test]
+    fn an_update_without_change_is_free() {
+        let mut w = World::of(3);
+        let same = backend(w.service.clone(), (0..3).map(endpoint), 7);
+        w.balancer.update(&same, w.now);
+        let before = w.balancer.slots.clone();
+        w.balancer.update(&same, w.now);
+        assert!(before.iter().zip(&w.balancer.slots).all(|(a, b)| Rc::ptr_eq(a, b)));
+    }
+
+    #[derive(Clone, Debug)]
+    enum Step {
+        Pick(bool),
+        Finish(prop::sample::Index, u8),
+        Wait(u16),
+        Update(Vec<(u16, u32, bool)>),
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        let endpoints = prop::collection::btree_map(0u16..8, (0u32..4, any::<bool>()), 0..8);
+        let endpoints = endpoints.prop_map(|all| all.into_iter().map(|(n, (w, h))| (n, w, h)).collect());
+        prop_oneof![
+            8 => any::<bool>().prop_map(Step::Pick),
+            8 => (any::<prop::sample::Index>(), 0u8..6).prop_map(|(at, how)| Step::Finish(at, how)),
+            2 => (0u16..3_000).prop_map(Step::Wait),
+            1 => endpoints.prop_map(Step::Update),
+        ]
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(200))]
+
+        /// Whatever happens: the cap holds, the last one stays, nobody who takes no requests gets one, and
+        /// in-flight counts are those of the leases held.
+        #[test]
+        fn invariants(
+            steps in prop::collection::vec(step(), 1..200), algorithm in prop::sample::select(ALL.to_vec()),
+            cap in 0u8..=100, seed in any::<u64>(),
+        ) {
+            let mut s = service(algorithm);
+            s.health.max_ejection_percent = cap;
+            s.health.consecutive_failures = 2;
+            let mut w = World::new(s, (0..6).map(endpoint));
+            w.rng = SmallRng::seed_from_u64(seed);
+            let mut held: Vec<Lease> = Vec::new();
+            for step in steps {
+                match step {
+                    Step::Pick(again) => {
+                        let tried: Vec<_> = held.last().filter(|_| again).iter().map(|l| l.endpoint().address).collect();
+                        match w.balancer.pick(&tried, w.now, &mut w.rng) {
+                            Ok(lease) => {
+                                prop_assert!(is_ready(lease.endpoint()));
+                                held.push(lease);
+                            }
+                            Err(_) => prop_assert_eq!(w.balancer.ready(), 0),
+                        }
+                    }
+                    Step::Finish(at, how) if !held.is_empty() => {
+                        let mut lease = held.swap_remove(at.index(held.len()));
+                        match how {
+                            0 => drop(lease),
+                            1 => { lease.finish(Outcome::Cancelled, w.now); }
+                            2 => { lease.first_byte(w.now); lease.finish(Outcome::Success, w.now); }
+                            _ => { lease.finish(FAILED, w.now); }
+                        }
+                    }
+                    Step::Finish(..) => {}
+                    Step::Wait(ms) => w.now += Duration::from_millis(u64::from(ms)),
+                    Step::Update(endpoints) => w.update(endpoints.into_iter().map(|(n, weight, up)| {
+                        let health = if up { EndpointHealth::Healthy } else { EndpointHealth::Draining };
+                        Endpoint { weight, health, ..endpoint(n) }
+                    })),
+                }
+                let views = w.balancer.endpoints(w.now);
+                let ready: Vec<_> = views.iter().filter(|v| !matches!(v.state, Health::Draining | Health::NotReady)).collect();
+                let out = ready.iter().filter(|v| v.state != Health::Healthy).count();
+                prop_assert_eq!(ready.len(), w.balancer.ready());
+                prop_assert_eq!(out, w.balancer.shared.out.get());
+                prop_assert!(out * 100 <= ready.len() * usize::from(cap));
+                prop_assert!(ready.is_empty() || out < ready.len());
+                let in_flight: u32 = views.iter().map(|v| v.in_flight).sum();
+                prop_assert_eq!(in_flight as usize, held.len());
+            }
+        }
+    }
+}

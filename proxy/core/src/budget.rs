@@ -137,3 +137,114 @@ const COUNT_BITS: u32 = 28;
 const COUNT_MASK: u64 = (1 << COUNT_BITS) - 1;
 const SHORTEST_WINDOW: Duration = Duration::from_millis(100);
 const LONGEST_WINDOW: Duration = Duration::from_secs(3_600);
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[expect(clippy::disallowed_methods, reason = "an arbitrary origin of virtual time")]
+    fn origin() -> Instant {
+        Instant::now()
+    }
+
+    fn params(ratio: f64, min_per_second: u32, window_ms: u64) -> BudgetParams {
+        BudgetParams { ratio, min_per_second, window: Duration::from_millis(window_ms) }
+    }
+
+    #[test]
+    fn the_floor_is_there_from_the_start_and_no_more() {
+        let t = origin();
+        let budget = Budget::new(BudgetParams::default(), t);
+        assert_eq!((0..1_000).filter(|_| budget.try_withdraw(t)).count(), 100);
+    }
+
+    #[test]
+    fn a_fifth_of_the_requests() {
+        let t = origin();
+        let budget = Budget::new(params(0.2, 0, 10_000), t);
+        assert!(!budget.try_withdraw(t));
+        (0..50).for_each(|_| budget.deposit(t));
+        assert_eq!((0..50).filter(|_| budget.try_withdraw(t)).count(), 10);
+    }
+
+    #[test]
+    fn what_was_taken_comes_back_after_the_window() {
+        let t = origin();
+        let budget = Budget::new(params(0.0, 1, 1_000), t);
+        assert!(budget.try_withdraw(t));
+        assert!(!budget.try_withdraw(t + Duration::from_millis(999)));
+        assert!(budget.try_withdraw(t + Duration::from_millis(1_101)));
+    }
+
+    #[test]
+    fn refused_withdrawals_leave_no_trace() {
+        let t = origin();
+        let budget = Budget::new(params(1.0, 0, 1_000), t);
+        (0..100).for_each(|_| assert!(!budget.try_withdraw(t)));
+        budget.deposit(t);
+        assert!(budget.try_withdraw(t));
+    }
+
+    #[test]
+    fn odd_parameters_are_bounded() {
+        let t = origin();
+        let budget = Budget::new(params(f64::NAN, 0, 0), t);
+        budget.deposit(t);
+        assert!(!budget.try_withdraw(t));
+        assert_eq!(budget.params().window, SHORTEST_WINDOW);
+    }
+
+    #[test]
+    fn workers_that_race_never_overdraw() {
+        let t = origin();
+        let budget = Budget::new(params(0.2, 10, 10_000), t);
+        let granted: usize = std::thread::scope(|scope| {
+            let workers: Vec<_> = (0..4)
+                .map(|_| {
+                    scope.spawn(|| {
+                        let step = |_: &u32| {
+                            budget.deposit(t);
+                            budget.try_withdraw(t)
+                        };
+                        (0..2_000).filter(step).count()
+                    })
+                })
+                .collect();
+            workers.into_iter().map(|worker| worker.join().unwrap()).sum()
+        });
+        assert!(granted <= 1_600 + 100, "{granted}");
+        assert!(granted >= 1_500, "{granted}");
+    }
+
+    proptest! {
+        /// In every sliding window, against a plain log of what happened.
+        #[test]
+        fn never_exceeded(
+            steps in prop::collection::vec((0u64..400, 0u32..6, 0u32..6), 1..200),
+            ratio in 0.0f64..2.0, floor in 0u32..4, window_ms in 100u64..3_000,
+        ) {
+            let t = origin();
+            let budget = Budget::new(params(ratio, floor, window_ms), t);
+            let window = Duration::from_millis(window_ms);
+            let (mut now, mut deposits, mut withdrawals) = (t, Vec::new(), Vec::new());
+            for (wait, requests, retries) in steps {
+                now += Duration::from_millis(wait);
+                for _ in 0..requests {
+                    budget.deposit(now);
+                    deposits.push(now);
+                }
+                for _ in 0..retries {
+                    if !budget.try_withdraw(now) {
+                        continue;
+                    }
+                    withdrawals.push(now);
+                    let within = |log: &[Instant]| log.iter().filter(|&&at| at + window > now).count() as f64;
+                    let most = ratio * within(&deposits) + f64::from(floor) * window.as_secs_f64();
+                    prop_assert!(within(&withdrawals) <= most + 1e-9);
+                }
+            }
+        }
+    }
+}

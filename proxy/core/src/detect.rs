@@ -255,3 +255,200 @@ const CLIENT_HELLO: u8 = 1;
 const MAX_RECORD: usize = 1 << 14;
 const SERVER_NAME: usize = 0;
 const ALPN: usize = 16;
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// A ClientHello, cut into records of at most `record` bytes.
+    fn hello(sni: Option<&[u8]>, alpn: &[&[u8]], padding: usize, record: usize) -> Vec<u8> {
+        let mut extensions = Vec::new();
+        let mut extension = |kind: u16, data: &[u8]| {
+            extensions.extend_from_slice(&kind.to_be_bytes());
+            extensions.extend_from_slice(&(data.len() as u16).to_be_bytes());
+            extensions.extend_from_slice(data);
+        };
+        extension(21, &vec![0; padding]);
+        if let Some(name) = sni {
+            let mut data = ((name.len() + 3) as u16).to_be_bytes().to_vec();
+            data.push(0);
+            data.extend_from_slice(&(name.len() as u16).to_be_bytes());
+            data.extend_from_slice(name);
+            extension(0, &data);
+        }
+        if !alpn.is_empty() {
+            let list: Vec<u8> =
+                alpn.iter().flat_map(|p| std::iter::once(p.len() as u8).chain(p.iter().copied())).collect();
+            let mut data = (list.len() as u16).to_be_bytes().to_vec();
+            data.extend_from_slice(&list);
+            extension(16, &data);
+        }
+        let mut body = vec![3, 3];
+        body.extend_from_slice(&[7; 32]);
+        body.push(0);
+        body.extend_from_slice(&[0, 2, 0x13, 1, 1, 0]);
+        body.extend_from_slice(&(extensions.len() as u16).to_be_bytes());
+        body.extend_from_slice(&extensions);
+        let mut message = vec![CLIENT_HELLO];
+        message.extend_from_slice(&(body.len() as u32).to_be_bytes()[1..]);
+        message.extend_from_slice(&body);
+        let records = message.chunks(record).flat_map(|chunk| {
+            let mut out = vec![HANDSHAKE, 3, 1];
+            out.extend_from_slice(&(chunk.len() as u16).to_be_bytes());
+            out.extend_from_slice(chunk);
+            out
+        });
+        records.collect()
+    }
+
+    #[test]
+    fn http1_by_its_request_line() {
+        for yes in [
+            &b"GET /"[..],
+            b"POST /x HTTP/1.1",
+            b"OPTIONS *",
+            b"GET http://a/",
+            b"HEAD HTTPS://a/",
+            b"PROPFIND /x HTTP/1.1\r\n",
+            b"CONNECT db:5432 HTTP/1.1\r\nHost: db",
+            b"get / HTTP/1.0\n",
+            b"\r\nGET /",
+        ] {
+            assert_eq!(detect(yes), Detected::Http1, "{}", String::from_utf8_lossy(yes));
+        }
+        for no in [
+            &b"EHLO mail.example.com\r\n"[..],
+            b"CONNECT {\"verbose\":false}\r\n",
+            b"USER anonymous\r\n",
+            b"*1\r\n$4\r\nPING\r\n",
+            b"PING\r\n",
+            b"SSH-2.0-OpenSSH_9.6\r\n",
+            b"\0\0\0\x08\x04\xd2\x16\x2f",
+            b"\x10\x2a\0\x04MQTT",
+            b"AMQP\0\0\x09\x01",
+            b"set key 0 0 5\r\nhello\r\n",
+            b"GET key\r\n",
+            b"PRI * HTTP/2.0\r\n\r\nXX",
+            b"\xff",
+            b" GET / HTTP/1.1\r\n",
+            b"X /a HTTP/2.0\r\n",
+            b"X HTTP/1.1\r\n",
+        ] {
+            assert_eq!(detect(no), Detected::Opaque, "{}", String::from_utf8_lossy(no));
+        }
+        for more in
+            [&b""[..], b"G", b"GET", b"GET ", b"GET ht", b"EHLO mail", b"PROPFIND /x HTTP/1.1\r", b"\r"]
+        {
+            assert_eq!(detect(more), Detected::NeedMore, "{}", String::from_utf8_lossy(more));
+        }
+    }
+
+    #[test]
+    fn http2_by_its_whole_preface() {
+        for n in 0..PREFACE.len() {
+            assert_eq!(detect(&PREFACE[..n]), Detected::NeedMore);
+        }
+        assert_eq!(detect(PREFACE), Detected::Http2);
+        assert_eq!(detect(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\x12\x04"), Detected::Http2);
+    }
+
+    #[test]
+    fn tls_with_name_and_protocols_over_any_records() {
+        for record in [1, 3, 50, 10_000] {
+            let bytes = hello(Some(b"API.example.com"), &[b"h2", b"http/1.1"], 300, record);
+            let want = Detected::Tls {
+                sni: Some("api.example.com".into()),
+                alpn: vec![b"h2".to_vec(), b"http/1.1".to_vec()],
+                complete: true,
+            };
+            for n in 0..bytes.len() {
+                assert_eq!(detect(&bytes[..n]), Detected::NeedMore, "{n} of {}", bytes.len());
+            }
+            assert_eq!(detect(&bytes), want);
+            assert_eq!(detect(&[&bytes[..], b"more"].concat()), want);
+        }
+    }
+
+    #[test]
+    fn tls_without_anything_to_note() {
+        let plain = hello(None, &[], 0, 10_000);
+        assert_eq!(detect(&plain), Detected::Tls { sni: None, alpn: vec![], complete: true });
+        let odd = hello(Some(b"bad name\n"), &[], 0, 10_000);
+        assert_eq!(detect(&odd), Detected::Tls { sni: None, alpn: vec![], complete: true });
+    }
+
+    #[test]
+    fn a_hello_beyond_the_bound_is_still_tls() {
+        let bytes = hello(Some(b"a"), &[], 20_000, 10_000);
+        assert_eq!(detect(&bytes[..MAX_BYTES - 1]), Detected::NeedMore);
+        let want = Detected::Tls { sni: None, alpn: vec![], complete: false };
+        assert_eq!(detect(&bytes[..MAX_BYTES]), want);
+        assert_eq!(detect(&bytes), want);
+    }
+
+    #[test]
+    fn what_only_begins_like_tls_is_opaque() {
+        assert_eq!(detect(&[22, 9]), Detected::Opaque);
+        assert_eq!(detect(&[22, 3, 9]), Detected::Opaque);
+        assert_eq!(detect(&[22, 3, 1, 0, 0]), Detected::Opaque);
+        assert_eq!(detect(&[22, 3, 1, 0, 5, 2]), Detected::Opaque);
+        assert_eq!(detect(&[22, 3, 1, 0xff, 0xff]), Detected::Opaque);
+        // A whole message that is too short for its fields.
+        assert_eq!(detect(&[22, 3, 1, 0, 8, 1, 0, 0, 4, 3, 3, 0, 0]), Detected::Opaque);
+    }
+
+    #[test]
+    fn servers_that_speak_http_first() {
+        assert!(server_bytes_are_http(b"HTTP/1.1 408 Request Timeout\r\n"));
+        assert!(server_bytes_are_http(b"HT"));
+        assert!(!server_bytes_are_http(b""));
+        assert!(!server_bytes_are_http(b"SSH-2.0-x"));
+    }
+
+    fn first_bytes() -> impl Strategy<Value = Vec<u8>> {
+        let some = prop::collection::vec(any::<u8>(), 0..60);
+        let text = prop::collection::vec(prop::sample::select(&b"GETPRI */http:1.0 \r\nSM"[..]), 0..60);
+        let tls = (
+            prop::option::of(prop::collection::vec(any::<u8>(), 0..40)),
+            0usize..300,
+            1usize..400,
+            prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 0..3),
+        );
+        let tls = tls.prop_map(|(sni, padding, record, flips)| {
+            let mut bytes = hello(sni.as_deref(), &[b"h2"], padding, record);
+            for (at, byte) in flips {
+                let at = at.index(bytes.len());
+                bytes[at] = byte;
+            }
+            bytes
+        });
+        let start = prop::sample::select(vec![
+            &b""[..],
+            b"GET ",
+            b"PRI * HTTP/2.0\r\n\r\n",
+            b"EHLO ",
+            b"\x16\x03\x01",
+        ]);
+        let started = (start, some.clone()).prop_map(|(start, rest)| [start, &rest[..]].concat());
+        prop_oneof![some, text, tls, started]
+    }
+
+    proptest! {
+        #[test]
+        fn never_panics_and_never_changes_its_mind(bytes in first_bytes()) {
+            let whole = detect(&bytes);
+            let mut decided = None;
+            for n in 0..=bytes.len() {
+                let now = detect(&bytes[..n]);
+                if let Some(before) = &decided {
+                    prop_assert_eq!(before, &now, "at {}", n);
+                } else if now != Detected::NeedMore {
+                    decided = Some(now);
+                }
+            }
+            prop_assert_eq!(decided.unwrap_or(Detected::NeedMore), whole);
+        }
+    }
+}

@@ -224,3 +224,119 @@ const BUCKETS: usize = 10;
 const PROBE_STALE: Duration = Duration::from_secs(10);
 /// A stream that was answered so long ago is a success.
 const PROBE_SETTLES: Duration = Duration::from_secs(5);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backoff::Backoff;
+
+    #[expect(clippy::disallowed_methods, reason = "an arbitrary origin of virtual time")]
+    fn origin() -> Instant {
+        Instant::now()
+    }
+
+    const S: Duration = Duration::from_secs(1);
+
+    fn policy() -> HealthPolicy {
+        HealthPolicy { backoff: Backoff::try_new(S, 60 * S, 0.0).unwrap(), ..HealthPolicy::default() }
+    }
+
+    #[test]
+    fn five_failures_in_a_row() {
+        let (t, p) = (origin(), HealthPolicy { success_rate: None, ..policy() });
+        let mut tracker = Tracker::new(t);
+        for round in 0..3 {
+            for _ in 0..4 {
+                assert_eq!(tracker.failure(&p, t), None, "{round}");
+            }
+            (0..20).for_each(|_| tracker.success(&p, t));
+        }
+        (0..4).for_each(|_| assert_eq!(tracker.failure(&p, t), None));
+        assert_eq!(tracker.failure(&p, t), Some(Reason::ConsecutiveFailures(5)));
+    }
+
+    #[test]
+    fn every_third_fails() {
+        let (t, p) = (origin(), policy());
+        let mut tracker = Tracker::new(t);
+        let mut found = None;
+        for i in 0..30u32 {
+            let now = t + i * Duration::from_millis(100);
+            match i % 3 {
+                2 => found = found.or(tracker.failure(&p, now)),
+                _ => tracker.success(&p, now),
+            }
+        }
+        let Some(Reason::SuccessRate { rate, requests }) = found else { panic!("{found:?}") };
+        assert!(rate < 0.8 && requests >= 10);
+    }
+
+    #[test]
+    fn old_failures_are_forgotten() {
+        let (t, p) = (origin(), policy());
+        let mut tracker = Tracker::new(t);
+        for i in 0..8 {
+            (0..3).for_each(|_| assert_eq!(tracker.failure(&p, t + i * 11 * S), None));
+            tracker.success(&p, t + i * 11 * S);
+        }
+    }
+
+    #[test]
+    fn nothing_ejects_when_the_policy_says_so() {
+        let t = origin();
+        let p = HealthPolicy { consecutive_failures: 0, success_rate: None, ..policy() };
+        let mut tracker = Tracker::new(t);
+        (0..1_000).for_each(|_| assert_eq!(tracker.failure(&p, t), None));
+    }
+
+    #[test]
+    fn ejected_then_probing_one_at_a_time_then_healthy() {
+        let (t, p) = (origin(), policy());
+        let mut tracker = Tracker::new(t);
+        let until = tracker.eject(&p, Reason::ConsecutiveFailures(5), t, 0.5);
+        assert_eq!(until, t + S);
+        assert_eq!(tracker.state(t), State::Ejected { until });
+        assert!(!tracker.available(until - Duration::from_nanos(1)));
+        assert_eq!(tracker.state(until), State::Probing);
+        assert!(tracker.available(until));
+        tracker.probe_started(until);
+        assert!(!tracker.available(until));
+        tracker.probe_dropped();
+        assert!(tracker.available(until));
+        tracker.probe_started(until);
+        assert!(tracker.available(until + PROBE_STALE));
+        tracker.restore(until);
+        assert_eq!(tracker.state(until), State::Healthy);
+        assert_eq!(tracker.reason(), Some(Reason::ConsecutiveFailures(5)));
+    }
+
+    #[test]
+    fn a_stream_that_was_answered_settles_the_probe() {
+        let (t, p) = (origin(), policy());
+        let mut tracker = Tracker::new(t);
+        let until = tracker.eject(&p, Reason::ProbeFailed, t, 0.0);
+        tracker.probe_started(until);
+        assert!(!tracker.probe_settled(until + 60 * S));
+        tracker.probe_answered(until);
+        assert!(!tracker.probe_settled(until + S));
+        assert!(tracker.probe_settled(until + PROBE_SETTLES));
+    }
+
+    #[test]
+    fn longer_each_time_until_it_was_well_for_long() {
+        let (t, p) = (origin(), policy());
+        let mut tracker = Tracker::new(t);
+        let mut now = t;
+        for want in [1, 2, 4, 8, 16, 32, 60, 60] {
+            let until = tracker.eject(&p, Reason::ProbeFailed, now, 0.0);
+            assert_eq!(until - now, want * S);
+            now = until;
+        }
+        tracker.restore(now);
+        let again = tracker.eject(&p, Reason::ConsecutiveFailures(5), now + 30 * S, 0.0);
+        assert_eq!(again - (now + 30 * S), 60 * S);
+        tracker.restore(again);
+        let well = again + 121 * S;
+        assert_eq!(tracker.eject(&p, Reason::ConsecutiveFailures(5), well, 0.0) - well, S);
+    }
+}

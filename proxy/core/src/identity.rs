@@ -256,3 +256,140 @@ fn check_segment(segment: &str) -> Result<(), IdentityError> {
 const SCHEME: &str = "spiffe://";
 const NS: &str = "/ns/";
 const SA: &str = "/sa/";
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const GOOD: &str = "spiffe://cluster.local/ns/shop/sa/web";
+
+    #[test]
+    fn parts_of_an_identity() {
+        let id: SpiffeId = GOOD.parse().unwrap();
+        assert_eq!(
+            (id.trust_domain(), id.namespace(), id.service_account()),
+            ("cluster.local", "shop", "web")
+        );
+        let built = SpiffeId::new(&TrustDomain::new("cluster.local").unwrap(), "shop", "web").unwrap();
+        assert_eq!(built, id);
+        assert_eq!(built.as_str(), GOOD);
+    }
+
+    #[test]
+    fn everything_else_is_refused() {
+        let long = format!("spiffe://a/ns/b/sa/{}", "c".repeat(2_100));
+        let segment = format!("spiffe://a/ns/{}/sa/c", "b".repeat(254));
+        let domain = format!("spiffe://{}/ns/b/sa/c", "a".repeat(256));
+        for bad in [
+            "",
+            "spiffe://",
+            "spiffe://cluster.local",
+            "spiffe://cluster.local/",
+            "SPIFFE://cluster.local/ns/shop/sa/web",
+            "Spiffe://cluster.local/ns/shop/sa/web",
+            "spiffe:/cluster.local/ns/shop/sa/web",
+            "http://cluster.local/ns/shop/sa/web",
+            " spiffe://cluster.local/ns/shop/sa/web",
+            "spiffe://cluster.local/ns/shop/sa/web ",
+            "spiffe://cluster.local/ns/shop/sa/web\n",
+            "spiffe://Cluster.local/ns/shop/sa/web",
+            "spiffe://cluster.local:443/ns/shop/sa/web",
+            "spiffe://user@cluster.local/ns/shop/sa/web",
+            "spiffe://clüster.local/ns/shop/sa/web",
+            "spiffe://cluster%2elocal/ns/shop/sa/web",
+            "spiffe:///ns/shop/sa/web",
+            "spiffe://cluster.local/ns/shop/sa/web/",
+            "spiffe://cluster.local/ns/shop/sa/",
+            "spiffe://cluster.local/ns//sa/web",
+            "spiffe://cluster.local//ns/shop/sa/web",
+            "spiffe://cluster.local/ns/shop/sa/web/extra",
+            "spiffe://cluster.local/ns/shop/web",
+            "spiffe://cluster.local/NS/shop/sa/web",
+            "spiffe://cluster.local/ns/shop/SA/web",
+            "spiffe://cluster.local/sa/web/ns/shop",
+            "spiffe://cluster.local/ns/./sa/web",
+            "spiffe://cluster.local/ns/../sa/web",
+            "spiffe://cluster.local/ns/shop/sa/..",
+            "spiffe://cluster.local/ns/shop/sa/.",
+            "spiffe://cluster.local/ns/shop/sa/w%65b",
+            "spiffe://cluster.local/ns/shop/sa/web?x=1",
+            "spiffe://cluster.local/ns/shop/sa/web#x",
+            "spiffe://cluster.local/ns/shop/sa/web;x",
+            "spiffe://cluster.local/ns/shop/sa/Web",
+            "spiffe://cluster.local/ns/shop/sa/-web",
+            "spiffe://cluster.local/ns/shop/sa/web-",
+            "spiffe://cluster.local/ns/shop/sa/we_b",
+            "spiffe://cluster.local/ns/shop/sa/wéb",
+            "spiffe://cluster.local/ns/shop/sa/web\0",
+            "spiffe://cluster.local/ns/shop\0/sa/web",
+            "spiffe://cluster.local\0/ns/shop/sa/web",
+            "spiffe://cluster.local/ns/shop/sa/web\\",
+            "spiffe://cluster.local/ns/shop/sa\\web",
+            &long,
+            &segment,
+            &domain,
+        ] {
+            assert!(bad.parse::<SpiffeId>().is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn prefix_twins_differ() {
+        let pay: SpiffeId = "spiffe://a/ns/b/sa/pay".parse().unwrap();
+        let payments: SpiffeId = "spiffe://a/ns/b/sa/payments".parse().unwrap();
+        assert_ne!(pay, payments);
+        assert_ne!(pay.service_account(), payments.service_account());
+    }
+
+    #[test]
+    fn pods_by_server_name() {
+        let uid = PodUid::new("6f1e-aa").unwrap();
+        assert_eq!(uid.server_name(), "6f1e-aa.weft.internal");
+        assert!(uid.is_named_by("6f1e-aa.weft.internal") && uid.is_named_by("6F1E-AA.Weft.Internal"));
+        for other in
+            ["6f1e-ab.weft.internal", "6f1e-aa", "6f1e-aa.weft.internal.", "x6f1e-aa.weft.internal", ""]
+        {
+            assert!(!uid.is_named_by(other), "{other}");
+        }
+        for bad in ["", "A", "a.b", "a_b", &"a".repeat(64)] {
+            assert!(PodUid::new(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn renewal_is_spread_over_the_middle() {
+        let start = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000);
+        let hour = Duration::from_secs(3_600);
+        let life = Validity { not_before: start, not_after: start + 10 * hour };
+        assert_eq!(life.renew_at(0.0), start + 5 * hour);
+        assert_eq!(life.renew_at(1.0), start + 7 * hour);
+        assert!(life.contains(start - hour, hour) && life.contains(start + 11 * hour, hour));
+        assert!(!life.contains(start - hour, Duration::ZERO));
+        // A certificate that ends before it begins is renewed at once.
+        let odd = Validity { not_before: start, not_after: start - hour };
+        assert_eq!(odd.renew_at(1.0), start);
+    }
+
+    proptest! {
+        #[test]
+        fn what_parses_prints_the_same_and_has_three_clean_parts(text in "(spiffe://)?[a-zA-Z./%:@0-9]{0,12}(/ns/)?[a-z./%-]{0,6}(/sa/)?[a-z./-]{0,6}") {
+            if let Ok(id) = text.parse::<SpiffeId>() {
+                prop_assert_eq!(id.to_string(), &text[..]);
+                let rebuilt = format!("spiffe://{}/ns/{}/sa/{}", id.trust_domain(), id.namespace(), id.service_account());
+                prop_assert_eq!(rebuilt, &text[..]);
+                prop_assert!(!id.namespace().contains('/') && !id.service_account().contains('/'));
+            }
+        }
+
+        #[test]
+        fn any_text_is_handled(text in any::<String>()) {
+            let _ = text.parse::<SpiffeId>();
+            let _ = PodUid::new(&text);
+            if let Ok(uid) = PodUid::new("abc") {
+                let _ = uid.is_named_by(&text);
+            }
+        }
+    }
+}

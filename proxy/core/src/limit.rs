@@ -57,3 +57,58 @@ impl Limit {
 
 /// A day: slower limits are not rates.
 const LONGEST_INTERVAL: f64 = 86_400e9;
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[expect(clippy::disallowed_methods, reason = "an arbitrary origin of virtual time")]
+    fn origin() -> Instant {
+        Instant::now()
+    }
+
+    #[test]
+    fn a_burst_then_the_rate() {
+        let t = origin();
+        let limit = Limit::new(10.0, 5);
+        assert_eq!((0..20).filter(|_| limit.allow(t).is_ok()).count(), 5);
+        let wait = limit.allow(t).unwrap_err();
+        assert_eq!(wait, Duration::from_millis(100));
+        assert!(limit.allow(t + wait - Duration::from_nanos(1)).is_err());
+        assert!(limit.allow(t + wait).is_ok());
+    }
+
+    #[test]
+    fn no_rate_lets_nothing_pass() {
+        let t = origin();
+        for rate in [0.0, -1.0, f64::NAN] {
+            assert_eq!(Limit::new(rate, 10).allow(t), Err(Duration::MAX));
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn never_more_than_rate_and_burst(
+            rate in 1.0f64..10_000.0, burst in 1u32..50, waits in prop::collection::vec(0u64..20_000, 1..300)
+        ) {
+            let t = origin();
+            let limit = Limit::new(rate, burst);
+            let (mut now, mut passed) = (t, 0u32);
+            for wait in waits {
+                now += Duration::from_micros(wait);
+                match limit.allow(now) {
+                    Ok(()) => passed += 1,
+                    Err(wait) => {
+                        now += wait;
+                        prop_assert!(limit.allow(now).is_ok());
+                        passed += 1;
+                    }
+                }
+                let most = f64::from(burst) + rate * (now - t).as_secs_f64() * 1.000_1 + 1.0;
+                prop_assert!(f64::from(passed) <= most, "{passed} > {most}");
+            }
+        }
+    }
+}

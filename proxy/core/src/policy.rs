@@ -619,6 +619,44 @@ impl StringMatch {
     }
 }
 
+impl Service {
+    /// A service with every setting at its default, no route and no endpoints.
+    pub fn new(name: ServiceName) -> Self {
+        Self {
+            name,
+            vips: Vec::new(),
+            protocol: Protocol::default(),
+            detect_timeout: DETECT_TIMEOUT,
+            route: None,
+            endpoints: None,
+            pod: None,
+            load_balancing: LoadBalancing::default(),
+            health: HealthPolicy::default(),
+            limits: Limits::default(),
+            accepted_identities: Vec::new(),
+            mtls_required: false,
+            timeouts: Timeouts::default(),
+            retry: RetryPolicy::default(),
+        }
+    }
+}
+
+impl Endpoint {
+    /// A healthy endpoint of weight 1 outside the mesh.
+    pub fn new(uid: PodUid, address: SocketAddr) -> Self {
+        Self {
+            uid,
+            address,
+            weight: 1,
+            health: EndpointHealth::Healthy,
+            identity: None,
+            tunnel: Tunnel::None,
+            zone: "".into(),
+            labels: BTreeMap::new(),
+        }
+    }
+}
+
 impl fmt::Display for ServiceName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}/{}:{}", self.namespace, self.name, self.port)
@@ -697,3 +735,44 @@ impl Default for RetryPolicy {
 pub const DETECT_TIMEOUT: Duration = Duration::from_millis(250);
 /// How long one connection attempt may take unless told otherwise.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn patterns_match_whole_and_cannot_escape_their_group() {
+        let p = Pattern::new("/a|/b").unwrap();
+        assert!(p.is_match("/a") && p.is_match("/b"));
+        assert!(!p.is_match("/ax") && !p.is_match("x/b") && !p.is_match("/a\n"));
+        assert!(!Pattern::new("(?m)^/a$").unwrap().is_match("/a\n/b"));
+        for bad in ["a)|(b", "(", "a{100000}", "(?=x)", "(a)\\1", "(?x)a # b"] {
+            assert!(Pattern::new(bad).is_err(), "{bad:?}");
+        }
+        assert_eq!(p, Pattern::new("/a|/b").unwrap());
+    }
+
+    #[test]
+    fn service_names() {
+        let name: ServiceName = "shop/web:80".parse().unwrap();
+        assert_eq!(name.to_string(), "shop/web:80");
+        for bad in ["", "shop", "shop/web", "shop/web:x", "/web:80", "shop/:80", "a/b/c:80", "a/b:70000"] {
+            assert!(bad.parse::<ServiceName>().is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn strings() {
+        let text = |s: &str| Arc::<str>::from(s);
+        let cases = [
+            (StringMatch::Exact(text("ab")), ["ab"].as_slice(), ["a", "abc", "AB"].as_slice()),
+            (StringMatch::Prefix(text("ab")), &["ab", "abc"], &["a", "xab"]),
+            (StringMatch::Suffix(text("ab")), &["ab", "xab"], &["abx", "b"]),
+            (StringMatch::Present, &["x"], &[""]),
+        ];
+        for (m, yes, no) in cases {
+            assert!(yes.iter().all(|t| m.is_match(t) && m.is_match_bytes(t.as_bytes())), "{m:?}");
+            assert!(no.iter().all(|t| !m.is_match(t) && !m.is_match_bytes(t.as_bytes())), "{m:?}");
+        }
+    }
+}

@@ -558,3 +558,472 @@ pub fn headers_looked_at(table: &RouteTable) -> Vec<HeaderName> {
 pub const DEFAULT: &str = "default";
 /// Up to so many matches are walked: hashing the path costs as much as that.
 const WALK: usize = 8;
+
+#[cfg(test)]
+mod tests {
+    use std::cmp::Ordering;
+
+    use http::HeaderValue;
+    use proptest::prelude::*;
+    use rand::{SeedableRng, rngs::SmallRng};
+    use rand_core::RngCore;
+
+    use super::*;
+    use crate::policy::{Pattern, RetryPolicy, ServiceName, Timeouts};
+
+    fn text(s: &str) -> Arc<str> {
+        s.into()
+    }
+
+    fn rule(name: &str, created: u64, matches: Vec<Match>) -> Rule {
+        let object = ObjectRef { kind: "HTTPRoute".into(), namespace: "ns".into(), name: name.into() };
+        Rule {
+            object,
+            name: "0".into(),
+            label: format!("HTTPRoute/ns/{name}/0").into(),
+            hosts: vec![],
+            matches,
+            filters: vec![],
+            backends: vec![],
+            timeouts: Timeouts::default(),
+            retry: RetryPolicy::default(),
+            created,
+        }
+    }
+
+    fn path(path: PathMatch) -> Match {
+        Match { path: Some(path), ..Match::default() }
+    }
+
+    fn exact(s: &str) -> PathMatch {
+        PathMatch::Exact(text(s))
+    }
+
+    fn prefix(s: &str) -> PathMatch {
+        PathMatch::Prefix(text(s))
+    }
+
+    fn regex(s: &str) -> PathMatch {
+        PathMatch::Regex(Pattern::new(s).unwrap())
+    }
+
+    fn header(name: &'static str, value: &str) -> HeaderMatch {
+        HeaderMatch { name: HeaderName::from_static(name), value: TextMatch::Exact(text(value)) }
+    }
+
+    fn query(name: &str, value: &str) -> QueryMatch {
+        QueryMatch { name: text(name), value: TextMatch::Exact(text(value)) }
+    }
+
+    #[derive(Debug)]
+    struct Request {
+        method: Method,
+        host: String,
+        path: String,
+        query: Option<String>,
+        headers: HeaderMap,
+    }
+
+    impl Request {
+        fn get(path: &str) -> Self {
+            let (path, query) = path.split_once('?').map_or((path, None), |(p, q)| (p, Some(q.to_owned())));
+            let headers = HeaderMap::new();
+            Self { method: Method::GET, host: "web".into(), path: path.into(), query, headers }
+        }
+
+        fn with(mut self, name: &'static str, value: &'static str) -> Self {
+            self.headers.append(name, HeaderValue::from_static(value));
+            self
+        }
+
+        fn head(&self) -> RequestHead<'_> {
+            let Self { method, host, path, query, headers } = self;
+            RequestHead { method, host, path, query: query.as_deref(), headers }
+        }
+    }
+
+    fn winner(table: &RouteTable, request: &Request) -> Option<String> {
+        find(table, &request.head()).map(|found| found.rule.object.name.to_string())
+    }
+
+    /// The first rule should win over the second, in whichever order they are given.
+    fn first_wins(first: Rule, second: Rule, request: &Request) {
+        for rules in [vec![first.clone(), second.clone()], vec![second.clone(), first.clone()]] {
+            assert_eq!(winner(&RouteTable::new(rules), request).as_deref(), Some(&*first.object.name));
+        }
+    }
+
+    #[test]
+    fn prefixes_are_by_segment() {
+        let holds = |p: &str, path: &str| prefix(p).holds(path);
+        for (p, path) in
+            [("/v2", "/v2"), ("/v2", "/v2/"), ("/v2", "/v2/x"), ("/v2/", "/v2"), ("/", "/x"), ("/", "*")]
+        {
+            assert!(holds(p, path), "{p} {path}");
+        }
+        for (p, path) in [("/v2", "/v2x"), ("/v2", "/v"), ("/v2", "/V2"), ("/v2/x", "/v2"), ("/v2", "//v2")] {
+            assert!(!holds(p, path), "{p} {path}");
+        }
+    }
+
+    #[test]
+    fn gateway_api_precedence_one_by_one() {
+        let r = Request::get("/a/b?q=1&p=2").with("x", "1").with("y", "2");
+        let m = |p| path(p);
+        let a = |m| rule("first", 9, vec![m]);
+        let b = |m| rule("second", 1, vec![m]);
+        first_wins(a(m(exact("/a/b"))), b(m(regex("/a/b"))), &r);
+        first_wins(a(m(regex("/a/.*"))), b(m(prefix("/a/b"))), &r);
+        first_wins(a(m(prefix("/a/b"))), b(m(prefix("/a"))), &r);
+        first_wins(a(m(prefix("/a"))), b(m(prefix("/"))), &r);
+        first_wins(a(m(prefix("/a"))), b(Match { method: Some(Method::GET), ..m(prefix("/")) }), &r);
+        first_wins(a(Match { method: Some(Method::GET), ..m(prefix("/a")) }), b(m(prefix("/a"))), &r);
+        let headers = |n: usize| [header("x", "1"), header("y", "2")][..n].to_vec();
+        first_wins(
+            a(Match { method: Some(Method::GET), ..Match::default() }),
+            b(Match { headers: headers(2), ..Match::default() }),
+            &r,
+        );
+        first_wins(
+            a(Match { headers: headers(2), ..Match::default() }),
+            b(Match {
+                headers: headers(1),
+                query: vec![query("q", "1"), query("p", "2")],
+                ..Match::default()
+            }),
+            &r,
+        );
+        first_wins(
+            a(Match { query: vec![query("q", "1"), query("p", "2")], ..Match::default() }),
+            b(Match { query: vec![query("q", "1")], ..Match::default() }),
+            &r,
+        );
+        // Age, then name, then order.
+        first_wins(rule("z", 1, vec![]), rule("a", 2, vec![]), &r);
+        first_wins(rule("a", 1, vec![]), rule("b", 1, vec![]), &r);
+        let twins = vec![rule("same", 1, vec![]), rule("same", 1, vec![])];
+        assert_eq!(find(&RouteTable::new(twins), &r.head()).unwrap().index, 0);
+        // No path condition is the prefix `/`.
+        first_wins(rule("a", 1, vec![m(prefix("/"))]), rule("b", 2, vec![Match::default()]), &r);
+        first_wins(rule("a", 1, vec![Match::default()]), rule("b", 2, vec![m(prefix("/"))]), &r);
+    }
+
+    #[test]
+    fn hostnames() {
+        let on = |name: &str, host: &str| Rule { hosts: vec![text(host)], ..rule(name, 1, vec![]) };
+        let table = RouteTable::new(vec![
+            rule("any", 1, vec![path(exact("/x"))]),
+            on("wild", "*.example.com"),
+            on("wilder", "*.api.example.com"),
+            on("exact", "v1.api.example.com"),
+        ]);
+        let at = |host: &str| {
+            let mut r = Request::get("/x");
+            r.host = host.into();
+            winner(&table, &r).unwrap()
+        };
+        assert_eq!(at("v1.api.example.com"), "exact");
+        assert_eq!(at("V1.API.example.com."), "exact");
+        assert_eq!(at("v2.api.example.com"), "wilder");
+        assert_eq!(at("a.b.example.com"), "wild");
+        assert_eq!(at("example.com"), "any");
+        assert_eq!(at("xexample.com"), "any");
+    }
+
+    #[test]
+    fn grpc_methods() {
+        let grpc = |service: Option<&str>, method: Option<&str>| {
+            let exact = |t: &str| TextMatch::Exact(text(t));
+            path(PathMatch::Grpc { service: service.map(exact), method: method.map(exact) })
+        };
+        let r = Request::get("/shop.Cart/Add");
+        let a = |m| rule("first", 9, vec![m]);
+        let b = |m| rule("second", 1, vec![m]);
+        first_wins(a(grpc(Some("shop.Cart"), Some("Add"))), b(grpc(Some("shop.Cart"), None)), &r);
+        first_wins(a(grpc(Some("shop.Cart"), None)), b(grpc(None, Some("Add"))), &r);
+        first_wins(a(grpc(None, Some("Add"))), b(Match { headers: vec![], ..Match::default() }), &r);
+        let table = RouteTable::new(vec![rule("r", 1, vec![grpc(Some("shop.Cart"), None)])]);
+        for no in ["/shop.Cart", "/shop.Cart/", "/shop.Cart/Add/x", "/shop.Carts/Add", "shop.Cart/Add"] {
+            assert_eq!(winner(&table, &Request::get(no)), None, "{no}");
+        }
+        let regex = PathMatch::Grpc {
+            service: Some(TextMatch::Regex(Pattern::new("shop[.].*").unwrap())),
+            method: None,
+        };
+        assert!(regex.holds("/shop.Cart/Add") && !regex.holds("/xshop.Cart/Add"));
+    }
+
+    #[test]
+    fn headers_and_queries() {
+        let h = |value: &str| header("x", value);
+        assert!(h("1").holds(&Request::get("/").with("x", "1").headers));
+        assert!(!h("1").holds(&Request::get("/").headers));
+        assert!(!h("1").holds(&Request::get("/").with("x", "1").with("x", "2").headers));
+        assert!(h("1,2").holds(&Request::get("/").with("x", "1").with("x", "2").headers));
+        let q = |name: &str, value: &str, of: &str| query(name, value).holds(Some(of));
+        assert!(q("a", "1", "a=1") && q("a", "1", "b=2&a=1") && q("a", "1", "a=1&a=2"));
+        assert!(!q("a", "2", "a=1&a=2") && !q("a", "1", "A=1") && !q("a", "", "b=1"));
+        assert!(q("a", "", "a") && q("a", "", "a=&b") && q("a", "x=y", "a=x=y"));
+        assert!(q("a b", "c/d", "a%20b=c%2Fd") && q("a", "1+1", "a=1+1") && q("a", "%zz%", "a=%zz%"));
+        assert!(!query("a", "").holds(None));
+    }
+
+    #[test]
+    fn the_default_rule_takes_everything() {
+        let table = RouteTable::new(vec![rule("only", 0, vec![])]);
+        let r = Request::get("*");
+        let found = find(&table, &r.head()).unwrap();
+        assert_eq!((found.index, found.prefix), (0, Some("/")));
+        assert!(find(&RouteTable::new(vec![]), &r.head()).is_none());
+    }
+
+    fn backends(weights: &[u32]) -> Rule {
+        let backend = |(i, &weight): (usize, &u32)| {
+            let service = ServiceName { namespace: text("ns"), name: text("s"), port: 80 };
+            BackendRef { service, backend: i, weight, filters: vec![] }
+        };
+        Rule { backends: weights.iter().enumerate().map(backend).collect(), ..rule("r", 0, vec![]) }
+    }
+
+    #[test]
+    fn weights_are_exact() {
+        let mut rng = SmallRng::seed_from_u64(3);
+        for none in [&[][..], &[0], &[0, 0]] {
+            assert!(pick_backend(&backends(none), &mut rng).is_none());
+        }
+        let rule = backends(&[1, 0, 90, 9]);
+        let mut seen = [0u32; 4];
+        for _ in 0..100_000 {
+            seen[pick_backend(&rule, &mut rng).unwrap().backend] += 1;
+        }
+        assert_eq!(seen[1], 0);
+        for (seen, want) in seen.iter().zip([1_000.0f64, 0.0, 90_000.0, 9_000.0]) {
+            // Five standard deviations.
+            assert!((f64::from(*seen) - want).abs() <= 5.0 * want.sqrt(), "{seen} {want}");
+        }
+        let huge = backends(&[u32::MAX; 5]);
+        assert!(pick_backend(&huge, &mut rng).is_some());
+    }
+
+    /// The source replays given numbers, so the exact share of each backend can be counted.
+    struct Fixed(u64);
+
+    impl RngCore for Fixed {
+        fn next_u32(&mut self) -> u32 {
+            self.0 as u32
+        }
+        fn next_u64(&mut self) -> u64 {
+            self.0
+        }
+        fn fill_bytes(&mut self, bytes: &mut [u8]) {
+            bytes.fill(0);
+        }
+    }
+
+    #[test]
+    fn rewrites_as_gateway_api_tabulates_them() {
+        for (path, prefix, replacement, want) in [
+            ("/foo/bar", "/foo", "/xyz", "/xyz/bar"),
+            ("/foo/bar", "/foo", "/xyz/", "/xyz/bar"),
+            ("/foo/bar", "/foo/", "/xyz", "/xyz/bar"),
+            ("/foo/bar", "/foo/", "/xyz/", "/xyz/bar"),
+            ("/foo", "/foo", "/xyz", "/xyz"),
+            ("/foo/", "/foo", "/xyz", "/xyz/"),
+            ("/foo/bar", "/foo", "", "/bar"),
+            ("/foo/", "/foo", "", "/"),
+            ("/foo", "/foo", "", "/"),
+            ("/foo/", "/foo", "/", "/"),
+            ("/foo", "/foo", "/", "/"),
+            ("/bar", "/", "/xyz", "/xyz/bar"),
+            ("/", "/", "/xyz", "/xyz/"),
+        ] {
+            let edit = PathEdit::Prefix(text(replacement));
+            assert_eq!(rewrite_path(&edit, Some(prefix), path), want, "{path} {prefix} {replacement}");
+        }
+        assert_eq!(rewrite_path(&PathEdit::Full(text("/x")), None, "/a"), "/x");
+        assert_eq!(rewrite_path(&PathEdit::Prefix(text("/x")), None, "/a"), "/a");
+    }
+
+    #[test]
+    fn redirects() {
+        let r = Request::get("/foo/bar?q=1");
+        let none = Redirect { scheme: None, host: None, path: None, port: None, status: 302 };
+        let to =
+            |how: &Redirect, scheme: &str, port: u16| redirect(how, &r.head(), scheme, port, Some("/foo")).1;
+        assert_eq!(to(&none, "http", 80), "http://web/foo/bar?q=1");
+        assert_eq!(to(&none, "http", 8080), "http://web:8080/foo/bar?q=1");
+        let https = Redirect { scheme: Some(text("https")), ..none.clone() };
+        assert_eq!(to(&https, "http", 8080), "https://web/foo/bar?q=1");
+        let all = Redirect {
+            scheme: Some(text("https")),
+            host: Some(text("x.com")),
+            path: Some(PathEdit::Prefix(text("/new"))),
+            port: Some(8443),
+            status: 308,
+        };
+        assert_eq!(to(&all, "http", 80), "https://x.com:8443/new/bar?q=1");
+        let status = redirect(&all, &r.head(), "http", 80, None).0;
+        assert_eq!(status, StatusCode::PERMANENT_REDIRECT);
+    }
+
+    #[test]
+    fn header_edits() {
+        let name = HeaderName::from_static;
+        let value = HeaderValue::from_static;
+        let edit = HeaderEdit {
+            set: vec![(name("a"), value("1"))],
+            add: vec![(name("a"), value("2")), (name("b"), value("3"))],
+            remove: vec![name("c")],
+        };
+        let mut headers = Request::get("/").with("a", "0").with("a", "00").with("c", "x").headers;
+        edit_headers(&edit, &mut headers);
+        let all: Vec<_> = headers.get_all("a").iter().map(|v| v.to_str().unwrap()).collect();
+        assert_eq!(
+            (all, headers.contains_key("b"), headers.contains_key("c")),
+            (vec!["1", "2"], true, false)
+        );
+    }
+
+    /// Gateway API's words, compared pair by pair and written without the derived order.
+    fn beats(a: (&Rule, usize, usize), b: (&Rule, usize, usize)) -> bool {
+        let matching = |x: (&Rule, usize, usize)| x.0.matches.get(x.2).cloned().unwrap_or_default();
+        let (ma, mb) = (matching(a), matching(b));
+        let class = |m: &Match| match &m.path {
+            Some(PathMatch::Exact(_)) => 4,
+            Some(PathMatch::Grpc { .. }) => 3,
+            Some(PathMatch::Regex(_)) => 2,
+            Some(PathMatch::Prefix(_)) | None => 1,
+        };
+        let length = |m: &Match| match &m.path {
+            Some(PathMatch::Prefix(p)) => p.trim_end_matches('/').chars().count().max(1),
+            Some(PathMatch::Regex(p)) => p.source().chars().count(),
+            None => 1,
+            Some(PathMatch::Exact(_) | PathMatch::Grpc { .. }) => 0,
+        };
+        let wins = class(&ma)
+            .cmp(&class(&mb))
+            .then(length(&ma).cmp(&length(&mb)))
+            .then(ma.method.is_some().cmp(&mb.method.is_some()))
+            .then(ma.headers.len().cmp(&mb.headers.len()))
+            .then(ma.query.len().cmp(&mb.query.len()))
+            .then(b.0.created.cmp(&a.0.created))
+            .then(b.0.object.name.cmp(&a.0.object.name))
+            .then(b.1.cmp(&a.1))
+            .then(b.2.cmp(&a.2));
+        wins == Ordering::Greater
+    }
+
+    fn some_match() -> impl Strategy<Value = Match> {
+        let segment = || prop::sample::select(vec!["/", "/a", "/a/b", "/a/b/c", "/ab", "/b", "/b/c"]);
+        let path = prop_oneof![
+            Just(None),
+            segment().prop_map(|s| Some(exact(s))),
+            segment().prop_map(|s| Some(prefix(s))),
+            prop::sample::select(vec!["/a.*", "/b/.*", ".*"]).prop_map(|s| Some(regex(s))),
+        ];
+        let method = prop::option::of(prop::sample::select(vec![Method::GET, Method::POST]));
+        let headers = prop::sample::subsequence(vec![header("x", "1"), header("y", "1")], 0..=2);
+        let queries = prop::sample::subsequence(vec![query("q", "1"), query("p", "1")], 0..=2);
+        (path, method, headers, queries).prop_map(|(path, method, headers, query)| Match {
+            path,
+            method,
+            headers,
+            query,
+        })
+    }
+
+    fn some_rule() -> impl Strategy<Value = Rule> {
+        (prop::sample::select(vec!["a", "b", "c"]), 0u64..3, prop::collection::vec(some_match(), 0..3))
+            .prop_map(|(name, created, matches)| rule(name, created, matches))
+    }
+
+    fn some_request() -> impl Strategy<Value = Request> {
+        let paths = vec![
+            "/",
+            "/a",
+            "/a/",
+            "/a/b",
+            "/a/b/c",
+            "/a/b/c/d",
+            "/ab",
+            "/b",
+            "/b/c?q=1",
+            "/a/b?q=1&p=1",
+            "*",
+        ];
+        (prop::sample::select(paths), any::<bool>(), any::<bool>(), any::<bool>()).prop_map(
+            |(path, x, y, post)| {
+                let mut r = Request::get(path);
+                for (on, name) in [(x, "x"), (y, "y")] {
+                    if on {
+                        r = r.with(name, "1");
+                    }
+                }
+                if post {
+                    r.method = Method::POST;
+                }
+                r
+            },
+        )
+    }
+
+    proptest! {
+        /// The table finds what comparing all matches pair by pair finds, walked or indexed.
+        #[test]
+        fn agrees_with_a_brute_force_reference(
+            rules in prop::collection::vec(some_rule(), 0..14), request in some_request()
+        ) {
+            let holding = rules.iter().enumerate().flat_map(|(r, rule)| {
+                let hits = (0..rule.matches.len().max(1))
+                    .filter(|&m| rule.matches.get(m).is_none_or(|m| m.holds(&request.head())));
+                hits.map(move |m| (rule, r, m)).collect::<Vec<_>>()
+            });
+            let want = holding.reduce(|best, next| if beats(next, best) { next } else { best });
+            let table = RouteTable::new(rules.clone());
+            let got = find(&table, &request.head());
+            prop_assert_eq!(got.map(|found| found.index), want.map(|(_, r, _)| r));
+        }
+
+        /// A total order: any two matches differ, and sorting does not depend on where they started.
+        #[test]
+        fn precedence_is_a_total_order(rules in prop::collection::vec(some_rule(), 2..8)) {
+            let table = RouteTable::new(rules);
+            let ranks: Vec<_> = table.0.entries.iter().map(|entry| &entry.rank).collect();
+            for (i, a) in ranks.iter().enumerate() {
+                for (j, b) in ranks.iter().enumerate() {
+                    prop_assert_eq!(i.cmp(&j), a.cmp(b));
+                }
+            }
+        }
+
+        /// With a source that covers the range evenly, each backend gets its weight and no more.
+        #[test]
+        fn weights_partition_the_range(weights in prop::collection::vec(0u32..20, 1..6)) {
+            let total: u64 = weights.iter().map(|&w| u64::from(w)).sum();
+            prop_assume!(total > 0);
+            let rule = backends(&weights);
+            let mut seen = vec![0u32; weights.len()];
+            for point in 0..total {
+                // The middle of the point's share of the 64-bit range.
+                let draw = ((u128::from(point) << 64) / u128::from(total)) as u64 + u64::MAX / total / 2;
+                seen[pick_backend(&rule, &mut Fixed(draw)).unwrap().backend] += 1;
+            }
+            prop_assert_eq!(seen, weights);
+        }
+
+        #[test]
+        fn any_request_is_handled(path in any::<String>(), query in prop::option::of(any::<String>()), host in any::<String>()) {
+            let rules = ["/a", "/é", "/a/b", "/c", "/d", "/e", "/f", "/g", "/h", "/i"];
+            let rules = rules.map(|p| Rule { hosts: vec![text("*.é")], ..rule("a", 0, vec![path_and_query(p)]) });
+            let table = RouteTable::new(rules.to_vec());
+            let mut r = Request::get("/");
+            (r.path, r.query, r.host) = (path, query, host);
+            let _ = find(&table, &r.head());
+            let _ = rewrite_path(&PathEdit::Prefix(text("/é")), Some("/a"), &r.path);
+        }
+    }
+
+    fn path_and_query(p: &str) -> Match {
+        Match { query: vec![query("é", "1")], ..path(prefix(p)) }
+    }
+}
