@@ -1,0 +1,228 @@
+//! Log lines: never in the way of a request.
+//!
+//! Why an own writer: standard output is a pipe that somebody else empties. When nobody does, a write
+//! blocks, and with it the worker that wrote. Here a line goes into a bounded queue that one thread
+//! empties; when it is full the line is dropped and counted (`weft_log_lines_dropped_total`).
+//!
+//! Why untrusted text is logged with `?`: what a caller sent is quoted and escaped, so no caller can forge
+//! a line.
+
+use std::{
+    io::{self, Write},
+    net::SocketAddr,
+    sync::{
+        Arc,
+        mpsc::{Receiver, SyncSender, TrySendError, sync_channel},
+    },
+    time::Duration,
+};
+
+use tracing::info;
+use tracing_subscriber::{
+    EnvFilter, Registry, fmt::MakeWriter, layer::SubscriberExt as _, reload, util::SubscriberInitExt as _,
+};
+
+use super::metrics::{Counter, Shared};
+use crate::config::LogFormat;
+
+/// Changes the filter while the sidecar runs.
+#[derive(Clone)]
+pub struct LogHandle(Option<reload::Handle<EnvFilter, Registry>>);
+
+/// A request that this sidecar answered itself.
+#[derive(Clone, Copy)]
+pub struct ProxyError<'a> {
+    /// `inbound` or `outbound`.
+    pub component: &'static str,
+    /// The code of `weft-reason`.
+    pub code: &'static str,
+    /// The error in words.
+    pub reason: &'a dyn std::fmt::Display,
+    /// Its status; 0 for a connection.
+    pub status: u16,
+    /// `x-request-id`; empty if there is none.
+    pub request_id: &'a str,
+    /// Method; empty for a connection.
+    pub method: &'a str,
+    /// Host; empty for a connection.
+    pub authority: &'a str,
+    /// Path without query: queries carry secrets.
+    pub path: &'a str,
+    /// The other end's identity, if it has shown one.
+    pub peer: Option<&'a weft_core::identity::SpiffeId>,
+    /// The other end's address.
+    pub address: Option<SocketAddr>,
+    /// The destination.
+    pub service: &'a str,
+    /// The rule's label; empty if none matched.
+    pub route: &'a str,
+    /// Attempts made.
+    pub attempts: u32,
+    /// From its head to this answer.
+    pub duration: Duration,
+}
+
+/// One access-log line: every answer that a sidecar makes has one.
+pub fn proxy_error(error: &ProxyError<'_>) {
+    info!(
+        target: "weft_proxy::access",
+        component = error.component,
+        code = error.code,
+        status = error.status,
+        request_id = ?error.request_id,
+        method = ?error.method,
+        authority = ?error.authority,
+        path = ?error.path,
+        peer = error.peer.map(weft_core::identity::SpiffeId::as_str),
+        address = error.address.map(tracing::field::display),
+        service = error.service,
+        route = error.route,
+        attempts = error.attempts,
+        duration_us = u64::try_from(error.duration.as_micros()).unwrap_or(u64::MAX),
+        "{}",
+        error.reason
+    );
+}
+
+/// Sets up logging to standard output, once a process. A second call (tests with several sidecars in one
+/// process) leaves the first in place.
+pub fn init(filter: &str, format: LogFormat, lines: usize, shared: &Arc<Shared>) -> LogHandle {
+    let filter = EnvFilter::try_new(filter).unwrap_or_else(|_| EnvFilter::new("info"));
+    let (filter, handle) = reload::Layer::new(filter);
+    let (writer, queue) = Lines::new(lines, Arc::clone(shared));
+    let layer = tracing_subscriber::fmt::layer().with_writer(writer).with_ansi(false);
+    let registry = tracing_subscriber::registry().with(filter);
+    let set = match format {
+        LogFormat::Json => registry.with(layer.json().flatten_event(true)).try_init(),
+        LogFormat::Text => registry.with(layer).try_init(),
+    };
+    if set.is_err() {
+        return LogHandle(None);
+    }
+    let thread =
+        std::thread::Builder::new().name("weft-log".into()).spawn(move || empty(&queue, io::stdout()));
+    // Without the thread lines are dropped and counted; the proxy works on.
+    drop(thread);
+    LogHandle(Some(handle))
+}
+
+impl LogHandle {
+    /// Replaces the filter.
+    ///
+    /// # Errors
+    /// Not a filter.
+    pub fn set(&self, filter: &str) -> Result<(), String> {
+        let new = EnvFilter::try_new(filter).map_err(|e| format!("{filter:?} is not a log filter: {e}"))?;
+        let Some(handle) = &self.0 else { return Err("logging is not set up by this sidecar".into()) };
+        handle.reload(new).map_err(|e| e.to_string())
+    }
+}
+
+/// Writes lines into a bounded queue.
+#[derive(Clone)]
+struct Lines {
+    queue: SyncSender<Vec<u8>>,
+    shared: Arc<Shared>,
+}
+
+impl Lines {
+    fn new(lines: usize, shared: Arc<Shared>) -> (Self, Receiver<Vec<u8>>) {
+        let (queue, receiver) = sync_channel(lines);
+        (Self { queue, shared }, receiver)
+    }
+}
+
+impl Write for Lines {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        let kept = &line[..line.len().min(MAX_LINE)];
+        match self.queue.try_send(kept.to_vec()) {
+            Ok(()) => {}
+            Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) => {
+                self.shared.count(Counter::LogLinesDropped);
+            }
+        }
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl<'a> MakeWriter<'a> for Lines {
+    type Writer = Self;
+
+    fn make_writer(&'a self) -> Self {
+        self.clone()
+    }
+}
+
+fn empty(queue: &Receiver<Vec<u8>>, mut out: impl Write) {
+    while let Ok(line) = queue.recv() {
+        // A closed pipe is nobody's fault here, and there is nowhere to say it.
+        let _ = out.write_all(&line);
+        if !line.ends_with(b"\n") {
+            let _ = out.write_all(b"\n");
+        }
+        let _ = out.flush();
+    }
+}
+
+/// The longest line: header values end far below it.
+const MAX_LINE: usize = 16 * 1024;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_blocked_pipe_drops_and_counts() {
+        let shared = Arc::new(Shared::default());
+        let (mut lines, queue) = Lines::new(2, Arc::clone(&shared));
+        for _ in 0..5 {
+            assert_eq!(lines.write(b"line\n").unwrap(), 5);
+        }
+        assert_eq!(shared.counter(Counter::LogLinesDropped), 3);
+        drop(lines);
+        let mut out = Vec::new();
+        empty(&queue, &mut out);
+        assert_eq!(out, b"line\nline\n");
+    }
+
+    #[test]
+    fn a_long_line_is_cut_and_still_ends() {
+        let (mut lines, queue) = Lines::new(2, Arc::default());
+        assert_eq!(lines.write(&vec![b'x'; MAX_LINE + 5]).unwrap(), MAX_LINE + 5);
+        drop(lines);
+        let mut out = Vec::new();
+        empty(&queue, &mut out);
+        assert_eq!(out.len(), MAX_LINE + 1);
+    }
+
+    #[test]
+    fn what_a_caller_sent_cannot_forge_a_line() {
+        let (lines, queue) = Lines::new(4, Arc::default());
+        let layer = tracing_subscriber::fmt::layer().with_writer(lines).with_ansi(false);
+        tracing::subscriber::with_default(tracing_subscriber::registry().with(layer), || {
+            proxy_error(&ProxyError {
+                component: "outbound",
+                code: "no_route",
+                reason: &"no route",
+                status: 404,
+                request_id: "1\n2026 forged",
+                method: "GET",
+                authority: "a",
+                path: "/\r\n",
+                peer: None,
+                address: None,
+                service: "shop/web:80",
+                route: "",
+                attempts: 0,
+                duration: Duration::from_millis(1),
+            });
+        });
+        let line = String::from_utf8(queue.recv().unwrap()).unwrap();
+        assert_eq!(line.matches('\n').count(), 1, "{line}");
+        assert!(line.contains("code=\"no_route\""), "{line}");
+    }
+}

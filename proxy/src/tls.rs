@@ -1,0 +1,715 @@
+//! TLS between sidecars and to the controller: TLS 1.3 only, and the peer must be exactly who was expected.
+//!
+//! Why own verifiers: rustls' stock ones verify a *name*, and a mesh verifies an *identity*. Ours take
+//! exactly one URI SAN, parsed strictly by the one parser that authorization also uses, choose the trust
+//! roots by the peer's trust domain in code (URI name constraints were ignored by webpki for years, so
+//! nothing relies on them), and leave signatures, chains, usages and revocation to webpki.
+//!
+//! Why resumption is off at both ends: a resumed session skips verification, so an expired certificate,
+//! emptied roots or a swapped key would all pass. A verifier sees the server name only, so there is one
+//! `ClientConfig` for each expected identity.
+//!
+//! The private key is made here by aws-lc and never leaves it: no bytes of it exist in this process'
+//! own memory, and aws-lc wipes its memory when the key is dropped.
+
+use std::{collections::BTreeMap, fmt, io, path::Path, sync::Arc, sync::OnceLock, time::Duration};
+
+use aws_lc_rs::{
+    rand::SystemRandom,
+    signature::{ECDSA_P256_SHA256_ASN1_SIGNING, EcdsaKeyPair, KeyPair as _},
+};
+use rustls::{
+    CertificateError, ClientConfig, DigitallySignedStruct, DistinguishedName, OtherError, ServerConfig,
+    SignatureAlgorithm, SignatureScheme,
+    client::{
+        Resumption,
+        danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
+    },
+    crypto::{CryptoProvider, aws_lc_rs as provider, verify_tls13_signature},
+    server::{
+        NoServerSessionStorage,
+        danger::{ClientCertVerified, ClientCertVerifier},
+    },
+    sign::{CertifiedKey, Signer, SigningKey, SingleCertAndKey},
+    version::TLS13,
+};
+use rustls_pki_types::{CertificateDer, ServerName, TrustAnchor, UnixTime, pem::PemObject as _};
+use webpki::{
+    CertRevocationList, EndEntityCert, ExpirationPolicy, KeyUsage, OwnedCertRevocationList,
+    RevocationOptionsBuilder, UnknownStatusPolicy,
+};
+use weft_core::identity::{IdentityError, SpiffeId, TrustDomain, Validity};
+use x509_parser::{extensions::GeneralName, prelude::FromDer as _, prelude::X509Certificate};
+
+/// ALPN of HTTP between sidecars.
+pub const ALPN_H2: &[u8] = b"weft-h2/1";
+/// ALPN of opaque TCP between sidecars.
+pub const ALPN_TCP: &[u8] = b"weft-tcp/1";
+/// ALPN of gRPC to the controller.
+const ALPN_GRPC: &[u8] = b"h2";
+
+/// What a connection between sidecars carries.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Alpn {
+    /// HTTP, over HTTP/2.
+    H2,
+    /// Bytes: one connection of the app.
+    Tcp,
+}
+
+/// This workload's certificate and key, and whom it trusts. Published by `identity.rs`; each change of
+/// any part is a new one with a higher generation.
+pub struct Material {
+    /// Who this workload is.
+    pub identity: SpiffeId,
+    /// From when to when the certificate is valid.
+    pub validity: Validity,
+    /// Grows with each publication, so that cached TLS configurations can be told apart.
+    pub generation: u64,
+    certified: Arc<CertifiedKey>,
+    trust: Trust,
+}
+
+/// Trust anchors and revocation lists by trust domain. Cheap to clone.
+#[derive(Clone, Default)]
+pub struct Trust(Arc<BTreeMap<Arc<str>, Arc<Anchors>>>);
+
+struct Anchors {
+    roots: Vec<TrustAnchor<'static>>,
+    crls: Vec<Arc<CertRevocationList<'static>>>,
+}
+
+/// A P-256 key that lives inside aws-lc. Cheap to clone; never printed or exported.
+#[derive(Clone)]
+pub struct WorkloadKey(Arc<EcdsaKeyPair>);
+
+/// Why TLS could not be set up, or why a peer was refused.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum TlsError {
+    /// The certificate is not DER, or an extension in it is not.
+    #[error("certificate does not parse: {0}")]
+    Parse(&'static str),
+    /// The peer sent no certificate.
+    #[error("no certificate")]
+    NoCertificate,
+    /// Not exactly one URI SAN.
+    #[error("certificate has {0} URI names; an identity is exactly one")]
+    UriNames(usize),
+    /// The URI SAN is not an identity of the accepted shape.
+    #[error("certificate's URI name is not an identity: {0}")]
+    Identity(#[from] IdentityError),
+    /// The peer is somebody else.
+    #[error("peer is {actual}, expected {expected}")]
+    Mismatch {
+        /// Who was expected.
+        expected: SpiffeId,
+        /// Who answered.
+        actual: SpiffeId,
+    },
+    /// The peer's trust domain is not accepted, or nothing is trusted for it.
+    #[error("trust domain of {0} is not accepted")]
+    TrustDomain(SpiffeId),
+    /// The key in the certificate must not make signatures.
+    #[error("certificate's key usage lacks digitalSignature")]
+    KeyUsage,
+    /// The chain is longer than any real one.
+    #[error("certificate chain of {certificates} certificates and {bytes} bytes is above the limit")]
+    ChainTooLong {
+        /// How many certificates.
+        certificates: usize,
+        /// How many bytes in all.
+        bytes: usize,
+    },
+    /// The chain does not lead to a root, is expired, revoked, or has the wrong usage.
+    #[error("certificate chain is not valid: {0}")]
+    Chain(webpki::Error),
+    /// A bundle without roots would trust nobody; an earlier bundle, if any, stays.
+    #[error("trust bundle has {0} roots; between 1 and {MAX_ROOTS} are usable")]
+    Bundle(usize),
+    /// A root or revocation list that does not parse.
+    #[error("trust bundle: {0}")]
+    Anchor(webpki::Error),
+    /// The issued certificate is for another key than the one that was sent.
+    #[error("issued certificate is for another key")]
+    OtherKey,
+    /// A file of trust anchors could not be read.
+    #[error("trust anchors {0}: {1}")]
+    File(String, String),
+    /// rustls refused the parameters.
+    #[error("TLS setup: {0}")]
+    Setup(#[from] rustls::Error),
+    /// The key could not be made or used.
+    #[error("key: {0}")]
+    Key(&'static str),
+}
+
+/// A client's configuration: the peer must be exactly `expected`. The caller caches it by
+/// (generation, identity, ALPN) and sends the endpoint's `PodUid::server_name()` as server name.
+///
+/// # Errors
+/// The provider refuses the parameters.
+pub fn client_config(
+    material: &Material,
+    expected: &SpiffeId,
+    alpn: Alpn,
+) -> Result<Arc<ClientConfig>, TlsError> {
+    client(&material.trust, expected, Some(&material.certified), alpn.name())
+}
+
+/// A server's configuration: a client must show a certificate of one of `trust_domains`.
+///
+/// # Errors
+/// The provider refuses the parameters.
+pub fn server_config(
+    material: &Material,
+    trust_domains: &[TrustDomain],
+) -> Result<Arc<ServerConfig>, TlsError> {
+    let verifier = ClientVerifier {
+        trust: material.trust.clone(),
+        accepted: trust_domains.iter().map(|td| td.as_str().into()).collect(),
+    };
+    let mut config = ServerConfig::builder_with_provider(crypto())
+        .with_protocol_versions(&[&TLS13])?
+        .with_client_cert_verifier(Arc::new(verifier))
+        .with_cert_resolver(Arc::new(SingleCertAndKey::from(Arc::clone(&material.certified))));
+    config.alpn_protocols = vec![ALPN_H2.to_vec(), ALPN_TCP.to_vec()];
+    config.session_storage = Arc::new(NoServerSessionStorage {});
+    config.send_tls13_tickets = 0;
+    config.max_early_data_size = 0;
+    Ok(Arc::new(config))
+}
+
+/// A client's configuration for gRPC to the controller, with the workload's certificate (discovery,
+/// telemetry) or without (certify: there may be none yet).
+///
+/// # Errors
+/// The provider refuses the parameters.
+pub(crate) fn controller_config(
+    trust: &Trust,
+    controller: &SpiffeId,
+    material: Option<&Material>,
+) -> Result<Arc<ClientConfig>, TlsError> {
+    client(trust, controller, material.map(|m| &m.certified), ALPN_GRPC)
+}
+
+fn client(
+    trust: &Trust,
+    expected: &SpiffeId,
+    certified: Option<&Arc<CertifiedKey>>,
+    alpn: &[u8],
+) -> Result<Arc<ClientConfig>, TlsError> {
+    let verifier = ServerVerifier { trust: trust.clone(), expected: expected.clone() };
+    let builder = ClientConfig::builder_with_provider(crypto())
+        .with_protocol_versions(&[&TLS13])?
+        .dangerous() // not weaker: a stricter verifier than the stock one
+        .with_custom_certificate_verifier(Arc::new(verifier));
+    let mut config = match certified {
+        Some(key) => builder.with_client_cert_resolver(Arc::new(SingleCertAndKey::from(Arc::clone(key)))),
+        None => builder.with_no_client_auth(),
+    };
+    config.alpn_protocols = vec![alpn.to_vec()];
+    config.resumption = Resumption::disabled();
+    config.enable_early_data = false;
+    Ok(Arc::new(config))
+}
+
+/// The identity in a peer's certificate: exactly one URI SAN, parsed strictly. Other kinds of names
+/// beside it are ignored. Only meaningful for a chain that a verifier of this module accepted.
+///
+/// # Errors
+/// No certificate, not exactly one URI SAN, or not an identity.
+pub fn peer_identity(certs: &[CertificateDer<'_>]) -> Result<SpiffeId, TlsError> {
+    let leaf = certs.first().ok_or(TlsError::NoCertificate)?;
+    identity_of(&parse(leaf)?)
+}
+
+/// From when to when a peer's certificate is valid, so that an established connection can end with it.
+///
+/// # Errors
+/// No certificate, or one that does not parse.
+pub fn peer_validity(certs: &[CertificateDer<'_>]) -> Result<Validity, TlsError> {
+    let leaf = certs.first().ok_or(TlsError::NoCertificate)?;
+    validity_of(&parse(leaf)?)
+}
+
+/// Whether a failed handshake says that the peer is not who it must be (or that it says so of us):
+/// nothing was sent, the endpoint failed, and another one may be tried whatever the method.
+pub fn is_identity_failure(error: &io::Error) -> bool {
+    use rustls::AlertDescription as Alert;
+    let Some(error) = error.get_ref().and_then(|e| e.downcast_ref::<rustls::Error>()) else { return false };
+    match error {
+        rustls::Error::InvalidCertificate(_) | rustls::Error::NoCertificatesPresented => true,
+        rustls::Error::AlertReceived(alert) => matches!(
+            alert,
+            Alert::BadCertificate
+                | Alert::UnsupportedCertificate
+                | Alert::CertificateRevoked
+                | Alert::CertificateExpired
+                | Alert::CertificateUnknown
+                | Alert::UnknownCA
+                | Alert::AccessDenied
+                | Alert::UnrecognisedName
+                | Alert::CertificateRequired
+        ),
+        #[expect(clippy::wildcard_enum_match_arm, reason = "non-exhaustive; only these are about identity")]
+        _ => false,
+    }
+}
+
+impl Alpn {
+    /// Its name on the wire.
+    pub fn name(self) -> &'static [u8] {
+        match self {
+            Self::H2 => ALPN_H2,
+            Self::Tcp => ALPN_TCP,
+        }
+    }
+
+    /// The kind that a handshake agreed on.
+    pub fn from_name(name: &[u8]) -> Option<Self> {
+        match name {
+            ALPN_H2 => Some(Self::H2),
+            ALPN_TCP => Some(Self::Tcp),
+            _ => None,
+        }
+    }
+}
+
+impl Material {
+    /// Joins an issued chain with its key and with whom to trust. The chain must be for this key, must
+    /// hold exactly one identity, and must lead to a root of its own trust domain: what we would not
+    /// accept from a peer is not shown to one. `now` is the issuer's clock: our own may be wrong.
+    ///
+    /// # Errors
+    /// Any of these.
+    pub fn new(
+        generation: u64,
+        key: &WorkloadKey,
+        chain: Vec<CertificateDer<'static>>,
+        trust: Trust,
+        now: UnixTime,
+    ) -> Result<Self, TlsError> {
+        let leaf = chain.first().ok_or(TlsError::NoCertificate)?;
+        let parsed = parse(leaf)?;
+        if &*parsed.public_key().subject_public_key.data != key.public() {
+            return Err(TlsError::OtherKey);
+        }
+        let validity = validity_of(&parsed)?;
+        let identity = verify(&trust, leaf, chain.get(1..).unwrap_or_default(), now, Role::Client)?;
+        let certified = CertifiedKey::new(chain, Arc::new(key.clone()));
+        Ok(Self { identity, validity, generation, certified: Arc::new(certified), trust })
+    }
+
+    /// The same certificate with other trust.
+    #[must_use]
+    pub fn with_trust(&self, generation: u64, trust: Trust) -> Self {
+        Self {
+            identity: self.identity.clone(),
+            validity: self.validity,
+            generation,
+            certified: Arc::clone(&self.certified),
+            trust,
+        }
+    }
+
+    /// Whom this workload trusts.
+    pub fn trust(&self) -> &Trust {
+        &self.trust
+    }
+}
+
+impl Trust {
+    /// The same trust with `domain`'s roots and revocation lists replaced.
+    ///
+    /// # Errors
+    /// No root at all, too many, or one that does not parse: the caller keeps what it had.
+    pub fn with<B: AsRef<[u8]>>(
+        &self,
+        domain: &TrustDomain,
+        roots_der: &[B],
+        crls_der: &[B],
+    ) -> Result<Self, TlsError> {
+        if roots_der.is_empty() || roots_der.len() > MAX_ROOTS || crls_der.len() > MAX_ROOTS {
+            return Err(TlsError::Bundle(roots_der.len()));
+        }
+        let root = |der: &B| {
+            let der = CertificateDer::from(der.as_ref());
+            webpki::anchor_from_trusted_cert(&der).map(|anchor| anchor.to_owned()).map_err(TlsError::Anchor)
+        };
+        let crl = |der: &B| {
+            OwnedCertRevocationList::from_der(der.as_ref())
+                .map(|crl| Arc::new(CertRevocationList::Owned(crl)))
+                .map_err(TlsError::Anchor)
+        };
+        let anchors = Anchors {
+            roots: roots_der.iter().map(root).collect::<Result<_, _>>()?,
+            crls: crls_der.iter().map(crl).collect::<Result<_, _>>()?,
+        };
+        let mut domains = BTreeMap::clone(&self.0);
+        domains.insert(domain.as_str().into(), Arc::new(anchors));
+        Ok(Self(Arc::new(domains)))
+    }
+
+    /// The same trust without `domain`.
+    #[must_use]
+    pub fn without(&self, domain: &TrustDomain) -> Self {
+        let mut domains = BTreeMap::clone(&self.0);
+        domains.remove(domain.as_str());
+        Self(Arc::new(domains))
+    }
+
+    /// What either trusts: while one of them may be older than a rotation.
+    #[must_use]
+    pub fn merged(&self, other: &Self) -> Self {
+        let mut domains = BTreeMap::clone(&self.0);
+        for (domain, theirs) in &*other.0 {
+            let both = match domains.get(domain) {
+                None => Arc::clone(theirs),
+                Some(ours) => Arc::new(Anchors {
+                    roots: ours.roots.iter().chain(&theirs.roots).cloned().collect(),
+                    crls: ours.crls.iter().chain(&theirs.crls).cloned().collect(),
+                }),
+            };
+            domains.insert(Arc::clone(domain), both);
+        }
+        Self(Arc::new(domains))
+    }
+
+    /// `other`'s domains in place of these, and the rest of these.
+    #[must_use]
+    pub fn overridden_by(&self, other: &Self) -> Self {
+        let mut domains = BTreeMap::clone(&self.0);
+        domains.extend(other.0.iter().map(|(domain, anchors)| (Arc::clone(domain), Arc::clone(anchors))));
+        Self(Arc::new(domains))
+    }
+
+    /// Trust for one domain from a PEM file, read now: a root may rotate while a container restarts.
+    ///
+    /// # Errors
+    /// The file cannot be read, or holds no usable certificate.
+    pub fn from_file(domain: &TrustDomain, path: &Path) -> Result<Self, TlsError> {
+        let fail = |e: &dyn fmt::Display| TlsError::File(path.display().to_string(), e.to_string());
+        let size = std::fs::metadata(path).map_err(|e| fail(&e))?.len();
+        if size > MAX_ANCHOR_FILE {
+            return Err(fail(&format_args!("{size} bytes is above the limit of {MAX_ANCHOR_FILE}")));
+        }
+        let pem = std::fs::read(path).map_err(|e| fail(&e))?;
+        let roots =
+            CertificateDer::pem_slice_iter(&pem).collect::<Result<Vec<_>, _>>().map_err(|e| fail(&e))?;
+        Self::default().with(domain, &roots, &[])
+    }
+
+    /// How many roots are trusted for a domain.
+    pub fn roots(&self, domain: &str) -> usize {
+        self.0.get(domain).map_or(0, |anchors| anchors.roots.len())
+    }
+
+    /// The domains that anything is trusted for.
+    pub fn domains(&self) -> impl Iterator<Item = &str> {
+        self.0.keys().map(|domain| &**domain)
+    }
+}
+
+impl WorkloadKey {
+    /// Makes a key.
+    ///
+    /// # Errors
+    /// The system's random source failed.
+    pub fn generate() -> Result<Self, TlsError> {
+        EcdsaKeyPair::generate(&ECDSA_P256_SHA256_ASN1_SIGNING)
+            .map(|key| Self(Arc::new(key)))
+            .map_err(|_| TlsError::Key("cannot be generated"))
+    }
+
+    fn public(&self) -> &[u8] {
+        self.0.public_key().as_ref()
+    }
+}
+
+impl rcgen::PublicKeyData for WorkloadKey {
+    fn der_bytes(&self) -> &[u8] {
+        self.public()
+    }
+
+    fn algorithm(&self) -> &'static rcgen::SignatureAlgorithm {
+        &rcgen::PKCS_ECDSA_P256_SHA256
+    }
+}
+
+impl rcgen::SigningKey for WorkloadKey {
+    fn sign(&self, message: &[u8]) -> Result<Vec<u8>, rcgen::Error> {
+        let signature =
+            self.0.sign(&SystemRandom::new(), message).map_err(|_| rcgen::Error::RingUnspecified)?;
+        Ok(signature.as_ref().to_vec())
+    }
+}
+
+impl SigningKey for WorkloadKey {
+    fn choose_scheme(&self, offered: &[SignatureScheme]) -> Option<Box<dyn Signer>> {
+        let ours = SignatureScheme::ECDSA_NISTP256_SHA256;
+        offered.contains(&ours).then(|| Box::new(self.clone()) as Box<dyn Signer>)
+    }
+
+    fn algorithm(&self) -> SignatureAlgorithm {
+        SignatureAlgorithm::ECDSA
+    }
+}
+
+impl Signer for WorkloadKey {
+    fn sign(&self, message: &[u8]) -> Result<Vec<u8>, rustls::Error> {
+        let signature = self
+            .0
+            .sign(&SystemRandom::new(), message)
+            .map_err(|_| rustls::Error::General("signing failed".into()))?;
+        Ok(signature.as_ref().to_vec())
+    }
+
+    fn scheme(&self) -> SignatureScheme {
+        SignatureScheme::ECDSA_NISTP256_SHA256
+    }
+}
+
+/// On the server's side: whoever comes from an accepted trust domain, proven by that domain's roots.
+#[derive(Debug)]
+struct ClientVerifier {
+    trust: Trust,
+    accepted: Vec<Arc<str>>,
+}
+
+/// On the client's side: exactly one identity.
+#[derive(Debug)]
+struct ServerVerifier {
+    trust: Trust,
+    expected: SpiffeId,
+}
+
+impl ClientCertVerifier for ClientVerifier {
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        &[] // callers need no hint, and strangers get none
+    }
+
+    fn verify_client_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<ClientCertVerified, rustls::Error> {
+        let identity = verify(&self.trust, end_entity, intermediates, now, Role::Client).map_err(refuse)?;
+        if !self.accepted.iter().any(|domain| **domain == *identity.trust_domain()) {
+            return Err(refuse(TlsError::TrustDomain(identity)));
+        }
+        Ok(ClientCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _message: &[u8],
+        _cert: &CertificateDer<'_>,
+        _dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        Err(rustls::Error::General("TLS 1.3 only".into()))
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls13_signature(message, cert, dss, &crypto().signature_verification_algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        crypto().signature_verification_algorithms.supported_schemes()
+    }
+}
+
+impl ServerCertVerifier for ServerVerifier {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        _server_name: &ServerName<'_>, // names the pod, which inbound checks; who it is, is checked here
+        _ocsp_response: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        let identity = verify(&self.trust, end_entity, intermediates, now, Role::Server).map_err(refuse)?;
+        if identity != self.expected {
+            let mismatch = TlsError::Mismatch { expected: self.expected.clone(), actual: identity };
+            return Err(refuse(mismatch));
+        }
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _message: &[u8],
+        _cert: &CertificateDer<'_>,
+        _dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        Err(rustls::Error::General("TLS 1.3 only".into()))
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls13_signature(message, cert, dss, &crypto().signature_verification_algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        crypto().signature_verification_algorithms.supported_schemes()
+    }
+}
+
+#[derive(Clone, Copy)]
+enum Role {
+    Client,
+    Server,
+}
+
+/// The whole of what makes a peer believable: bounded chain, one strict identity, roots of *its* trust
+/// domain, usage, validity with skew, revocation.
+fn verify(
+    trust: &Trust,
+    end_entity: &CertificateDer<'_>,
+    intermediates: &[CertificateDer<'_>],
+    now: UnixTime,
+    role: Role,
+) -> Result<SpiffeId, TlsError> {
+    let certificates = 1 + intermediates.len();
+    let bytes = end_entity.len() + intermediates.iter().map(|cert| cert.len()).sum::<usize>();
+    if certificates > MAX_CHAIN || bytes > MAX_CHAIN_BYTES {
+        return Err(TlsError::ChainTooLong { certificates, bytes });
+    }
+    let parsed = parse(end_entity)?;
+    let identity = identity_of(&parsed)?;
+    let usage = parsed.key_usage().map_err(|_| TlsError::Parse("key usage"))?;
+    if usage.is_some_and(|usage| !usage.value.digital_signature()) {
+        return Err(TlsError::KeyUsage);
+    }
+    let domain = trust.0.get(identity.trust_domain());
+    let anchors = domain.ok_or_else(|| TlsError::TrustDomain(identity.clone()))?;
+
+    let cert = EndEntityCert::try_from(end_entity).map_err(TlsError::Chain)?;
+    let at = |time: UnixTime| {
+        let usage = match role {
+            Role::Client => KeyUsage::client_auth(),
+            Role::Server => KeyUsage::server_auth(),
+        };
+        let crls: Vec<_> = anchors.crls.iter().map(|crl| &**crl).collect();
+        // A list that covers the certificate decides, fresh or stale; without one nothing is revoked.
+        let revocation = RevocationOptionsBuilder::new(&crls).ok().map(|options| {
+            options
+                .with_status_policy(UnknownStatusPolicy::Allow)
+                .with_expiration_policy(ExpirationPolicy::Ignore)
+                .build()
+        });
+        let algorithms = crypto().signature_verification_algorithms.all;
+        cert.verify_for_usage(algorithms, &anchors.roots, intermediates, time, usage, revocation, None)
+            .map(|_| ())
+    };
+    let shifted = |seconds: u64| UnixTime::since_unix_epoch(Duration::from_secs(seconds));
+    let result = match at(now) {
+        Err(webpki::Error::CertExpired { .. }) => at(shifted(now.as_secs().saturating_sub(SKEW.as_secs()))),
+        Err(webpki::Error::CertNotValidYet { .. }) => at(shifted(now.as_secs() + SKEW.as_secs())),
+        decided => decided,
+    };
+    result.map_err(TlsError::Chain)?;
+    Ok(identity)
+}
+
+fn parse<'a>(der: &'a CertificateDer<'_>) -> Result<X509Certificate<'a>, TlsError> {
+    let (rest, cert) = X509Certificate::from_der(der).map_err(|_| TlsError::Parse("not DER"))?;
+    if !rest.is_empty() {
+        return Err(TlsError::Parse("bytes after the certificate"));
+    }
+    Ok(cert)
+}
+
+fn identity_of(cert: &X509Certificate<'_>) -> Result<SpiffeId, TlsError> {
+    let names = cert.subject_alternative_name().map_err(|_| TlsError::Parse("alternative names"))?;
+    let names = names.map(|names| names.value.general_names.as_slice()).unwrap_or_default();
+    if names.iter().any(|name| matches!(name, GeneralName::Invalid(..))) {
+        return Err(TlsError::Parse("alternative names"));
+    }
+    let mut uris = names.iter().filter_map(|name| match name {
+        GeneralName::URI(uri) => Some(*uri),
+        #[expect(clippy::wildcard_enum_match_arm, reason = "every other kind of name is not an identity")]
+        _ => None,
+    });
+    let (Some(uri), None) = (uris.next(), uris.next()) else {
+        let count = names.iter().filter(|name| matches!(name, GeneralName::URI(_))).count();
+        return Err(TlsError::UriNames(count));
+    };
+    Ok(uri.parse()?)
+}
+
+fn validity_of(cert: &X509Certificate<'_>) -> Result<Validity, TlsError> {
+    let time = |at: x509_parser::time::ASN1Time| {
+        let seconds = u64::try_from(at.timestamp()).map_err(|_| TlsError::Parse("validity"))?;
+        std::time::UNIX_EPOCH
+            .checked_add(Duration::from_secs(seconds))
+            .filter(|_| seconds < MAX_SECONDS)
+            .ok_or(TlsError::Parse("validity"))
+    };
+    let validity = cert.validity();
+    Ok(Validity { not_before: time(validity.not_before)?, not_after: time(validity.not_after)? })
+}
+
+fn refuse(error: TlsError) -> rustls::Error {
+    rustls::Error::InvalidCertificate(CertificateError::Other(OtherError(Arc::new(error))))
+}
+
+/// One provider for everything: aws-lc, the hybrid key exchange first.
+fn crypto() -> Arc<CryptoProvider> {
+    static PROVIDER: OnceLock<Arc<CryptoProvider>> = OnceLock::new();
+    let make = || {
+        let mut crypto = provider::default_provider();
+        crypto.kx_groups = vec![
+            provider::kx_group::X25519MLKEM768,
+            provider::kx_group::X25519,
+            provider::kx_group::SECP256R1,
+        ];
+        Arc::new(crypto)
+    };
+    Arc::clone(PROVIDER.get_or_init(make))
+}
+
+impl fmt::Debug for Material {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Material")
+            .field("identity", &self.identity)
+            .field("validity", &self.validity)
+            .field("generation", &self.generation)
+            .field("trust", &self.trust)
+            .finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for Trust {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_map().entries(self.0.iter().map(|(domain, anchors)| (domain, anchors.roots.len()))).finish()
+    }
+}
+
+impl fmt::Debug for WorkloadKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("WorkloadKey")
+    }
+}
+
+/// Clocks of two nodes may differ by so much (behaviours: certificates still work).
+const SKEW: Duration = Duration::from_secs(300);
+/// Longest chain: a workload certificate, its issuers, and room for cross-signing.
+const MAX_CHAIN: usize = 10;
+/// And in bytes; a real chain has 2 KiB.
+const MAX_CHAIN_BYTES: usize = 64 * 1024;
+/// Roots of one trust domain: several while one rotates, not thousands to search through.
+const MAX_ROOTS: usize = 100;
+/// A file of anchors larger than this is not one.
+const MAX_ANCHOR_FILE: u64 = 4 * 1024 * 1024;
+/// The year 9999, where X.509's time ends: keeps arithmetic on it from overflowing.
+const MAX_SECONDS: u64 = 253_402_300_800;
