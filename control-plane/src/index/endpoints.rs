@@ -1,0 +1,138 @@
+//! A service port → its endpoints.
+//!
+//! Why pods stand in where there are no slices: a user with a folder should write a Service and Pods and
+//! be done. In a cluster the slices are always there, and then they alone count.
+
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
+
+use weft_core::{
+    identity::PodUid,
+    policy::{Endpoint, EndpointHealth, ServiceName, Tunnel},
+};
+
+use super::{
+    Index, Name, PodEntry, ServiceEntry, ServiceKind, ServicePort, SliceEndpoint, TELEMETRY_LABELS, hash,
+};
+
+impl Index {
+    /// The endpoints of one service port, by pod uid; `None` if there is no such port.
+    pub fn endpoints(&self, service: &ServiceName) -> Option<BTreeMap<PodUid, Endpoint>> {
+        let name: Name = (service.namespace.clone(), service.name.clone());
+        let entry = self.services.get(&name).filter(|entry| entry.kind != ServiceKind::External)?;
+        let port = entry.port(service.port)?;
+        let mut found = BTreeMap::new();
+        if self.slices_of(&name).next().is_some() {
+            self.from_slices(&name, port, &mut found);
+        } else {
+            self.from_pods(&name, entry, port, &mut found);
+        }
+        Some(found)
+    }
+
+    fn from_slices(&self, service: &Name, port: &ServicePort, found: &mut BTreeMap<PodUid, Endpoint>) {
+        for slice in self.slices_of(service) {
+            let named = slice.ports.iter().find(|(name, _)| *name == port.name);
+            // A service's only port may be unnamed on one side.
+            let only = (slice.ports.len() == 1).then(|| &slice.ports[0]);
+            let Some((_, target)) = named.or(only) else { continue };
+            for endpoint in &slice.endpoints {
+                for address in &endpoint.addresses {
+                    let endpoint = self.from_slice(service, endpoint, *address, *target);
+                    // One entry a pod: its first address family, as the pod itself lists them.
+                    let keep_old =
+                        found.get(&endpoint.uid).is_some_and(|old: &Endpoint| self.prefers(old, &endpoint));
+                    if !keep_old {
+                        found.insert(endpoint.uid.clone(), endpoint);
+                    }
+                }
+            }
+        }
+    }
+
+    fn from_slice(&self, service: &Name, from: &SliceEndpoint, address: IpAddr, target: u16) -> Endpoint {
+        let by_ref = match (&from.pod_uid, &from.pod_name) {
+            (Some(uid), _) => self.pod_by_uid(uid),
+            (None, Some(name)) => self.pods.get_key_value(name),
+            (None, None) => self.pod_by_ip(address),
+        };
+        if let Some((_, pod)) = by_ref {
+            // Whoever says that a pod is going away is right.
+            let health = match (from.health, pod.health) {
+                (EndpointHealth::Draining, _) | (_, EndpointHealth::Draining) => EndpointHealth::Draining,
+                (health, _) => health,
+            };
+            let zone = from.zone.clone().unwrap_or_else(|| pod.zone.clone());
+            return Endpoint { health, zone, ..pod.endpoint(SocketAddr::new(address, target)) };
+        }
+        let uid = from.pod_uid.clone().unwrap_or_else(|| anonymous(service, address, target));
+        Endpoint {
+            uid,
+            address: SocketAddr::new(address, target),
+            weight: 1,
+            health: from.health,
+            identity: None,
+            tunnel: Tunnel::None,
+            zone: from.zone.clone().unwrap_or_default(),
+            labels: BTreeMap::new(),
+        }
+    }
+
+    fn prefers(&self, old: &Endpoint, new: &Endpoint) -> bool {
+        let first = self.pod_by_uid(&old.uid).and_then(|(_, pod)| pod.ips.first().copied());
+        match first {
+            Some(first) => first != new.address.ip(),
+            None => old.address <= new.address,
+        }
+    }
+
+    fn from_pods(
+        &self,
+        name: &Name,
+        service: &ServiceEntry,
+        port: &ServicePort,
+        found: &mut BTreeMap<PodUid, Endpoint>,
+    ) {
+        for (_, pod) in self.pods_of(name, service) {
+            let (Some(target), Some(ip)) = (port.target_on(pod), pod.ips.first()) else { continue };
+            let mut endpoint = pod.endpoint(SocketAddr::new(*ip, target));
+            if service.publish_not_ready && endpoint.health == EndpointHealth::Unhealthy {
+                endpoint.health = EndpointHealth::Healthy;
+            }
+            found.insert(pod.uid.clone(), endpoint);
+        }
+    }
+}
+
+impl PodEntry {
+    /// The pod as the endpoint at `address`.
+    pub(crate) fn endpoint(&self, address: SocketAddr) -> Endpoint {
+        let skipped = self.skipped.iter().any(|range| range.contains(&address.port()));
+        let meshed = self.injected && !skipped && self.identity.is_some();
+        let labels = TELEMETRY_LABELS.iter().filter_map(|key| {
+            let value = self.labels.get(*key)?;
+            Some((Arc::from(*key), Arc::from(value.as_str())))
+        });
+        Endpoint {
+            uid: self.uid.clone(),
+            address,
+            weight: self.weight,
+            health: self.health,
+            identity: if meshed { self.identity.clone() } else { None },
+            tunnel: if meshed { Tunnel::Weft } else { Tunnel::None },
+            zone: self.zone.clone(),
+            labels: labels.collect(),
+        }
+    }
+}
+
+/// An endpoint that no pod stands behind still needs a stable name.
+fn anonymous(service: &Name, address: IpAddr, port: u16) -> PodUid {
+    let text = format!("{}/{}/{address}:{port}", service.0, service.1);
+    let uid = format!("x-{:016x}", hash(text.as_bytes()));
+    // Letters and digits only: it cannot be refused.
+    PodUid::new(&uid).unwrap_or_else(|_| unreachable!("a hexadecimal number is a uid"))
+}

@@ -1,0 +1,294 @@
+//! What one workload is told about itself: its ports, who may call them, and the mesh around it.
+//!
+//! Why the default flips: as soon as one allow policy selects a port, what no rule allows there is
+//! denied. A list of who may call that lets everybody else in too would be no list.
+
+use std::{collections::BTreeSet, sync::Arc};
+
+use ipnet::IpNet;
+use weft_core::{
+    identity::{PodUid, SpiffeId, TrustDomain},
+    policy::{
+        Action, Authorization, AuthzRule, DETECT_TIMEOUT, Egress, HttpMatch, InboundPolicy, MtlsMode,
+        PortPolicy, Protocol, SourceMatch, StringMatch,
+    },
+};
+
+use super::{Index, Meta, Name, PodEntry, in_namespace, is_subset, outbound::object_ref};
+use crate::resources::{
+    Kind,
+    policy::{self, AuthorizationPolicySpec, Mtls, Operation, Source},
+    values::TextPattern,
+};
+
+/// Ports of a workload that a policy is about.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Ports {
+    /// All of them, named or not.
+    All,
+    /// These.
+    Some(BTreeSet<u16>),
+}
+
+impl Index {
+    /// One workload's own policy; `None` if there is no such workload.
+    pub fn workload(&self, uid: &PodUid) -> Option<(InboundPolicy, Meta)> {
+        let (name, pod) = self.pod_by_uid(uid)?;
+        let identity = pod.identity.clone()?;
+        let mesh = self.mesh_config().map(|(_, entry)| entry.spec.clone()).unwrap_or_default();
+        let policies = self.policies_of(name, pod);
+        let mut numbers: BTreeSet<u16> = pod.ports.iter().map(|(_, port)| *port).collect();
+        numbers.extend(self.service_targets(name, pod));
+        for (_, _, ports, _) in &policies {
+            if let Ports::Some(ports) = ports {
+                numbers.extend(ports);
+            }
+        }
+        numbers.remove(&0);
+        let port_policy = |port: Option<u16>| {
+            Arc::new(PortPolicy {
+                protocol: port.map_or(Protocol::Detect, |port| self.port_protocol(name, pod, port)),
+                detect_timeout: DETECT_TIMEOUT,
+                mtls: mtls(&policies, port, mesh.mtls),
+                authorization: Arc::new(self.authorization(name, pod, &policies, port, mesh.authorization)),
+            })
+        };
+        let mut trust_domains = vec![self.trust_domain.clone()];
+        for domain in &mesh.trust_domains {
+            if !trust_domains.contains(&domain.0) {
+                trust_domains.push(domain.0.clone());
+            }
+        }
+        let policy = InboundPolicy {
+            identity,
+            ports: numbers.into_iter().map(|port| (port, port_policy(Some(port)))).collect(),
+            default_port: port_policy(None),
+            mesh_ranges: mesh_ranges(&mesh),
+            egress: match mesh.egress {
+                Some(policy::Action::Deny) => Egress::Deny,
+                Some(policy::Action::Allow) | None => Egress::Allow,
+            },
+            trust_domains,
+        };
+        Some((policy, pod.meta.clone()))
+    }
+
+    /// Trust domains whose roots sidecars need.
+    pub fn trust_domain(&self) -> &TrustDomain {
+        &self.trust_domain
+    }
+
+    /// The identity of a workload.
+    pub fn identity(&self, uid: &PodUid) -> Option<SpiffeId> {
+        self.pod_by_uid(uid)?.1.identity.clone()
+    }
+
+    /// What a pod's port speaks, by the services that send to it, else by its own name.
+    pub(crate) fn port_protocol(&self, name: &Name, pod: &PodEntry, port: u16) -> Protocol {
+        let declared = in_namespace(&self.services, &name.0)
+            .filter(|(service_name, service)| self.is_pod_of(service_name, service, name, pod))
+            .flat_map(|(service_name, service)| service.ports.iter().map(move |p| (service_name, service, p)))
+            .filter(|(_, _, p)| p.target_on(pod) == Some(port))
+            .map(|(service_name, service, p)| self.protocol(service_name, service, p))
+            .find(|protocol| *protocol != Protocol::Detect);
+        declared.unwrap_or_else(|| {
+            let own = pod.ports.iter().find(|(_, number)| *number == port);
+            own.map_or(Protocol::Detect, |(name, _)| super::declared_protocol(None, name))
+        })
+    }
+
+    /// Ports of a pod that services send to.
+    fn service_targets<'a>(&'a self, name: &'a Name, pod: &'a PodEntry) -> impl Iterator<Item = u16> + 'a {
+        in_namespace(&self.services, &name.0)
+            .filter(move |(service_name, service)| self.is_pod_of(service_name, service, name, pod))
+            .flat_map(move |(_, service)| service.ports.iter().filter_map(|port| port.target_on(pod)))
+    }
+
+    /// Policies that select a pod, with the ports that they are about and how specific they are.
+    fn policies_of(&self, name: &Name, pod: &PodEntry) -> Vec<(&Name, &AuthorizationPolicySpec, Ports, u8)> {
+        in_namespace(&self.authz, &name.0)
+            .filter_map(|(policy_name, policy)| {
+                let ports = self.selects(policy_name, &policy.spec, name, pod)?;
+                let whole_namespace = policy.spec.target_refs.is_empty() && policy.spec.selector.is_none();
+                let rank = match (&ports, whole_namespace) {
+                    (Ports::Some(_), _) => 2,
+                    (Ports::All, false) => 1,
+                    (Ports::All, true) => 0,
+                };
+                Some((policy_name, &policy.spec, ports, rank))
+            })
+            .collect()
+    }
+
+    /// Which ports of a pod a policy is about; `None`: it is not about the pod.
+    pub(crate) fn selects(
+        &self,
+        policy: &Name,
+        spec: &AuthorizationPolicySpec,
+        pod_name: &Name,
+        pod: &PodEntry,
+    ) -> Option<Ports> {
+        if policy.0 != pod_name.0 {
+            return None;
+        }
+        let mut ports = Ports::All;
+        if let Some(selector) = &spec.selector
+            && !is_subset(&selector.match_labels, &pod.labels)
+        {
+            return None;
+        }
+        if !spec.target_refs.is_empty() {
+            let mut targets = BTreeSet::new();
+            for target in &spec.target_refs {
+                let service_name: Name = (policy.0.clone(), target.name.as_str().into());
+                let Some(service) = self.services.get(&service_name) else { continue };
+                if self.is_pod_of(&service_name, service, pod_name, pod) {
+                    let section = target.section_name.as_deref();
+                    let named = service.ports.iter().filter(|port| section.is_none_or(|s| port.is_named(s)));
+                    targets.extend(named.filter_map(|port| port.target_on(pod)));
+                }
+            }
+            if targets.is_empty() {
+                return None;
+            }
+            ports = Ports::Some(targets);
+        }
+        if !spec.ports.is_empty() {
+            let wanted: BTreeSet<u16> = spec.ports.iter().copied().collect();
+            ports = Ports::Some(match ports {
+                Ports::All => wanted,
+                Ports::Some(targets) => targets.intersection(&wanted).copied().collect(),
+            });
+        }
+        if matches!(&ports, Ports::Some(ports) if ports.is_empty()) {
+            return None;
+        }
+        Some(ports)
+    }
+
+    fn authorization(
+        &self,
+        name: &Name,
+        pod: &PodEntry,
+        policies: &[(&Name, &AuthorizationPolicySpec, Ports, u8)],
+        port: Option<u16>,
+        mesh: Option<policy::Action>,
+    ) -> Authorization {
+        let mut default = match mesh {
+            Some(policy::Action::Deny) => Action::Deny,
+            Some(policy::Action::Allow) | None => Action::Allow,
+        };
+        let mut rules = Vec::new();
+        for (policy_name, spec, ports, _) in policies {
+            let Some(action) = action_of(spec) else { continue };
+            if !is_about(ports, port) {
+                continue;
+            }
+            if action == Action::Allow {
+                default = Action::Deny;
+            }
+            let object = object_ref(Kind::AuthorizationPolicy, policy_name);
+            rules.extend(spec.rules.iter().map(|rule| AuthzRule {
+                object: object.clone(),
+                action,
+                sources: rule.from.iter().flat_map(sources).collect(),
+                http: rule.to.iter().map(http).collect(),
+            }));
+        }
+        // A policy that was never readable closes what it is about: nobody knows whom it would have let in.
+        for (policy_name, labels) in in_namespace(&self.unreadable, &name.0) {
+            if is_subset(labels, &pod.labels) && !self.authz.contains_key(policy_name) {
+                default = Action::Deny;
+                rules.push(AuthzRule {
+                    object: object_ref(Kind::AuthorizationPolicy, policy_name),
+                    action: Action::Deny,
+                    sources: Vec::new(),
+                    http: Vec::new(),
+                });
+            }
+        }
+        Authorization { default, rules, generation: 0 }
+    }
+}
+
+/// What a policy's rules do; `None`: it is only about mTLS.
+pub(crate) fn action_of(spec: &AuthorizationPolicySpec) -> Option<Action> {
+    match spec.action {
+        Some(policy::Action::Allow) => Some(Action::Allow),
+        Some(policy::Action::Deny) => Some(Action::Deny),
+        None => (!spec.rules.is_empty()).then_some(Action::Allow),
+    }
+}
+
+fn is_about(ports: &Ports, port: Option<u16>) -> bool {
+    match (ports, port) {
+        (Ports::All, _) => true,
+        (Ports::Some(ports), Some(port)) => ports.contains(&port),
+        (Ports::Some(_), None) => false,
+    }
+}
+
+/// The most specific policy that speaks of mTLS decides; among equals strict wins.
+fn mtls(
+    policies: &[(&Name, &AuthorizationPolicySpec, Ports, u8)],
+    port: Option<u16>,
+    mesh: Option<Mtls>,
+) -> MtlsMode {
+    let said = policies
+        .iter()
+        .filter(|(_, _, ports, _)| is_about(ports, port))
+        .filter_map(|(_, spec, _, rank)| Some((*rank, spec.mtls? == Mtls::Strict)))
+        .max();
+    let strict = said.map_or(mesh == Some(Mtls::Strict), |(_, strict)| strict);
+    if strict { MtlsMode::Strict } else { MtlsMode::Permissive }
+}
+
+/// A source's lists become one condition for each combination: core asks for one value each.
+pub(crate) fn sources(source: &Source) -> Vec<SourceMatch> {
+    let each = |patterns: &[TextPattern]| -> Vec<Option<StringMatch>> {
+        if patterns.is_empty() { vec![None] } else { patterns.iter().map(|p| Some(p.0.clone())).collect() }
+    };
+    let cidrs: Vec<Option<IpNet>> =
+        if source.cidrs.is_empty() { vec![None] } else { source.cidrs.iter().map(|c| Some(c.0)).collect() };
+    let not =
+        |patterns: &[TextPattern]| -> Vec<StringMatch> { patterns.iter().map(|p| p.0.clone()).collect() };
+    let mut found = Vec::new();
+    for identity in each(&source.identities) {
+        for namespace in each(&source.namespaces) {
+            for trust_domain in each(&source.trust_domains) {
+                for cidr in &cidrs {
+                    found.push(SourceMatch {
+                        identity: identity.clone(),
+                        namespace: namespace.clone(),
+                        trust_domain: trust_domain.clone(),
+                        cidr: *cidr,
+                        not_identities: not(&source.not_identities),
+                        not_namespaces: not(&source.not_namespaces),
+                    });
+                }
+            }
+        }
+    }
+    found
+}
+
+fn http(operation: &Operation) -> HttpMatch {
+    HttpMatch {
+        methods: operation.methods.iter().map(|m| m.0.clone()).collect(),
+        paths: operation.paths.iter().map(|p| p.0.clone()).collect(),
+        hosts: operation.hosts.iter().map(|h| h.0.clone()).collect(),
+        headers: operation.headers.iter().map(|h| (h.name.0.clone(), h.value.0.clone())).collect(),
+    }
+}
+
+/// Unless told, every private range is the mesh's: a pod that is dialled before anybody heard of it must
+/// be asked about, never spoken to in plaintext because it looked foreign.
+fn mesh_ranges(mesh: &policy::MeshConfigSpec) -> Vec<IpNet> {
+    if mesh.mesh_ranges.is_empty() {
+        return PRIVATE.iter().filter_map(|net| net.parse().ok()).collect();
+    }
+    mesh.mesh_ranges.iter().map(|cidr| cidr.0).collect()
+}
+
+/// RFC 1918, RFC 6598 and RFC 4193.
+const PRIVATE: [&str; 5] = ["10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "fc00::/7"];

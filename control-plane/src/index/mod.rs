@@ -1,0 +1,789 @@
+//! The state of the mesh, and what a change of it touches. Pure: no runtime, no Kubernetes client.
+//!
+//! Why three steps: an event is *applied* here and answered with the keys whose policy may differ; a key
+//! is *compiled* to core types in `outbound`, `endpoints` and `inbound`; publishing is elsewhere. A
+//! compile reads state and nothing else, so two controllers that saw the same objects say the same.
+//!
+//! Why objects are kept in compact form: a Pod is 10 KiB as Kubernetes has it, and 500 bytes of it
+//! matter to a mesh.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+    ops::RangeInclusive,
+    sync::Arc,
+};
+
+use k8s_openapi::{
+    api::{
+        core::v1::{Pod, Service},
+        discovery::v1::EndpointSlice,
+    },
+    apimachinery::pkg::{apis::meta::v1::ObjectMeta, util::intstr::IntOrString},
+};
+use weft_core::{
+    identity::{PodUid, SpiffeId, TrustDomain},
+    policy::{EndpointHealth, Protocol, ServiceName},
+};
+
+use crate::{
+    resources::{
+        INJECTED, Kind, Object, ObjectKey, SKIP_INBOUND_PORTS, WEIGHT, created,
+        gateway::{GrpcRouteSpec, HttpRouteSpec, ParentRef},
+        lookup,
+        policy::{AuthorizationPolicySpec, MeshConfigSpec, TargetRef, TrafficPolicySpec},
+    },
+    source::Origin,
+};
+
+pub mod conditions;
+pub mod endpoints;
+pub mod inbound;
+pub mod outbound;
+pub mod validate;
+
+/// What a source saw.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// An object is there, new or changed.
+    Apply {
+        /// It.
+        object: Box<Object>,
+        /// Where it stands.
+        origin: Origin,
+    },
+    /// An object is gone.
+    Delete(ObjectKey),
+    /// An authorization policy cannot be read and never could: the workloads that it is about are closed.
+    Unreadable {
+        /// The policy.
+        key: ObjectKey,
+        /// Labels of its workloads; empty: all of its namespace.
+        labels: BTreeMap<String, String>,
+    },
+}
+
+/// One thing that is compiled and published on its own.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Key {
+    /// `svc/…`, and the addresses that mean it.
+    Service(ServiceName),
+    /// `route/…`.
+    Route(ServiceName),
+    /// `ep/…/*`.
+    Endpoints(ServiceName),
+    /// `ip/<pod-ip>:*`.
+    Address(IpAddr),
+    /// `self/<uid>` and `authz/<uid>/*`.
+    Workload(PodUid),
+}
+
+/// Namespace and name.
+pub type Name = (Arc<str>, Arc<str>);
+
+/// The state.
+#[derive(Debug)]
+pub struct Index {
+    pub(crate) trust_domain: TrustDomain,
+    pub(crate) services: BTreeMap<Name, ServiceEntry>,
+    pub(crate) slices: BTreeMap<Name, SliceEntry>,
+    pub(crate) pods: BTreeMap<Name, PodEntry>,
+    pub(crate) http_routes: BTreeMap<Name, RouteEntry<HttpRouteSpec>>,
+    pub(crate) grpc_routes: BTreeMap<Name, RouteEntry<GrpcRouteSpec>>,
+    pub(crate) traffic: BTreeMap<Name, PolicyEntry<TrafficPolicySpec>>,
+    pub(crate) authz: BTreeMap<Name, PolicyEntry<AuthorizationPolicySpec>>,
+    pub(crate) unreadable: BTreeMap<Name, BTreeMap<String, String>>,
+    pub(crate) mesh: BTreeMap<Name, PolicyEntry<MeshConfigSpec>>,
+    slices_of: BTreeMap<Name, BTreeSet<Name>>,
+    by_uid: BTreeMap<PodUid, Name>,
+    by_ip: BTreeMap<IpAddr, Name>,
+    origins: BTreeMap<ObjectKey, Origin>,
+}
+
+/// What versions and precedence need of an object's metadata.
+#[derive(Clone, Debug, Default)]
+pub struct Meta {
+    pub(crate) uid: Option<Arc<str>>,
+    pub(crate) generation: Option<i64>,
+    pub(crate) created: u64,
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct ServiceEntry {
+    pub(crate) meta: Meta,
+    pub(crate) kind: ServiceKind,
+    pub(crate) ports: Vec<ServicePort>,
+    pub(crate) selector: BTreeMap<String, String>,
+    pub(crate) publish_not_ready: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum ServiceKind {
+    /// With addresses of its own.
+    Addressed(Vec<IpAddr>),
+    /// Callers dial pods.
+    Headless,
+    /// A DNS alias: nothing of the mesh.
+    External,
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct ServicePort {
+    pub(crate) name: String,
+    pub(crate) port: u16,
+    pub(crate) target: Target,
+    pub(crate) protocol: Protocol,
+}
+
+/// The pod's port that a service's port sends to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Target {
+    Number(u16),
+    /// A container's port, which may differ from pod to pod.
+    Name(String),
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct SliceEntry {
+    pub(crate) service: Name,
+    pub(crate) ports: Vec<(String, u16)>,
+    pub(crate) endpoints: Vec<SliceEndpoint>,
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct SliceEndpoint {
+    pub(crate) addresses: Vec<IpAddr>,
+    pub(crate) pod_uid: Option<PodUid>,
+    pub(crate) pod_name: Option<Name>,
+    pub(crate) health: EndpointHealth,
+    pub(crate) zone: Option<Arc<str>>,
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct PodEntry {
+    pub(crate) meta: Meta,
+    pub(crate) uid: PodUid,
+    pub(crate) ips: Vec<IpAddr>,
+    pub(crate) labels: BTreeMap<String, String>,
+    pub(crate) identity: Option<SpiffeId>,
+    pub(crate) injected: bool,
+    pub(crate) skipped: Vec<RangeInclusive<u16>>,
+    pub(crate) weight: u32,
+    pub(crate) zone: Arc<str>,
+    pub(crate) health: EndpointHealth,
+    /// Its containers' ports by name.
+    pub(crate) ports: Vec<(String, u16)>,
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct RouteEntry<S> {
+    pub(crate) meta: Meta,
+    pub(crate) spec: S,
+}
+
+#[derive(Clone, Debug)]
+pub(crate) struct PolicyEntry<S> {
+    pub(crate) meta: Meta,
+    pub(crate) spec: S,
+}
+
+impl Index {
+    /// An empty mesh whose own trust domain is `trust_domain`.
+    pub fn new(trust_domain: TrustDomain) -> Self {
+        Self {
+            trust_domain,
+            services: BTreeMap::new(),
+            slices: BTreeMap::new(),
+            pods: BTreeMap::new(),
+            http_routes: BTreeMap::new(),
+            grpc_routes: BTreeMap::new(),
+            traffic: BTreeMap::new(),
+            authz: BTreeMap::new(),
+            unreadable: BTreeMap::new(),
+            mesh: BTreeMap::new(),
+            slices_of: BTreeMap::new(),
+            by_uid: BTreeMap::new(),
+            by_ip: BTreeMap::new(),
+            origins: BTreeMap::new(),
+        }
+    }
+
+    /// Takes one event; returns every key whose compiled policy may differ now.
+    pub fn apply(&mut self, event: Event) -> BTreeSet<Key> {
+        let key = match &event {
+            Event::Apply { object, .. } => object.key(),
+            Event::Delete(key) | Event::Unreadable { key, .. } => key.clone(),
+        };
+        let mut dirty = self.affected_by(&key);
+        match event {
+            Event::Apply { object, origin } => {
+                self.origins.insert(key.clone(), origin);
+                self.insert(&key, *object);
+            }
+            Event::Delete(_) => {
+                self.origins.remove(&key);
+                self.remove(&key);
+            }
+            Event::Unreadable { labels, .. } => {
+                self.unreadable.insert(name_of(&key), labels);
+            }
+        }
+        dirty.append(&mut self.affected_by(&key));
+        dirty
+    }
+
+    /// Where an object stands.
+    pub fn origin(&self, key: &ObjectKey) -> Option<&Origin> {
+        self.origins.get(key)
+    }
+
+    /// Every object, with its origin.
+    pub fn objects(&self) -> impl Iterator<Item = (&ObjectKey, &Origin)> {
+        self.origins.iter()
+    }
+
+    /// Every port of every service that callers can name.
+    pub fn service_names(&self) -> impl Iterator<Item = ServiceName> {
+        self.services
+            .iter()
+            .filter(|(_, service)| service.kind != ServiceKind::External)
+            .flat_map(|(name, service)| service.ports.iter().map(|port| service_name(name, port.port)))
+    }
+
+    /// Every workload.
+    pub fn workloads(&self) -> impl Iterator<Item = &PodUid> {
+        self.by_uid.keys()
+    }
+
+    /// A workload's namespace and pod name.
+    pub fn workload_name(&self, uid: &PodUid) -> Option<&Name> {
+        self.by_uid.get(uid)
+    }
+
+    /// Every key whose compile reads the object. Also what "applied N of M" of an object counts over.
+    pub fn affected_by(&self, key: &ObjectKey) -> BTreeSet<Key> {
+        let name = name_of(key);
+        let mut keys = BTreeSet::new();
+        match key.kind {
+            Kind::Service => self.affected_by_service(&name, true, &mut keys),
+            Kind::EndpointSlice => {
+                if let Some(slice) = self.slices.get(&name) {
+                    self.affected_by_service(&slice.service, false, &mut keys);
+                }
+            }
+            Kind::Pod => self.affected_by_pod(&name, &mut keys),
+            Kind::HttpRoute => {
+                if let Some(route) = self.http_routes.get(&name) {
+                    self.affected_by_parents(&name, &route.spec.parent_refs, &mut keys);
+                }
+            }
+            Kind::GrpcRoute => {
+                if let Some(route) = self.grpc_routes.get(&name) {
+                    self.affected_by_parents(&name, &route.spec.parent_refs, &mut keys);
+                }
+            }
+            Kind::TrafficPolicy => {
+                if let Some(policy) = self.traffic.get(&name) {
+                    for target in &policy.spec.target_refs {
+                        self.affected_by_target(&name.0, target, &mut keys);
+                    }
+                }
+            }
+            Kind::AuthorizationPolicy => {
+                let selected = |pod: &&PodEntry, pod_name: &Name| {
+                    let by_policy = self
+                        .authz
+                        .get(&name)
+                        .is_some_and(|p| self.selects(&name, &p.spec, pod_name, pod).is_some());
+                    by_policy
+                        || self.unreadable.get(&name).is_some_and(|labels| is_subset(labels, &pod.labels))
+                };
+                let pods =
+                    in_namespace(&self.pods, &name.0).filter(|(pod_name, pod)| selected(pod, pod_name));
+                keys.extend(pods.map(|(_, pod)| Key::Workload(pod.uid.clone())));
+            }
+            Kind::MeshConfig => {
+                if self.mesh.contains_key(&name) {
+                    keys.extend(self.by_uid.keys().cloned().map(Key::Workload));
+                }
+            }
+        }
+        keys
+    }
+
+    fn affected_by_service(&self, name: &Name, policy_too: bool, keys: &mut BTreeSet<Key>) {
+        let Some(service) = self.services.get(name) else { return };
+        for port in &service.ports {
+            let port = service_name(name, port.port);
+            if policy_too {
+                keys.insert(Key::Service(port.clone()));
+                keys.insert(Key::Route(port.clone()));
+            }
+            keys.insert(Key::Endpoints(port));
+        }
+        // What a port speaks is declared by the services that send to it.
+        for (_, pod) in self.pods_of(name, service) {
+            keys.insert(Key::Workload(pod.uid.clone()));
+            keys.extend(pod.ips.iter().copied().map(Key::Address));
+        }
+    }
+
+    fn affected_by_pod(&self, name: &Name, keys: &mut BTreeSet<Key>) {
+        let Some(pod) = self.pods.get(name) else { return };
+        keys.insert(Key::Workload(pod.uid.clone()));
+        keys.extend(pod.ips.iter().copied().map(Key::Address));
+        for (service_name_, service) in in_namespace(&self.services, &name.0) {
+            if self.is_pod_of(service_name_, service, name, pod) {
+                keys.extend(
+                    service.ports.iter().map(|p| Key::Endpoints(service_name(service_name_, p.port))),
+                );
+            }
+        }
+    }
+
+    fn affected_by_parents(&self, route: &Name, parents: &[ParentRef], keys: &mut BTreeSet<Key>) {
+        for parent in parents {
+            let Some(service_key) = parent_service(route, parent) else { continue };
+            let Some(service) = self.services.get(&service_key) else { continue };
+            for port in service.ports.iter().filter(|p| parent.port.is_none_or(|only| only == p.port)) {
+                keys.insert(Key::Service(service_name(&service_key, port.port)));
+                keys.insert(Key::Route(service_name(&service_key, port.port)));
+            }
+        }
+    }
+
+    fn affected_by_target(&self, namespace: &Arc<str>, target: &TargetRef, keys: &mut BTreeSet<Key>) {
+        let name = (namespace.clone(), target.name.as_str().into());
+        match target.kind.as_str() {
+            "Service" => {
+                let Some(service) = self.services.get(&name) else { return };
+                for port in &service.ports {
+                    keys.insert(Key::Service(service_name(&name, port.port)));
+                    keys.insert(Key::Route(service_name(&name, port.port)));
+                }
+            }
+            "HTTPRoute" => {
+                if let Some(route) = self.http_routes.get(&name) {
+                    self.affected_by_parents(&name, &route.spec.parent_refs, keys);
+                }
+            }
+            "GRPCRoute" => {
+                if let Some(route) = self.grpc_routes.get(&name) {
+                    self.affected_by_parents(&name, &route.spec.parent_refs, keys);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn insert(&mut self, key: &ObjectKey, object: Object) {
+        let name = name_of(key);
+        self.remove(key);
+        match object {
+            Object::Service(service) => {
+                self.services.insert(name, ServiceEntry::new(&service));
+            }
+            Object::EndpointSlice(slice) => {
+                if let Some(entry) = SliceEntry::new(&name.0, &slice) {
+                    self.slices_of.entry(entry.service.clone()).or_default().insert(name.clone());
+                    self.slices.insert(name, entry);
+                }
+            }
+            Object::Pod(pod) => {
+                if let Some(entry) = PodEntry::new(&self.trust_domain, &name, &pod) {
+                    self.by_uid.insert(entry.uid.clone(), name.clone());
+                    for ip in &entry.ips {
+                        self.by_ip.insert(*ip, name.clone());
+                    }
+                    self.pods.insert(name, entry);
+                }
+            }
+            Object::HttpRoute(route) => {
+                self.http_routes
+                    .insert(name, RouteEntry { meta: Meta::new(&route.metadata), spec: route.spec });
+            }
+            Object::GrpcRoute(route) => {
+                self.grpc_routes
+                    .insert(name, RouteEntry { meta: Meta::new(&route.metadata), spec: route.spec });
+            }
+            Object::TrafficPolicy(policy) => {
+                self.traffic
+                    .insert(name, PolicyEntry { meta: Meta::new(&policy.metadata), spec: policy.spec });
+            }
+            Object::AuthorizationPolicy(policy) => {
+                self.authz.insert(name, PolicyEntry { meta: Meta::new(&policy.metadata), spec: policy.spec });
+            }
+            Object::MeshConfig(config) => {
+                self.mesh.insert(name, PolicyEntry { meta: Meta::new(&config.metadata), spec: config.spec });
+            }
+        }
+    }
+
+    fn remove(&mut self, key: &ObjectKey) {
+        let name = name_of(key);
+        match key.kind {
+            Kind::Service => {
+                self.services.remove(&name);
+            }
+            Kind::EndpointSlice => {
+                if let Some(old) = self.slices.remove(&name)
+                    && let Some(slices) = self.slices_of.get_mut(&old.service)
+                {
+                    slices.remove(&name);
+                    if slices.is_empty() {
+                        self.slices_of.remove(&old.service);
+                    }
+                }
+            }
+            Kind::Pod => {
+                if let Some(old) = self.pods.remove(&name) {
+                    // Another pod may have taken the address (or, wrongly, the uid) already.
+                    if self.by_uid.get(&old.uid) == Some(&name) {
+                        self.by_uid.remove(&old.uid);
+                    }
+                    for ip in old.ips {
+                        if self.by_ip.get(&ip) == Some(&name) {
+                            self.by_ip.remove(&ip);
+                        }
+                    }
+                }
+            }
+            Kind::HttpRoute => {
+                self.http_routes.remove(&name);
+            }
+            Kind::GrpcRoute => {
+                self.grpc_routes.remove(&name);
+            }
+            Kind::TrafficPolicy => {
+                self.traffic.remove(&name);
+            }
+            Kind::AuthorizationPolicy => {
+                self.authz.remove(&name);
+                self.unreadable.remove(&name);
+            }
+            Kind::MeshConfig => {
+                self.mesh.remove(&name);
+            }
+        }
+    }
+
+    /// The pod with an address.
+    pub(crate) fn pod_by_ip(&self, ip: IpAddr) -> Option<(&Name, &PodEntry)> {
+        let name = self.by_ip.get(&ip)?;
+        Some((name, self.pods.get(name)?))
+    }
+
+    pub(crate) fn pod_by_uid(&self, uid: &PodUid) -> Option<(&Name, &PodEntry)> {
+        let name = self.by_uid.get(uid)?;
+        Some((name, self.pods.get(name)?))
+    }
+
+    /// Slices of a service, in name order.
+    pub(crate) fn slices_of(&self, service: &Name) -> impl Iterator<Item = &SliceEntry> {
+        self.slices_of.get(service).into_iter().flatten().filter_map(|name| self.slices.get(name))
+    }
+
+    /// Pods that a service sends to: those of its slices, or, where there are none, of its selector.
+    pub(crate) fn pods_of<'a>(
+        &'a self,
+        name: &'a Name,
+        service: &'a ServiceEntry,
+    ) -> impl Iterator<Item = (&'a Name, &'a PodEntry)> {
+        in_namespace(&self.pods, &name.0)
+            .filter(move |(pod_name, pod)| self.is_pod_of(name, service, pod_name, pod))
+    }
+
+    pub(crate) fn is_pod_of(
+        &self,
+        name: &Name,
+        service: &ServiceEntry,
+        pod_name: &Name,
+        pod: &PodEntry,
+    ) -> bool {
+        if self.slices_of.contains_key(name) {
+            let named = |e: &SliceEndpoint| {
+                e.pod_uid.as_ref() == Some(&pod.uid)
+                    || (e.pod_uid.is_none() && e.pod_name.as_ref() == Some(pod_name))
+                    || (e.pod_uid.is_none() && e.addresses.iter().any(|a| pod.ips.contains(a)))
+            };
+            return self.slices_of(name).flat_map(|slice| &slice.endpoints).any(named);
+        }
+        pod_name.0 == name.0 && !service.selector.is_empty() && is_subset(&service.selector, &pod.labels)
+    }
+
+    /// The mesh-wide settings in force, and which object they come from.
+    pub(crate) fn mesh_config(&self) -> Option<(&Name, &PolicyEntry<MeshConfigSpec>)> {
+        self.mesh.iter().min_by_key(|(name, entry)| (entry.meta.created, (*name).clone()))
+    }
+}
+
+impl Meta {
+    pub(crate) fn new(meta: &ObjectMeta) -> Self {
+        Self { uid: meta.uid.as_deref().map(Into::into), generation: meta.generation, created: created(meta) }
+    }
+
+    /// `<uid>.<generation>.<hash>` where the API server gives the first two, else the hash alone: the same
+    /// text on every controller that saw the same objects.
+    pub fn version(&self, hash: u64) -> String {
+        match (&self.uid, self.generation) {
+            (Some(uid), Some(generation)) => format!("{uid}.{generation}.{hash:016x}"),
+            _ => format!("{hash:016x}"),
+        }
+    }
+}
+
+impl ServiceEntry {
+    fn new(service: &Service) -> Self {
+        let spec = service.spec.as_ref();
+        let ips = spec.map(|s| {
+            let all = s.cluster_ips.iter().flatten().chain(&s.cluster_ip);
+            let mut ips: Vec<&String> = Vec::new();
+            for ip in all.chain(s.external_ips.iter().flatten()) {
+                if !ips.contains(&ip) {
+                    ips.push(ip);
+                }
+            }
+            ips
+        });
+        let ips = ips.unwrap_or_default();
+        let kind = if spec.is_some_and(|s| s.type_.as_deref() == Some("ExternalName")) {
+            ServiceKind::External
+        } else if ips.iter().any(|ip| *ip == "None") {
+            ServiceKind::Headless
+        } else {
+            ServiceKind::Addressed(ips.iter().filter_map(|ip| ip.parse().ok()).collect())
+        };
+        let ports = spec.and_then(|s| s.ports.as_ref()).into_iter().flatten();
+        let ports =
+            ports.filter(|port| port.protocol.as_deref().is_none_or(|p| p == "TCP")).filter_map(|port| {
+                let number = u16::try_from(port.port).ok()?;
+                let name = port.name.clone().unwrap_or_default();
+                let target = match &port.target_port {
+                    Some(IntOrString::Int(0)) | None => Target::Number(number),
+                    Some(IntOrString::Int(target)) => Target::Number(u16::try_from(*target).ok()?),
+                    Some(IntOrString::String(text)) => match text.parse() {
+                        Ok(target) => Target::Number(target),
+                        Err(_) => Target::Name(text.clone()),
+                    },
+                };
+                let protocol = declared_protocol(port.app_protocol.as_deref(), &name);
+                Some(ServicePort { name, port: number, target, protocol })
+            });
+        Self {
+            meta: Meta::new(&service.metadata),
+            kind,
+            ports: ports.collect(),
+            selector: spec.and_then(|s| s.selector.clone()).unwrap_or_default(),
+            publish_not_ready: spec.and_then(|s| s.publish_not_ready_addresses).unwrap_or_default(),
+        }
+    }
+
+    pub(crate) fn port(&self, number: u16) -> Option<&ServicePort> {
+        self.ports.iter().find(|port| port.port == number)
+    }
+}
+
+impl ServicePort {
+    /// The port of `pod` that this one sends to.
+    pub(crate) fn target_on(&self, pod: &PodEntry) -> Option<u16> {
+        match &self.target {
+            Target::Number(number) => Some(*number),
+            Target::Name(name) => {
+                pod.ports.iter().find(|(port_name, _)| port_name == name).map(|(_, port)| *port)
+            }
+        }
+    }
+
+    /// Whether a policy's `sectionName` means this port.
+    pub(crate) fn is_named(&self, section: &str) -> bool {
+        self.name == section || section.parse() == Ok(self.port)
+    }
+}
+
+impl SliceEntry {
+    fn new(namespace: &Arc<str>, slice: &EndpointSlice) -> Option<Self> {
+        let service = lookup(&slice.metadata.labels, SERVICE_NAME)?;
+        let ports = slice.ports.iter().flatten().filter(|p| p.protocol.as_deref().is_none_or(|p| p == "TCP"));
+        let ports = ports
+            .filter_map(|p| Some((p.name.clone().unwrap_or_default(), u16::try_from(p.port?).ok()?)))
+            .collect();
+        let endpoints = slice.endpoints.iter().flatten().map(|endpoint| {
+            let conditions = endpoint.conditions.as_ref();
+            let ready = conditions.and_then(|c| c.ready).unwrap_or(true);
+            let terminating = conditions.and_then(|c| c.terminating).unwrap_or(false);
+            let health = match (terminating, ready) {
+                (true, _) => EndpointHealth::Draining,
+                (false, true) => EndpointHealth::Healthy,
+                (false, false) => EndpointHealth::Unhealthy,
+            };
+            let target =
+                endpoint.target_ref.as_ref().filter(|t| t.kind.as_deref().is_none_or(|k| k == "Pod"));
+            let pod_name = target.and_then(|t| {
+                let namespace = t.namespace.as_deref().map_or_else(|| namespace.clone(), Into::into);
+                Some((namespace, t.name.as_deref()?.into()))
+            });
+            SliceEndpoint {
+                addresses: endpoint.addresses.iter().filter_map(|a| a.parse().ok()).collect(),
+                pod_uid: target.and_then(|t| PodUid::new(t.uid.as_deref()?).ok()),
+                pod_name,
+                health,
+                zone: endpoint.zone.as_deref().map(Into::into),
+            }
+        });
+        Some(Self { service: (namespace.clone(), service.into()), ports, endpoints: endpoints.collect() })
+    }
+}
+
+impl PodEntry {
+    /// `None` for a pod that will not run again.
+    fn new(trust_domain: &TrustDomain, name: &Name, pod: &Pod) -> Option<Self> {
+        let (meta, spec, status) = (&pod.metadata, pod.spec.as_ref(), pod.status.as_ref());
+        let phase = status.and_then(|s| s.phase.as_deref());
+        if matches!(phase, Some("Succeeded" | "Failed")) {
+            return None;
+        }
+        // Only a pod of somebody's folder has no uid; it gets one by name, stable and not a real one's.
+        let uid = match meta.uid.as_deref().map(PodUid::new) {
+            Some(Ok(uid)) => uid,
+            Some(Err(_)) | None => {
+                PodUid::new(&format!("x-{:016x}", hash(format!("{}/{}", name.0, name.1).as_bytes()))).ok()?
+            }
+        };
+        let mut ips = Vec::new();
+        let listed = status.and_then(|s| s.pod_ips.as_ref()).into_iter().flatten().map(|ip| ip.ip.as_str());
+        for ip in status.and_then(|s| s.pod_ip.as_deref()).into_iter().chain(listed) {
+            if let Ok(ip) = ip.parse()
+                && !ips.contains(&ip)
+            {
+                ips.push(ip);
+            }
+        }
+        let account =
+            spec.and_then(|s| s.service_account_name.as_deref()).filter(|account| !account.is_empty());
+        let not_ready = status
+            .and_then(|s| s.conditions.as_ref())
+            .into_iter()
+            .flatten()
+            .any(|c| c.type_ == "Ready" && c.status != "True");
+        let health = match (meta.deletion_timestamp.is_some(), not_ready) {
+            (true, _) => EndpointHealth::Draining,
+            (false, true) => EndpointHealth::Unhealthy,
+            (false, false) => EndpointHealth::Healthy,
+        };
+        let containers = spec.map(|s| s.containers.iter().chain(s.init_containers.iter().flatten()));
+        let ports = containers.into_iter().flatten().flat_map(|c| c.ports.iter().flatten());
+        let ports = ports.filter(|p| p.protocol.as_deref().is_none_or(|p| p == "TCP"));
+        Some(Self {
+            meta: Meta::new(meta),
+            uid,
+            ips,
+            labels: meta.labels.clone().unwrap_or_default(),
+            identity: SpiffeId::new(trust_domain, &name.0, account.unwrap_or("default")).ok(),
+            injected: lookup(&meta.annotations, INJECTED) == Some("true"),
+            skipped: lookup(&meta.annotations, SKIP_INBOUND_PORTS)
+                .and_then(|text| parse_ports(text).ok())
+                .unwrap_or_default(),
+            weight: lookup(&meta.annotations, WEIGHT).and_then(|text| text.parse().ok()).unwrap_or(1),
+            zone: lookup(&meta.labels, ZONE).unwrap_or_default().into(),
+            health,
+            ports: ports
+                .filter_map(|p| {
+                    Some((p.name.clone().unwrap_or_default(), u16::try_from(p.container_port).ok()?))
+                })
+                .collect(),
+        })
+    }
+}
+
+/// `3306,9000-9010`.
+pub(crate) fn parse_ports(text: &str) -> Result<Vec<RangeInclusive<u16>>, String> {
+    let range = |part: &str| {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        let (first, last) = (first.trim().parse().ok()?, last.trim().parse().ok()?);
+        (0 < first && first <= last).then_some(first..=last)
+    };
+    let parts = text.split(',').map(str::trim).filter(|part| !part.is_empty());
+    parts
+        .map(|part| range(part).ok_or_else(|| format!("{part:?} is not a port or a range of ports")))
+        .collect()
+}
+
+/// What `appProtocol`, or else the port's name up to its first `-`, declares. What is not known is looked at.
+pub(crate) fn declared_protocol(app_protocol: Option<&str>, port_name: &str) -> Protocol {
+    let known = |text: &str| match text.to_ascii_lowercase().as_str() {
+        "http" | "http1" | "http/1.1" | "kubernetes.io/ws" => Some(Protocol::Http1),
+        "http2" | "h2c" | "kubernetes.io/h2c" => Some(Protocol::Http2),
+        "grpc" => Some(Protocol::Grpc),
+        "tcp" => Some(Protocol::Opaque),
+        "tls" | "https" | "kubernetes.io/wss" => Some(Protocol::Tls),
+        _ => None,
+    };
+    match app_protocol {
+        Some(text) => known(text).unwrap_or_default(),
+        None => known(port_name.split('-').next().unwrap_or_default()).unwrap_or_default(),
+    }
+}
+
+/// The service that a parentRef names; `None` if it names something else.
+pub(crate) fn parent_service(route: &Name, parent: &ParentRef) -> Option<Name> {
+    let group_ok = parent.group.as_deref().is_some_and(|group| matches!(group, "" | "core"));
+    let kind_ok = parent.kind.as_deref() == Some("Service");
+    // A parentRef without group and kind means a Gateway.
+    (kind_ok && (group_ok || parent.group.is_none())).then(|| {
+        let namespace = parent.namespace.as_deref().map_or_else(|| route.0.clone(), Into::into);
+        (namespace, parent.name.as_str().into())
+    })
+}
+
+/// The objects of one namespace.
+pub(crate) fn in_namespace<'a, V>(
+    map: &'a BTreeMap<Name, V>,
+    namespace: &Arc<str>,
+) -> impl Iterator<Item = (&'a Name, &'a V)> + use<'a, V> {
+    let namespace = namespace.clone();
+    let first: Name = (namespace.clone(), "".into());
+    map.range(first..).take_while(move |(name, _)| name.0 == namespace)
+}
+
+pub(crate) fn is_subset(wanted: &BTreeMap<String, String>, of: &BTreeMap<String, String>) -> bool {
+    wanted.iter().all(|(key, value)| of.get(key) == Some(value))
+}
+
+pub(crate) fn service_name(name: &Name, port: u16) -> ServiceName {
+    ServiceName { namespace: name.0.clone(), name: name.1.clone(), port }
+}
+
+fn name_of(key: &ObjectKey) -> Name {
+    (key.namespace.clone(), key.name.clone())
+}
+
+/// FNV-1a: the same everywhere and for ever, which is what versions need (they are not secrets).
+pub fn hash(bytes: &[u8]) -> u64 {
+    bytes
+        .iter()
+        .fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3))
+}
+
+const SERVICE_NAME: &str = "kubernetes.io/service-name";
+const ZONE: &str = "topology.kubernetes.io/zone";
+
+/// Kinds in the order in which people look at them.
+pub fn kinds() -> [Kind; 8] {
+    [
+        Kind::Service,
+        Kind::HttpRoute,
+        Kind::GrpcRoute,
+        Kind::TrafficPolicy,
+        Kind::AuthorizationPolicy,
+        Kind::MeshConfig,
+        Kind::Pod,
+        Kind::EndpointSlice,
+    ]
+}
+
+/// Label keys that endpoints carry into telemetry.
+pub(crate) const TELEMETRY_LABELS: [&str; 4] =
+    ["app", "app.kubernetes.io/name", "version", "app.kubernetes.io/version"];
+
+#[cfg(test)]
+pub(crate) mod tests;

@@ -1,0 +1,446 @@
+//! Objects in, compiled policy out: no cluster, no runtime.
+
+use std::collections::BTreeSet;
+
+use weft_core::{
+    identity::{PodUid, TrustDomain},
+    policy::{
+        Action, Algorithm, EndpointHealth, Filter, MtlsMode, PathMatch, Protocol, ServiceName, StringMatch,
+        Tunnel,
+    },
+};
+
+use super::{Event, Index, Key};
+use crate::{
+    resources::{Kind, Object, ObjectKey},
+    source::{
+        Origin,
+        yaml::{self, Document},
+    },
+};
+
+pub(crate) fn objects(text: &str) -> Vec<Box<Object>> {
+    let read = |document| match document {
+        Document::Object { object, .. } => object,
+        Document::Foreign | Document::Bad { .. } => panic!("{document:?}"),
+    };
+    yaml::read(&"test.yaml".into(), text).into_iter().map(read).collect()
+}
+
+pub(crate) fn apply(index: &mut Index, text: &str) -> BTreeSet<Key> {
+    let origin = Origin { file: "test.yaml".into(), line: 1 };
+    let events = objects(text).into_iter().map(|object| Event::Apply { object, origin: origin.clone() });
+    events.flat_map(|event| index.apply(event)).collect()
+}
+
+pub(crate) fn index(text: &str) -> Index {
+    let mut index = Index::new(TrustDomain::new("cluster.local").unwrap());
+    apply(&mut index, text);
+    index
+}
+
+fn delete(index: &mut Index, kind: Kind, name: &str) -> BTreeSet<Key> {
+    index.apply(Event::Delete(ObjectKey::new(kind, "shop", name)))
+}
+
+pub(crate) fn service(text: &str) -> ServiceName {
+    text.parse().unwrap()
+}
+
+pub(crate) fn uid(text: &str) -> PodUid {
+    PodUid::new(text).unwrap()
+}
+
+pub(crate) const SHOP: &str = r#"
+apiVersion: v1
+kind: Service
+metadata: {name: cart, namespace: shop}
+spec:
+  clusterIP: 10.96.0.10
+  selector: {app: cart}
+  ports:
+    - {name: http, port: 80, targetPort: web}
+    - {name: metrics, port: 9090, appProtocol: http}
+---
+apiVersion: v1
+kind: Pod
+metadata:
+  name: cart-1
+  namespace: shop
+  uid: cart-1-uid
+  labels: {app: cart, version: v1, topology.kubernetes.io/zone: a}
+  annotations: {weft.dev/injected: "true", weft.dev/skip-inbound-ports: "9090", weft.dev/weight: "3"}
+spec:
+  serviceAccountName: cart
+  containers: [{name: app, ports: [{name: web, containerPort: 8080}]}]
+status: {podIP: 10.0.0.1, podIPs: [{ip: 10.0.0.1}, {ip: "fd00::1"}]}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: cart-2, namespace: shop, uid: cart-2-uid, labels: {app: cart}}
+spec:
+  containers: [{name: app, ports: [{name: web, containerPort: 8081}]}]
+status: {podIP: 10.0.0.2, conditions: [{type: Ready, status: "False"}]}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: cart-v2, namespace: shop}
+spec: {clusterIP: 10.96.0.11, ports: [{port: 80}]}
+"#;
+
+#[test]
+fn a_folder_needs_no_slices() {
+    let index = index(SHOP);
+    let endpoints = index.endpoints(&service("shop/cart:80")).unwrap();
+    let meshed = &endpoints[&uid("cart-1-uid")];
+    assert_eq!(meshed.address, "10.0.0.1:8080".parse().unwrap());
+    assert_eq!(meshed.identity.as_ref().unwrap().as_str(), "spiffe://cluster.local/ns/shop/sa/cart");
+    assert_eq!((meshed.tunnel, meshed.weight, &*meshed.zone), (Tunnel::Weft, 3, "a"));
+    assert_eq!(meshed.health, EndpointHealth::Healthy);
+    assert_eq!(&*meshed.labels["version"], "v1");
+    let plain = &endpoints[&uid("cart-2-uid")];
+    assert_eq!(plain.address, "10.0.0.2:8081".parse().unwrap());
+    assert_eq!((plain.identity.as_ref(), plain.tunnel), (None, Tunnel::None));
+    assert_eq!(plain.health, EndpointHealth::Unhealthy);
+    // A port that capture skips speaks plaintext.
+    let metrics = index.endpoints(&service("shop/cart:9090")).unwrap();
+    assert_eq!(metrics[&uid("cart-1-uid")].tunnel, Tunnel::None);
+    assert!(index.endpoints(&service("shop/cart:81")).is_none());
+}
+
+#[test]
+fn slices_win_where_there_are_any() {
+    let mut index = index(SHOP);
+    let dirty = apply(
+        &mut index,
+        r#"
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {name: cart-x, namespace: shop, labels: {kubernetes.io/service-name: cart}}
+addressType: IPv4
+ports: [{name: http, port: 8080}]
+endpoints:
+  - addresses: [10.0.0.1]
+    zone: b
+    targetRef: {kind: Pod, name: cart-1, namespace: shop, uid: cart-1-uid}
+    conditions: {ready: false, terminating: true}
+  - addresses: [192.0.2.9]
+"#,
+    );
+    assert!(dirty.contains(&Key::Endpoints(service("shop/cart:80"))));
+    assert!(!dirty.contains(&Key::Route(service("shop/cart:80"))));
+    let endpoints = index.endpoints(&service("shop/cart:80")).unwrap();
+    assert_eq!(endpoints.len(), 2);
+    assert_eq!(endpoints[&uid("cart-1-uid")].health, EndpointHealth::Draining);
+    assert_eq!(&*endpoints[&uid("cart-1-uid")].zone, "b");
+    let foreign = endpoints.values().find(|e| e.identity.is_none()).unwrap();
+    assert_eq!(foreign.address, "192.0.2.9:8080".parse().unwrap());
+    delete(&mut index, Kind::EndpointSlice, "cart-x");
+    assert_eq!(index.endpoints(&service("shop/cart:80")).unwrap().len(), 2, "by selector again");
+}
+
+#[test]
+fn services_declare_protocols() {
+    let index = index(SHOP);
+    let (cart, _) = index.service(&service("shop/cart:80")).unwrap();
+    assert_eq!(cart.protocol, Protocol::Http1, "from the port's name");
+    assert_eq!(cart.vips, ["10.96.0.10".parse::<std::net::IpAddr>().unwrap()]);
+    assert_eq!(cart.endpoints.as_deref(), Some("ep/shop/cart:80/*"));
+    assert!(cart.route.is_none());
+    for (app, name, protocol) in [
+        (Some("kubernetes.io/h2c"), "http", Protocol::Http2),
+        (Some("grpc"), "", Protocol::Grpc),
+        (Some("mongo"), "tcp", Protocol::Detect),
+        (None, "tcp-mysql", Protocol::Opaque),
+        (None, "https", Protocol::Tls),
+        (None, "web", Protocol::Detect),
+    ] {
+        assert_eq!(super::declared_protocol(app, name), protocol, "{app:?} {name}");
+    }
+    // The pod's own port, by what its services declare.
+    let (pod, _) = index.pod_service("10.0.0.1:8080".parse().unwrap()).unwrap();
+    assert_eq!(pod.protocol, Protocol::Http1);
+    assert_eq!(pod.pod.unwrap().uid, uid("cart-1-uid"));
+    assert!(index.pod_service("[fd00::1]:1".parse().unwrap()).is_some());
+    assert!(index.pod_service("10.0.0.9:1".parse().unwrap()).is_none());
+}
+
+const ROUTE: &str = r#"
+apiVersion: gateway.networking.k8s.io/v1
+kind: HTTPRoute
+metadata: {name: split, namespace: shop, creationTimestamp: "2026-01-01T00:00:00Z"}
+spec:
+  parentRefs: [{group: "", kind: Service, name: cart, port: 80}]
+  hostnames: [ignored.example]
+  rules:
+    - name: new
+      matches:
+        - path: {value: /v2/}
+          headers: [{name: X-User, value: "1"}, {name: x-user, value: "2"}]
+          method: GET
+      timeouts: {request: 1m30s, backendRequest: 0s}
+      backendRefs:
+        - {name: cart, port: 80, weight: 90}
+        - {name: cart-v2, port: 80, weight: 10}
+        - {name: gone, port: 80, weight: 0}
+        - {name: bucket, kind: Bucket, group: cloud.example}
+    - matches: [{path: {type: Glob, value: /x}}]
+    - filters: [{type: RequestMirror}, {type: URLRewrite, urlRewrite: {path: {type: ReplacePrefixMatch, replacePrefixMatch: /}}}]
+"#;
+
+#[test]
+fn routes_compile_rule_by_rule() {
+    let mut index = index(SHOP);
+    let dirty = apply(&mut index, ROUTE);
+    let wanted = [Key::Service(service("shop/cart:80")), Key::Route(service("shop/cart:80"))];
+    assert_eq!(dirty, BTreeSet::from(wanted));
+    let (cart, _) = index.service(&service("shop/cart:80")).unwrap();
+    assert_eq!(cart.route.as_deref(), Some("route/shop/cart:80"));
+    assert!(index.route(&service("shop/cart:9090")).is_none());
+
+    let (compiled, _) = index.route(&service("shop/cart:80")).unwrap();
+    assert_eq!(compiled.rules.len(), 2, "a rule with a match that is not known is dropped");
+    let new = &compiled.rules[0];
+    assert_eq!(&*new.label, "HTTPRoute/shop/split/new");
+    assert!(new.hosts.is_empty());
+    assert!(matches!(&new.matches[0].path, Some(PathMatch::Prefix(p)) if &**p == "/v2"));
+    assert_eq!(new.matches[0].headers.len(), 1, "of equal names the first counts");
+    assert_eq!(new.timeouts.request, Some(std::time::Duration::from_secs(90)));
+    assert_eq!(new.timeouts.per_try, None);
+    assert_eq!(new.backends.iter().map(|b| b.weight).collect::<Vec<_>>(), [90, 10, 0, 1]);
+    assert_eq!(new.backends[2].service, service("shop/gone:80"), "kept: it may appear");
+    assert!(matches!(new.backends[3].filters[0], Filter::Invalid { .. }));
+    assert!(new.created > 1_700_000_000);
+    let last = &compiled.rules[1];
+    assert_eq!(&*last.label, "HTTPRoute/shop/split/2");
+    assert!(matches!(last.filters[0], Filter::Invalid { .. }), "an unknown filter must not be skipped");
+
+    let conditions = index.conditions(&ObjectKey::new(Kind::HttpRoute, "shop", "split"));
+    let find = |kind: &str| conditions.iter().find(|c| c.kind == kind).unwrap();
+    assert!(find("Accepted").status);
+    assert_eq!(find("Accepted").parent, "Service/shop/cart:80");
+    assert_eq!(find("ResolvedRefs").reason, "BackendNotFound");
+    assert!(find("PartiallyInvalid").message.starts_with("Dropped Rule 1: "));
+
+    assert_eq!(delete(&mut index, Kind::HttpRoute, "split").len(), 2);
+    assert!(index.route(&service("shop/cart:80")).is_none());
+}
+
+#[test]
+fn grpc_routes_take_their_port() {
+    let mut index = index(SHOP);
+    apply(&mut index, ROUTE);
+    apply(
+        &mut index,
+        r#"
+apiVersion: gateway.networking.k8s.io/v1
+kind: GRPCRoute
+metadata: {name: calls, namespace: shop}
+spec:
+  parentRefs: [{group: core, kind: Service, name: cart, port: 80}]
+  rules:
+    - matches: [{method: {service: shop.Cart, method: Add}}]
+      backendRefs: [{name: cart, port: 80}]
+"#,
+    );
+    let (cart, _) = index.service(&service("shop/cart:80")).unwrap();
+    assert_eq!(cart.protocol, Protocol::Grpc);
+    let (compiled, _) = index.route(&service("shop/cart:80")).unwrap();
+    assert_eq!(compiled.rules.len(), 1);
+    assert_eq!(&*compiled.rules[0].label, "GRPCRoute/shop/calls/0");
+    let http = index.conditions(&ObjectKey::new(Kind::HttpRoute, "shop", "split"));
+    assert_eq!(http[0].reason, "Conflicted");
+}
+
+#[test]
+fn the_most_specific_traffic_policy_wins_field_by_field() {
+    let mut index = index(SHOP);
+    apply(&mut index, ROUTE);
+    let dirty = apply(
+        &mut index,
+        r#"
+apiVersion: weft.dev/v1alpha1
+kind: TrafficPolicy
+metadata: {name: a, namespace: shop}
+spec:
+  targetRefs: [{kind: Service, name: cart}]
+  timeouts: {request: 10s, connect: 250ms, perTry: 2s}
+  retries: {statuses: [5xx, 429], grpcCodes: [UNAVAILABLE], maxRetries: 2, budget: {percent: 10}, backoff: {min: 1s}}
+  loadBalancing: {algorithm: RoundRobin}
+  outlierEjection: {consecutiveFailures: 3, successRate: {threshold: 90}, maxEjectionPercent: 30}
+  limits: {maxRequests: 7}
+  mtlsRequired: true
+  acceptedIdentities: [spiffe://other.org/ns/shop/sa/cart]
+---
+apiVersion: weft.dev/v1alpha1
+kind: TrafficPolicy
+metadata: {name: b, namespace: shop}
+spec:
+  targetRefs: [{group: gateway.networking.k8s.io, kind: HTTPRoute, name: split, sectionName: "2"}]
+  timeouts: {request: 1s}
+"#,
+    );
+    assert!(dirty.contains(&Key::Service(service("shop/cart:9090"))));
+    let (cart, _) = index.service(&service("shop/cart:80")).unwrap();
+    assert_eq!(cart.load_balancing.algorithm, Algorithm::RoundRobin);
+    assert_eq!(cart.health.consecutive_failures, 3);
+    assert_eq!(cart.health.success_rate.unwrap().threshold, 0.9);
+    assert_eq!(cart.health.max_ejection_percent, 30);
+    assert_eq!(cart.limits.max_requests, 7);
+    assert!(cart.mtls_required);
+    assert_eq!(cart.accepted_identities.len(), 1);
+    assert_eq!(cart.retry.statuses, [500..=599, 429..=429]);
+    assert_eq!(cart.retry.budget.ratio, 0.1);
+    assert_eq!(cart.retry.backoff.min(), std::time::Duration::from_secs(1));
+    let (compiled, _) = index.route(&service("shop/cart:80")).unwrap();
+    assert_eq!(
+        compiled.rules[0].timeouts.request,
+        Some(std::time::Duration::from_secs(90)),
+        "the rule's own"
+    );
+    assert_eq!(compiled.rules[0].timeouts.connect, Some(std::time::Duration::from_millis(250)));
+    assert_eq!(compiled.rules[0].retry.max_retries, 2);
+    assert_eq!(
+        compiled.rules[1].timeouts.request,
+        Some(std::time::Duration::from_secs(1)),
+        "the rule's policy"
+    );
+    assert_eq!(compiled.rules[1].timeouts.per_try, Some(std::time::Duration::from_secs(2)), "the service's");
+}
+
+#[test]
+fn authorization_by_pod_and_port() {
+    let mut index = index(SHOP);
+    let (open, _) = index.workload(&uid("cart-1-uid")).unwrap();
+    assert_eq!(open.identity.as_str(), "spiffe://cluster.local/ns/shop/sa/cart");
+    assert_eq!(open.ports.keys().copied().collect::<Vec<_>>(), [8080, 9090]);
+    assert_eq!(open.default_port.authorization.default, Action::Allow);
+    assert_eq!(open.default_port.mtls, MtlsMode::Permissive);
+    assert!(open.mesh_ranges.contains(&"10.0.0.0/8".parse().unwrap()));
+
+    let dirty = apply(
+        &mut index,
+        r#"
+apiVersion: weft.dev/v1alpha1
+kind: AuthorizationPolicy
+metadata: {name: callers, namespace: shop}
+spec:
+  targetRefs: [{kind: Service, name: cart, sectionName: http}]
+  action: Allow
+  mtls: Strict
+  rules:
+    - from: [{identities: ["*/sa/web"], namespaces: [front, back], cidrs: [10.0.0.0/8]}]
+      to: [{methods: [GET], paths: [/api/*]}]
+---
+apiVersion: weft.dev/v1alpha1
+kind: AuthorizationPolicy
+metadata: {name: never, namespace: shop}
+spec:
+  selector: {matchLabels: {version: v1}}
+  action: Deny
+  rules: [{from: [{identities: [spiffe://cluster.local/ns/shop/sa/evil]}]}]
+---
+apiVersion: weft.dev/v1alpha1
+kind: AuthorizationPolicy
+metadata: {name: closed, namespace: shop}
+spec: {ports: [7000], action: Allow}
+---
+apiVersion: weft.dev/v1alpha1
+kind: MeshConfig
+metadata: {name: mesh}
+spec: {meshRanges: [10.0.0.0/8], egress: Deny, trustDomains: [other.org]}
+"#,
+    );
+    assert!(dirty.contains(&Key::Workload(uid("cart-1-uid"))));
+    let (policy, _) = index.workload(&uid("cart-1-uid")).unwrap();
+    assert_eq!(policy.ports.keys().copied().collect::<Vec<_>>(), [7000, 8080, 9090]);
+    let web = &policy.ports[&8080];
+    assert_eq!((web.mtls, web.authorization.default), (MtlsMode::Strict, Action::Deny));
+    assert_eq!(web.authorization.rules.len(), 2);
+    let allow = web.authorization.rules.iter().find(|r| r.action == Action::Allow).unwrap();
+    assert_eq!(allow.sources.len(), 2, "one for each namespace");
+    assert_eq!(allow.sources[0].identity, Some(StringMatch::Suffix("/sa/web".into())));
+    assert_eq!(allow.http[0].paths, [StringMatch::Prefix("/api/".into())]);
+    let metrics = &policy.ports[&9090];
+    assert_eq!((metrics.mtls, metrics.authorization.default), (MtlsMode::Permissive, Action::Allow));
+    assert_eq!(metrics.authorization.rules.len(), 1, "the deny rule holds everywhere");
+    let closed = &policy.ports[&7000].authorization;
+    assert_eq!((closed.default, closed.rules.len()), (Action::Deny, 1), "allow nothing");
+    assert_eq!(policy.default_port.authorization.default, Action::Allow);
+    assert_eq!(policy.egress, weft_core::policy::Egress::Deny);
+    assert_eq!(policy.mesh_ranges, ["10.0.0.0/8".parse().unwrap()]);
+    assert_eq!(policy.trust_domains.len(), 2);
+    // Another pod: no version label.
+    let (other, _) = index.workload(&uid("cart-2-uid")).unwrap();
+    assert_eq!(other.ports[&8081].authorization.rules.len(), 1);
+}
+
+#[test]
+fn an_unreadable_policy_closes_its_workloads() {
+    let mut index = index(SHOP);
+    let key = ObjectKey::new(Kind::AuthorizationPolicy, "shop", "typo");
+    let labels = [("version".to_owned(), "v1".to_owned())].into();
+    let dirty = index.apply(Event::Unreadable { key: key.clone(), labels });
+    assert_eq!(dirty, BTreeSet::from([Key::Workload(uid("cart-1-uid"))]));
+    let (closed, _) = index.workload(&uid("cart-1-uid")).unwrap();
+    assert_eq!(closed.default_port.authorization.default, Action::Deny);
+    assert_eq!(closed.ports[&8080].authorization.rules[0].action, Action::Deny);
+    let dirty = index.apply(Event::Delete(key));
+    assert_eq!(dirty.len(), 1);
+    assert_eq!(
+        index.workload(&uid("cart-1-uid")).unwrap().0.default_port.authorization.default,
+        Action::Allow
+    );
+}
+
+#[test]
+fn a_pod_touches_its_services_and_nothing_else() {
+    let mut index = index(SHOP);
+    let dirty = delete(&mut index, Kind::Pod, "cart-2");
+    assert_eq!(
+        dirty,
+        BTreeSet::from([
+            Key::Endpoints(service("shop/cart:80")),
+            Key::Endpoints(service("shop/cart:9090")),
+            Key::Address("10.0.0.2".parse().unwrap()),
+            Key::Workload(uid("cart-2-uid")),
+        ])
+    );
+    assert!(index.workload(&uid("cart-2-uid")).is_none());
+    // Its address goes to another pod before the old one is gone.
+    let moved = "apiVersion: v1\nkind: Pod\nmetadata: {name: n, namespace: shop, uid: n-uid}\nstatus: {podIP: 10.0.0.1}\n";
+    apply(&mut index, moved);
+    delete(&mut index, Kind::Pod, "cart-1");
+    let (service, _) = index.pod_service("10.0.0.1:1".parse().unwrap()).unwrap();
+    assert_eq!(service.pod.unwrap().uid, uid("n-uid"));
+}
+
+#[test]
+fn parents_that_cannot_be() {
+    let mut index = index(SHOP);
+    apply(
+        &mut index,
+        r#"
+apiVersion: v1
+kind: Service
+metadata: {name: headless, namespace: shop}
+spec: {clusterIP: None, ports: [{port: 80}]}
+---
+apiVersion: gateway.networking.k8s.io/v1
+kind: HTTPRoute
+metadata: {name: r, namespace: shop}
+spec:
+  parentRefs:
+    - {group: core, kind: Service, name: missing}
+    - {group: core, kind: Service, name: headless}
+    - {group: core, kind: Service, name: cart, port: 1}
+    - {group: core, kind: Service, name: cart, namespace: other}
+    - {name: gateway}
+  rules: []
+"#,
+    );
+    let conditions = index.conditions(&ObjectKey::new(Kind::HttpRoute, "shop", "r"));
+    let accepted: Vec<_> =
+        conditions.iter().filter(|c| c.kind == "Accepted").map(|c| (c.status, c.reason)).collect();
+    assert_eq!(accepted, [(false, "NoMatchingParent"); 4]);
+}

@@ -1,0 +1,252 @@
+//! What a single object must not say, beyond what its types already refuse: relations between fields.
+//!
+//! Why here and not at compile time: an object that is refused when it is read keeps its last good
+//! version, and its author learns the field at once.
+
+use std::time::Duration;
+
+use k8s_openapi::api::{
+    core::v1::{Pod, Service},
+    discovery::v1::EndpointSlice,
+};
+use weft_core::{backoff::Backoff, identity::PodUid};
+
+use super::{inbound::sources, outbound::try_backoff, parse_ports};
+use crate::resources::{
+    AuthorizationPolicy, INJECTED, Object, SKIP_INBOUND_PORTS, TrafficPolicy, WEIGHT, lookup,
+    policy::{AuthorizationPolicySpec, BackoffSpec, TargetRef, TrafficPolicySpec},
+    values::GatewayDuration,
+};
+
+/// What is wrong, and where in the object.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{path}: {reason}")]
+pub struct Invalid {
+    /// Field path.
+    pub path: String,
+    /// Reason.
+    pub reason: String,
+}
+
+/// Checks an object.
+///
+/// # Errors
+/// The first thing that is wrong.
+pub fn object(object: &Object) -> Result<(), Invalid> {
+    match object {
+        Object::Service(service) => self::service(service),
+        Object::EndpointSlice(slice) => self::slice(slice),
+        Object::Pod(pod) => self::pod(pod),
+        Object::TrafficPolicy(policy) => traffic(policy),
+        Object::AuthorizationPolicy(policy) => authorization(policy),
+        // What a route says that cannot be enforced is a condition of the route, rule by rule.
+        Object::HttpRoute(route) => count("spec.rules", route.spec.rules.len(), MAX_RULES),
+        Object::GrpcRoute(route) => count("spec.rules", route.spec.rules.len(), MAX_RULES),
+        Object::MeshConfig(_) => Ok(()),
+    }
+}
+
+fn service(service: &Service) -> Result<(), Invalid> {
+    let Some(spec) = &service.spec else { return Ok(()) };
+    for (i, port) in spec.ports.iter().flatten().enumerate() {
+        if !(1..=65_535).contains(&port.port) {
+            return invalid(format!("spec.ports[{i}].port"), format!("{} is not a port", port.port));
+        }
+    }
+    for (i, ip) in spec.cluster_ips.iter().flatten().enumerate() {
+        if ip != "None" && ip.parse::<std::net::IpAddr>().is_err() {
+            return invalid(format!("spec.clusterIPs[{i}]"), format!("{ip:?} is not an address"));
+        }
+    }
+    match spec.cluster_ip.as_deref() {
+        None | Some("" | "None") => Ok(()),
+        Some(ip) if ip.parse::<std::net::IpAddr>().is_ok() => Ok(()),
+        Some(ip) => invalid("spec.clusterIP", format!("{ip:?} is not an address")),
+    }
+}
+
+fn slice(slice: &EndpointSlice) -> Result<(), Invalid> {
+    if lookup(&slice.metadata.labels, super::SERVICE_NAME).is_none() {
+        return invalid(
+            "metadata.labels",
+            format!("{} is missing: whose endpoints are these?", super::SERVICE_NAME),
+        );
+    }
+    for (i, endpoint) in slice.endpoints.iter().flatten().enumerate() {
+        for (j, address) in endpoint.addresses.iter().enumerate() {
+            if slice.address_type != "FQDN" && address.parse::<std::net::IpAddr>().is_err() {
+                return invalid(
+                    format!("endpoints[{i}].addresses[{j}]"),
+                    format!("{address:?} is not an address"),
+                );
+            }
+        }
+    }
+    Ok(())
+}
+
+fn pod(pod: &Pod) -> Result<(), Invalid> {
+    let injected = lookup(&pod.metadata.annotations, INJECTED) == Some("true");
+    match pod.metadata.uid.as_deref().map(PodUid::new) {
+        Some(Err(error)) => return invalid("metadata.uid", error.to_string()),
+        None if injected => {
+            return invalid("metadata.uid", "is missing: a pod in the mesh is known by its uid");
+        }
+        Some(Ok(_)) | None => {}
+    }
+    if let Some(text) = lookup(&pod.metadata.annotations, SKIP_INBOUND_PORTS)
+        && let Err(reason) = parse_ports(text)
+    {
+        return invalid(format!("metadata.annotations[{SKIP_INBOUND_PORTS}]"), reason);
+    }
+    if let Some(text) = lookup(&pod.metadata.annotations, WEIGHT)
+        && text.parse::<u32>().is_err()
+    {
+        return invalid(format!("metadata.annotations[{WEIGHT}]"), format!("{text:?} is not a weight"));
+    }
+    let status = pod.status.as_ref();
+    if let Some(ip) = status.and_then(|s| s.pod_ip.as_deref())
+        && ip.parse::<std::net::IpAddr>().is_err()
+    {
+        return invalid("status.podIP", format!("{ip:?} is not an address"));
+    }
+    for (i, ip) in status.and_then(|s| s.pod_ips.as_ref()).into_iter().flatten().enumerate() {
+        if ip.ip.parse::<std::net::IpAddr>().is_err() {
+            return invalid(format!("status.podIPs[{i}].ip"), format!("{:?} is not an address", ip.ip));
+        }
+    }
+    Ok(())
+}
+
+fn traffic(policy: &TrafficPolicy) -> Result<(), Invalid> {
+    let spec = &policy.spec;
+    targets(&spec.target_refs, &["Service", "HTTPRoute", "GRPCRoute"], true)?;
+    for (i, target) in spec.target_refs.iter().enumerate().filter(|(_, target)| target.kind != "Service") {
+        if let Some(field) = service_only(spec) {
+            let reason =
+                format!("is about services, but targetRefs[{i}] is the {} {}", target.kind, target.name);
+            return invalid(format!("spec.{field}"), reason);
+        }
+    }
+    if let Some(retries) = &spec.retries {
+        if let Some(spec) = &retries.backoff {
+            backoff("spec.retries.backoff", spec, Backoff::RETRY)?;
+        }
+        if let Some(budget) = &retries.budget {
+            at_most("spec.retries.budget.percent", budget.percent, 1_000)?;
+            at_least("spec.retries.budget.window", budget.window, Duration::from_millis(100))?;
+        }
+        at_most("spec.retries.maxRetries", retries.max_retries, 10)?;
+        at_most("spec.retries.maxBodyBytes", retries.max_body_bytes, 1024 * 1024)?;
+    }
+    if let Some(lb) = &spec.load_balancing {
+        at_least("spec.loadBalancing.ewma.decay", lb.ewma.decay, Duration::from_millis(1))?;
+        at_least("spec.loadBalancing.ewma.initial", lb.ewma.initial, Duration::from_millis(1))?;
+    }
+    if let Some(ejection) = &spec.outlier_ejection {
+        if let Some(spec) = &ejection.backoff {
+            backoff("spec.outlierEjection.backoff", spec, Backoff::EJECTION)?;
+        }
+        at_most(
+            "spec.outlierEjection.maxEjectionPercent",
+            ejection.max_ejection_percent.map(u32::from),
+            100,
+        )?;
+        let window = ejection.success_rate.as_ref().and_then(|rate| rate.window);
+        at_least("spec.outlierEjection.successRate.window", window, Duration::from_millis(100))?;
+    }
+    Ok(())
+}
+
+/// The first field that only services have.
+fn service_only(spec: &TrafficPolicySpec) -> Option<&'static str> {
+    [
+        ("loadBalancing", spec.load_balancing.is_some()),
+        ("outlierEjection", spec.outlier_ejection.is_some()),
+        ("limits", spec.limits.is_some()),
+        ("mtlsRequired", spec.mtls_required.is_some()),
+        ("acceptedIdentities", !spec.accepted_identities.is_empty()),
+        ("detectTimeout", spec.detect_timeout.is_some()),
+    ]
+    .into_iter()
+    .find_map(|(field, set)| set.then_some(field))
+}
+
+fn authorization(policy: &AuthorizationPolicy) -> Result<(), Invalid> {
+    let AuthorizationPolicySpec { target_refs, ports, rules, .. } = &policy.spec;
+    targets(target_refs, &["Service"], false)?;
+    if let Some(i) = ports.iter().position(|port| *port == 0) {
+        return invalid(format!("spec.ports[{i}]"), "0 is not a port");
+    }
+    count("spec.rules", rules.len(), MAX_RULES)?;
+    for (i, rule) in rules.iter().enumerate() {
+        let combinations: usize = rule.from.iter().map(|from| sources(from).len()).sum();
+        count(&format!("spec.rules[{i}].from"), combinations, MAX_SOURCES)?;
+    }
+    Ok(())
+}
+
+fn targets(targets: &[TargetRef], kinds: &[&str], required: bool) -> Result<(), Invalid> {
+    if required && targets.is_empty() {
+        return invalid("spec.targetRefs", "is empty: what is the policy about?");
+    }
+    for (i, target) in targets.iter().enumerate() {
+        let path = format!("spec.targetRefs[{i}]");
+        if !kinds.contains(&target.kind.as_str()) {
+            return invalid(
+                format!("{path}.kind"),
+                format!("{:?} is not one of {}", target.kind, kinds.join(", ")),
+            );
+        }
+        let group_ok = match target.kind.as_str() {
+            "Service" => matches!(target.group.as_str(), "" | "core"),
+            _ => matches!(target.group.as_str(), "" | "gateway.networking.k8s.io"),
+        };
+        if !group_ok {
+            return invalid(format!("{path}.group"), format!("{:?} has no {}", target.group, target.kind));
+        }
+        if target.name.is_empty() {
+            return invalid(format!("{path}.name"), "is missing");
+        }
+    }
+    Ok(())
+}
+
+fn backoff(path: &str, spec: &BackoffSpec, default: Backoff) -> Result<(), Invalid> {
+    match try_backoff(spec, default) {
+        Ok(_) => Ok(()),
+        Err(reason) => invalid(path, reason),
+    }
+}
+
+fn at_most(path: &str, value: Option<u32>, limit: u32) -> Result<(), Invalid> {
+    match value {
+        Some(value) if value > limit => invalid(path, format!("{value} is above {limit}")),
+        _ => Ok(()),
+    }
+}
+
+fn at_least(path: &str, value: Option<GatewayDuration>, limit: Duration) -> Result<(), Invalid> {
+    match value {
+        Some(value) if value.0 < limit => {
+            invalid(path, format!("{value} is below {}", GatewayDuration(limit)))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn count(path: &str, len: usize, limit: usize) -> Result<(), Invalid> {
+    if len > limit {
+        return invalid(path, format!("{len} are more than {limit}"));
+    }
+    Ok(())
+}
+
+fn invalid(path: impl Into<String>, reason: impl Into<String>) -> Result<(), Invalid> {
+    Err(Invalid { path: path.into(), reason: reason.into() })
+}
+
+/// Gateway API's own bound is 16 rules; this leaves room and still bounds what sidecars get.
+const MAX_RULES: usize = 1_024;
+/// Combinations of one rule's sources.
+const MAX_SOURCES: usize = 1_024;
