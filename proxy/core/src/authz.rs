@@ -410,7 +410,7 @@ mod tests {
             not_identities: vec![exact(id("shop", "bad").as_str())],
             ..Default::default()
         };
-        let p = policy(Action::Deny, vec![rule(Action::Allow, vec![source.clone()], vec![])]);
+        let p = policy(Action::Deny, vec![rule(Action::Allow, vec![source], vec![])]);
         assert!(ask(&p, Some(&id("shop", "web")), &get("/")).is_permit());
         assert!(!ask(&p, Some(&id("shop", "bad")), &get("/")).is_permit());
         assert!(!ask(&p, Some(&id("other", "web")), &get("/")).is_permit());

@@ -14,6 +14,9 @@
 //! - an endpoint that joins later is drawn seldom at first (warm-up) and starts from the others' usual
 //!   latency.
 //!
+//! Two bad endpoints may meet: with three bad ones of ten, one pair in fifteen, far too much traffic. So
+//! when the cheaper one is still much dearer than what is usually chosen, more are drawn.
+//!
 //! Latency and failing fade together when nothing is measured, so every endpoint is tried again.
 //! Ejection takes an endpoint out altogether: never more than the cap, never the last one. When it ends,
 //! one request at a time probes.
@@ -57,6 +60,8 @@ pub struct Balancer {
     /// Until when some endpoint of `ready` is drawn seldom.
     warming: Option<Instant>,
     cursor: usize,
+    /// What the chosen ones cost, on average.
+    usual_cost: Cell<f64>,
 }
 
 /// Why there is no endpoint for a request.
@@ -199,6 +204,7 @@ impl Balancer {
             current: None,
             warming: None,
             cursor: 0,
+            usual_cost: Cell::new(f64::INFINITY),
         }
     }
 
@@ -290,8 +296,8 @@ impl Balancer {
         chosen.or_else(|| self.least_bad(tried, now, algorithm)).unwrap_or_else(|| self.ready[0].clone())
     }
 
-    fn two_choices(
-        &self,
+    fn two_choices<'a>(
+        &'a self,
         tried: &[SocketAddr],
         now: Instant,
         rng: &mut dyn RngCore,
@@ -310,7 +316,29 @@ impl Balancer {
                 return Some(probe.clone());
             }
         }
-        Some(if cost(other) < cost(one) { other.clone() } else { one.clone() })
+        let (mut best, mut least) = (one, cost(one));
+        let mut consider = |slot: &'a Rc<Slot>| {
+            let cost = cost(slot);
+            if cost < least {
+                (best, least) = (slot, cost);
+            }
+            least
+        };
+        let mut least = consider(other);
+        for _ in 0..MORE_DRAWS {
+            if least <= self.usual_cost.get() * TOO_DEAR {
+                break;
+            }
+            least = consider(&self.ready[self.draw(tried, now, rng)?]);
+        }
+        let usual = self.usual_cost.get();
+        let usual = match usual.is_finite() {
+            // One dear pick must not make the next one look ordinary.
+            true => usual + (least.min(usual * TOO_DEAR) - usual) * LEARN,
+            false => least,
+        };
+        self.usual_cost.set(usual);
+        Some(best.clone())
     }
 
     /// One endpoint by weight that takes requests and was not tried; `None` after a few misses.
@@ -749,6 +777,11 @@ fn is_ready(endpoint: &Endpoint) -> bool {
 /// How often a draw may miss before everything is looked at: at the default cap of half the endpoints
 /// ejected, one pick in 4,096 looks.
 const DRAWS: u32 = 12;
+/// How much dearer than usual the cheaper of two must be for another draw: 12 in-flight requests
+/// among neighbours with three, or four times their latency.
+const TOO_DEAR: f64 = 4.0;
+/// How many more draws at most: three bad ones of ten meet five times in 500 picks.
+const MORE_DRAWS: u32 = 3;
 /// How long an endpoint that joined later warms up.
 const WARM_UP: Duration = Duration::from_secs(10);
 /// Its share at the beginning.

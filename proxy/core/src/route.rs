@@ -648,8 +648,9 @@ mod tests {
 
     /// The first rule should win over the second, in whichever order they are given.
     fn first_wins(first: Rule, second: Rule, request: &Request) {
-        for rules in [vec![first.clone(), second.clone()], vec![second.clone(), first.clone()]] {
-            assert_eq!(winner(&RouteTable::new(rules), request).as_deref(), Some(&*first.object.name));
+        let name = first.object.name.clone();
+        for rules in [vec![first.clone(), second.clone()], vec![second, first]] {
+            assert_eq!(winner(&RouteTable::new(rules), request).as_deref(), Some(&*name));
         }
     }
 
@@ -852,7 +853,7 @@ mod tests {
             |how: &Redirect, scheme: &str, port: u16| redirect(how, &r.head(), scheme, port, Some("/foo")).1;
         assert_eq!(to(&none, "http", 80), "http://web/foo/bar?q=1");
         assert_eq!(to(&none, "http", 8080), "http://web:8080/foo/bar?q=1");
-        let https = Redirect { scheme: Some(text("https")), ..none.clone() };
+        let https = Redirect { scheme: Some(text("https")), ..none };
         assert_eq!(to(&https, "http", 8080), "https://web/foo/bar?q=1");
         let all = Redirect {
             scheme: Some(text("https")),
