@@ -56,7 +56,7 @@ pub struct NameError {
 impl Name {
     /// The name of whatever is at `address`; a v4 address in v6 clothing is the v4 address.
     pub fn address(address: SocketAddr) -> Self {
-        Self::Address(SocketAddr::new(address.ip().to_canonical(), address.port()))
+        Self::Address(canonical(address))
     }
 
     /// The type of the resource that has this name.
@@ -84,8 +84,9 @@ impl Name {
                 if address.port() == 0 {
                     return Err("port 0 is no destination");
                 }
-                if address.ip().to_canonical() != address.ip() {
-                    return Err("write a v4 address as v4");
+                // Without the zone of a link-local address, and with v4 as v4.
+                if canonical(address) != address {
+                    return Err("write a v4 address as v4, and no zone");
                 }
                 Self::Address(address)
             }
@@ -153,6 +154,10 @@ impl FromStr for Name {
 pub(crate) fn is_segment(text: &str) -> bool {
     let ok = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-' || b == b'.';
     !text.is_empty() && text.len() <= MAX_SEGMENT_LEN && text.bytes().all(ok)
+}
+
+fn canonical(address: SocketAddr) -> SocketAddr {
+    SocketAddr::new(address.ip().to_canonical(), address.port())
 }
 
 fn service(text: &str) -> Result<ServiceName, &'static str> {
