@@ -713,3 +713,458 @@ const MAX_ROOTS: usize = 100;
 const MAX_ANCHOR_FILE: u64 = 4 * 1024 * 1024;
 /// The year 9999, where X.509's time ends: keeps arithmetic on it from overflowing.
 const MAX_SECONDS: u64 = 253_402_300_800;
+
+/// Certificates for tests: what the controller would issue, and what it never would.
+#[cfg(test)]
+pub(crate) mod testing {
+    use std::time::SystemTime;
+
+    use rcgen::{
+        BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
+        KeyUsagePurpose, SanType,
+    };
+    use weft_core::identity::PodUid;
+
+    use super::*;
+
+    /// One trust domain's root.
+    pub(crate) struct Authority {
+        pub(crate) domain: TrustDomain,
+        pub(crate) issuer: Issuer<'static, KeyPair>,
+        pub(crate) root: CertificateDer<'static>,
+    }
+
+    impl Authority {
+        pub(crate) fn new(domain: &str) -> Self {
+            let key = KeyPair::generate().unwrap();
+            let mut params = CertificateParams::default();
+            params.distinguished_name.push(DnType::CommonName, format!("root of {domain}"));
+            params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+            params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+            let root = params.self_signed(&key).unwrap().der().clone();
+            Self { domain: TrustDomain::new(domain).unwrap(), issuer: Issuer::new(params, key), root }
+        }
+
+        pub(crate) fn trust(&self) -> Trust {
+            Trust::default().with(&self.domain, &[&self.root], &[]).unwrap()
+        }
+
+        pub(crate) fn id(&self, namespace: &str, account: &str) -> SpiffeId {
+            SpiffeId::new(&self.domain, namespace, account).unwrap()
+        }
+
+        pub(crate) fn issue(&self, key: &WorkloadKey, params: &CertificateParams) -> CertificateDer<'static> {
+            params.signed_by(key, &self.issuer).unwrap().der().clone()
+        }
+
+        /// A workload's certificate and key, as the controller would issue them.
+        pub(crate) fn material(&self, namespace: &str, account: &str, uid: &str) -> Material {
+            let key = WorkloadKey::generate().unwrap();
+            let mut params = leaf(self.id(namespace, account).as_str());
+            let name = PodUid::new(uid).unwrap().server_name();
+            params.subject_alt_names.push(SanType::DnsName(name.try_into().unwrap()));
+            let chain = vec![self.issue(&key, &params)];
+            Material::new(1, &key, chain, self.trust(), UnixTime::now()).unwrap()
+        }
+    }
+
+    /// What a workload certificate says, for any URI.
+    pub(crate) fn leaf(uri: &str) -> CertificateParams {
+        let mut params = CertificateParams::default();
+        params.distinguished_name = rcgen::DistinguishedName::new();
+        params.subject_alt_names = vec![SanType::URI(uri.try_into().unwrap())];
+        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        params.extended_key_usages =
+            vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+        params.not_before = (SystemTime::now() - Duration::from_secs(60)).into();
+        params.not_after = (SystemTime::now() + Duration::from_secs(3_600)).into();
+        params
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::SystemTime;
+
+    use rcgen::{
+        BasicConstraints, CertificateParams, CustomExtension, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
+        KeyUsagePurpose, SanType,
+    };
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream, duplex};
+    use tokio_rustls::{TlsAcceptor, TlsConnector};
+
+    use super::{testing::*, *};
+
+    const WEB: &str = "spiffe://a.test/ns/shop/sa/web";
+
+    /// How a chain looks to a server and to a client that expect `WEB`, or anyone of `a.test`.
+    fn judge(trust: &Trust, chain: &[CertificateDer<'static>]) -> (bool, bool) {
+        let client = ClientVerifier { trust: trust.clone(), accepted: vec!["a.test".into()] };
+        let server = ServerVerifier { trust: trust.clone(), expected: WEB.parse().unwrap() };
+        let name = ServerName::try_from("uid.weft.internal").unwrap();
+        let (leaf, rest) = chain.split_first().unwrap();
+        let as_client = client.verify_client_cert(leaf, rest, UnixTime::now()).is_ok();
+        let as_server = server.verify_server_cert(leaf, rest, &name, &[], UnixTime::now()).is_ok();
+        (as_client, as_server)
+    }
+
+    fn with(change: impl FnOnce(&mut CertificateParams)) -> CertificateParams {
+        let mut params = leaf(WEB);
+        change(&mut params);
+        params
+    }
+
+    fn in_seconds(seconds: i64) -> SystemTime {
+        let by = Duration::from_secs(seconds.unsigned_abs());
+        if seconds < 0 { SystemTime::now() - by } else { SystemTime::now() + by }
+    }
+
+    fn uri(text: &str) -> SanType {
+        SanType::URI(text.try_into().unwrap())
+    }
+
+    #[test]
+    fn one_leaf_of_the_own_authority() {
+        let a = Authority::new("a.test");
+        let key = WorkloadKey::generate().unwrap();
+        let both = (true, true);
+        let none = (false, false);
+        let cases: Vec<(&str, CertificateParams, (bool, bool))> = vec![
+            ("good", leaf(WEB), both),
+            ("a DNS name beside the URI", with(|p| {
+                p.subject_alt_names.push(SanType::DnsName("x.weft.internal".try_into().unwrap()));
+            }), both),
+            ("expired within the skew", with(|p| p.not_after = in_seconds(-200).into()), both),
+            ("expired", with(|p| p.not_after = in_seconds(-400).into()), none),
+            ("ahead within the skew", with(|p| p.not_before = in_seconds(200).into()), both),
+            ("not valid yet", with(|p| p.not_before = in_seconds(400).into()), none),
+            ("no digitalSignature", with(|p| p.key_usages = vec![KeyUsagePurpose::KeyAgreement]), none),
+            ("neither usage", with(|p| p.extended_key_usages = vec![ExtendedKeyUsagePurpose::CodeSigning]), none),
+            ("server only", with(|p| p.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth]), (false, true)),
+            ("client only", with(|p| p.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth]), (true, false)),
+            ("a certificate authority", with(|p| p.is_ca = IsCa::Ca(BasicConstraints::Unconstrained)), none),
+            ("two URIs", with(|p| p.subject_alt_names.push(uri("spiffe://a.test/ns/shop/sa/api"))), none),
+            ("the same URI twice", with(|p| p.subject_alt_names.push(uri(WEB))), none),
+            ("a URI of another kind beside it", with(|p| p.subject_alt_names.push(uri("https://a.test/"))), none),
+            ("no names", with(|p| p.subject_alt_names.clear()), none),
+            ("the name in the CN", with(|p| {
+                p.subject_alt_names.clear();
+                p.distinguished_name.push(rcgen::DnType::CommonName, WEB);
+            }), none),
+            ("a DNS name only", with(|p| {
+                p.subject_alt_names = vec![SanType::DnsName("web.shop".try_into().unwrap())];
+            }), none),
+            ("an unknown critical extension", with(|p| {
+                let mut unknown = CustomExtension::from_oid_content(&[1, 2, 3, 4, 5], vec![5, 0]);
+                unknown.set_criticality(true);
+                p.custom_extensions.push(unknown);
+            }), none),
+            ("a longer twin", leaf("spiffe://a.test/ns/shop/sa/web2"), (true, false)),
+            ("a shorter twin", leaf("spiffe://a.test/ns/shop/sa/we"), (true, false)),
+        ];
+        for (case, params, expected) in cases {
+            assert_eq!(judge(&a.trust(), &[a.issue(&key, &params)]), expected, "{case}");
+        }
+    }
+
+    #[test]
+    fn names_that_are_no_identity() {
+        let a = Authority::new("a.test");
+        let key = WorkloadKey::generate().unwrap();
+        let long = format!("spiffe://a.test/ns/shop/sa/{}", "w".repeat(2_048));
+        for name in [
+            "SPIFFE://a.test/ns/shop/sa/web",
+            "spiffe://A.test/ns/shop/sa/web",
+            "spiffe://a.test/ns/shop/sa/web/",
+            "spiffe://a.test/ns/shop/sa/",
+            "spiffe://a.test//ns/shop/sa/web",
+            "spiffe://a.test/ns/./sa/web",
+            "spiffe://a.test/ns/shop/../shop/sa/web",
+            "spiffe://a.test/ns/shop/sa/%77eb",
+            "spiffe://a.test/ns/shop/sa/web?x",
+            "spiffe://a.test/ns/shop/sa/web#x",
+            "spiffe://user@a.test/ns/shop/sa/web",
+            "spiffe://a.test:443/ns/shop/sa/web",
+            "spiffe://a.test/ns/shop/sa/web\0",
+            "spiffe://a.test/web",
+            "spiffe://a.test",
+            "https://a.test/ns/shop/sa/web",
+            "",
+            long.as_str(),
+        ] {
+            let chain = [a.issue(&key, &leaf(name))];
+            assert_eq!(judge(&a.trust(), &chain), (false, false), "{name:?}");
+            assert!(peer_identity(&chain).is_err(), "{name:?}");
+        }
+    }
+
+    #[test]
+    fn who_signed_it() {
+        let (a, b, rogue) = (Authority::new("a.test"), Authority::new("b.test"), Authority::new("a.test"));
+        let both = a.trust().merged(&b.trust());
+        let key = WorkloadKey::generate().unwrap();
+        let none = (false, false);
+        let own = leaf(WEB).self_signed(&key).unwrap().der().clone();
+        assert_eq!(judge(&both, &[own]), none, "self-signed");
+        assert_eq!(judge(&both, &[rogue.issue(&key, &leaf(WEB))]), none, "an authority of the same name");
+        assert_eq!(judge(&both, &[rogue.issue(&key, &leaf(WEB)), rogue.root.clone()]), none, "and its root");
+        assert_eq!(judge(&both, &[b.issue(&key, &leaf(WEB))]), none, "b's authority, a's name");
+        let theirs = leaf("spiffe://b.test/ns/shop/sa/web");
+        assert_eq!(judge(&both, &[b.issue(&key, &theirs)]), none, "b is known, not accepted");
+        assert_eq!(judge(&b.trust(), &[a.issue(&key, &leaf(WEB))]), none, "nothing is trusted for a");
+        assert_eq!(judge(&Trust::default(), &[a.issue(&key, &leaf(WEB))]), none, "nothing is trusted at all");
+        assert_eq!(judge(&both, &[a.issue(&key, &leaf(WEB))]), (true, true), "a's own");
+        // While a root rotates there are two.
+        let rotating = Trust::default().with(&a.domain, &[&a.root, &rogue.root], &[]).unwrap();
+        assert_eq!(judge(&rotating, &[a.issue(&key, &leaf(WEB))]), (true, true));
+        assert_eq!(judge(&rotating, &[rogue.issue(&key, &leaf(WEB))]), (true, true));
+    }
+
+    fn intermediate(
+        constraints: BasicConstraints,
+        number: usize,
+        issuer: &Issuer<'_, KeyPair>,
+    ) -> (CertificateDer<'static>, Issuer<'static, KeyPair>) {
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::default();
+        params.distinguished_name.push(rcgen::DnType::CommonName, format!("issuer {number}"));
+        params.is_ca = IsCa::Ca(constraints);
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+        let der = params.signed_by(&key, issuer).unwrap().der().clone();
+        (der, Issuer::new(params, key))
+    }
+
+    #[test]
+    fn chains() {
+        let a = Authority::new("a.test");
+        let key = WorkloadKey::generate().unwrap();
+        let (one, by_one) = intermediate(BasicConstraints::Constrained(0), 1, &a.issuer);
+        let issued = leaf(WEB).signed_by(&key, &by_one).unwrap().der().clone();
+        assert_eq!(judge(&a.trust(), &[issued.clone(), one.clone()]), (true, true));
+        assert_eq!(judge(&a.trust(), std::slice::from_ref(&issued)), (false, false), "issuer missing");
+
+        let (two, by_two) = intermediate(BasicConstraints::Constrained(0), 2, &by_one);
+        let too_deep = leaf(WEB).signed_by(&key, &by_two).unwrap().der().clone();
+        assert_eq!(judge(&a.trust(), &[too_deep, two, one.clone()]), (false, false), "path length");
+
+        let mut parent = leaf("spiffe://a.test/ns/shop/sa/api");
+        parent.key_usages.push(KeyUsagePurpose::KeyCertSign);
+        let parent_key = KeyPair::generate().unwrap();
+        let parent_der = parent.signed_by(&parent_key, &a.issuer).unwrap().der().clone();
+        let by_leaf = leaf(WEB).signed_by(&key, &Issuer::new(parent, parent_key)).unwrap().der().clone();
+        assert_eq!(judge(&a.trust(), &[by_leaf, parent_der]), (false, false), "a leaf is no authority");
+
+        let padding = vec![one.clone(); MAX_CHAIN - 1];
+        let longest: Vec<_> = [issued.clone()].into_iter().chain(padding).collect();
+        assert_eq!(judge(&a.trust(), &longest), (true, true), "{MAX_CHAIN} certificates");
+        let too_long: Vec<_> = longest.into_iter().chain([one]).collect();
+        assert_eq!(judge(&a.trust(), &too_long), (false, false), "one more");
+        let huge = CertificateDer::from(vec![0; MAX_CHAIN_BYTES]);
+        assert_eq!(judge(&a.trust(), &[issued, huge]), (false, false), "too many bytes");
+        let garbage = CertificateDer::from(vec![0x30, 3, 1, 2, 3]);
+        assert_eq!(judge(&a.trust(), &[garbage]), (false, false), "not a certificate");
+    }
+
+    #[test]
+    fn bytes_after_a_certificate() {
+        let a = Authority::new("a.test");
+        let key = WorkloadKey::generate().unwrap();
+        let mut der = a.issue(&key, &leaf(WEB)).to_vec();
+        der.push(0);
+        assert_eq!(judge(&a.trust(), &[CertificateDer::from(der)]), (false, false));
+    }
+
+    #[test]
+    fn revocation_decides_even_when_its_list_is_stale() {
+        let a = Authority::new("a.test");
+        let key = WorkloadKey::generate().unwrap();
+        let with_serial = |serial: u64| {
+            let mut params = leaf(WEB);
+            params.serial_number = Some(serial.into());
+            a.issue(&key, &params)
+        };
+        let list = rcgen::CertificateRevocationListParams {
+            this_update: in_seconds(-7_200).into(),
+            next_update: in_seconds(-3_600).into(),
+            crl_number: 1.into(),
+            issuing_distribution_point: None,
+            revoked_certs: vec![rcgen::RevokedCertParams {
+                serial_number: 7.into(),
+                revocation_time: in_seconds(-7_200).into(),
+                reason_code: None,
+                invalidity_date: None,
+            }],
+            key_identifier_method: rcgen::KeyIdMethod::Sha256,
+        };
+        let list = list.signed_by(&a.issuer).unwrap().der().to_vec();
+        let roots = [a.root.to_vec()];
+        let trust = Trust::default().with(&a.domain, &roots, &[list]).unwrap();
+        assert_eq!(judge(&trust, &[with_serial(7)]), (false, false));
+        assert_eq!(judge(&trust, &[with_serial(8)]), (true, true));
+        assert!(Trust::default().with(&a.domain, &roots, &[b"0nonsense".to_vec()]).is_err());
+    }
+
+    #[test]
+    fn an_empty_or_broken_bundle_is_not_taken() {
+        let a = Authority::new("a.test");
+        let none: [&[u8]; 0] = [];
+        assert!(matches!(Trust::default().with(&a.domain, &none, &none), Err(TlsError::Bundle(0))));
+        assert!(Trust::default().with(&a.domain, &[b"nonsense"], &[]).is_err());
+        let many = vec![&a.root[..]; MAX_ROOTS + 1];
+        assert!(matches!(Trust::default().with(&a.domain, &many, &none), Err(TlsError::Bundle(_))));
+    }
+
+    #[test]
+    fn own_material_must_fit() {
+        let (a, b) = (Authority::new("a.test"), Authority::new("b.test"));
+        let (key, other) = (WorkloadKey::generate().unwrap(), WorkloadKey::generate().unwrap());
+        let chain = vec![a.issue(&key, &leaf(WEB))];
+        let make = |key: &WorkloadKey, chain: &[CertificateDer<'static>], trust: Trust| {
+            Material::new(1, key, chain.to_vec(), trust, UnixTime::now())
+        };
+        assert!(matches!(make(&other, &chain, a.trust()), Err(TlsError::OtherKey)));
+        assert!(matches!(make(&key, &chain, b.trust()), Err(TlsError::TrustDomain(_))));
+        assert!(matches!(make(&key, &[], a.trust()), Err(TlsError::NoCertificate)));
+        let material = make(&key, &chain, a.trust()).unwrap();
+        assert_eq!(material.identity.as_str(), WEB);
+        assert_eq!(peer_validity(&chain).unwrap(), material.validity);
+        let text = format!("{material:?} {key:?}");
+        assert!(!text.contains("EcdsaKeyPair") && text.contains("a.test"), "{text}");
+    }
+
+    /// Both ends of a handshake, and a byte each way so that a client hears of a refusal.
+    async fn handshake(
+        client: Arc<ClientConfig>,
+        server: Arc<ServerConfig>,
+    ) -> (
+        io::Result<tokio_rustls::client::TlsStream<DuplexStream>>,
+        io::Result<tokio_rustls::server::TlsStream<DuplexStream>>,
+    ) {
+        let (near, far) = duplex(64 * 1024);
+        let name = ServerName::try_from("uid-1.weft.internal").unwrap();
+        let connect = async {
+            let mut stream = TlsConnector::from(client).connect(name, near).await?;
+            stream.read_u8().await?;
+            Ok(stream)
+        };
+        let accept = async {
+            let mut stream = TlsAcceptor::from(server).accept(far).await?;
+            stream.write_u8(1).await?;
+            stream.flush().await?;
+            Ok(stream)
+        };
+        tokio::join!(connect, accept)
+    }
+
+    #[tokio::test]
+    async fn both_ends_agree_with_the_hybrid_exchange_and_without_tickets() {
+        let a = Authority::new("a.test");
+        let (web, api) = (a.material("shop", "web", "uid-1"), a.material("shop", "api", "uid-2"));
+        let client = client_config(&api, &web.identity, Alpn::H2).unwrap();
+        let server = server_config(&web, std::slice::from_ref(&a.domain)).unwrap();
+        for _ in 0..2 {
+            let (client, server) = handshake(Arc::clone(&client), Arc::clone(&server)).await;
+            let (client, server) = (client.unwrap(), server.unwrap());
+            let (_, seen) = server.get_ref();
+            assert_eq!(peer_identity(seen.peer_certificates().unwrap()).unwrap(), api.identity);
+            assert_eq!(seen.server_name(), Some("uid-1.weft.internal"));
+            assert_eq!(seen.alpn_protocol().and_then(Alpn::from_name), Some(Alpn::H2));
+            assert_eq!(seen.handshake_kind(), Some(rustls::HandshakeKind::Full));
+            let (_, ours) = client.get_ref();
+            assert_eq!(peer_identity(ours.peer_certificates().unwrap()).unwrap(), web.identity);
+            let group = ours.negotiated_key_exchange_group().unwrap().name();
+            assert_eq!(group, rustls::NamedGroup::X25519MLKEM768);
+            assert_eq!(ours.tls13_tickets_received(), 0);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_client_leaves_whoever_is_not_exactly_expected() {
+        let a = Authority::new("a.test");
+        let (web, api) = (a.material("shop", "web", "uid-1"), a.material("shop", "api", "uid-2"));
+        let client = client_config(&api, &a.id("shop", "we"), Alpn::H2).unwrap();
+        let server = server_config(&web, std::slice::from_ref(&a.domain)).unwrap();
+        let (client, server) = handshake(client, server).await;
+        let error = client.unwrap_err();
+        assert!(is_identity_failure(&error), "{error}");
+        assert!(error.to_string().contains("expected"), "{error}");
+        assert!(server.is_err());
+    }
+
+    #[tokio::test]
+    async fn a_server_refuses_strangers_and_the_nameless() {
+        let (a, b) = (Authority::new("a.test"), Authority::new("b.test"));
+        let web = a.material("shop", "web", "uid-1");
+        let server = server_config(&web, std::slice::from_ref(&a.domain)).unwrap();
+        // A stranger whose client believes anything that a says.
+        let stranger = b.material("shop", "api", "uid-2").with_trust(2, a.trust());
+        let client = client_config(&stranger, &web.identity, Alpn::H2).unwrap();
+        let (client, refused) = handshake(client, Arc::clone(&server)).await;
+        assert!(refused.is_err());
+        assert!(is_identity_failure(&client.unwrap_err()));
+        // No certificate at all.
+        let mut client = ClientConfig::clone(&controller_config(&a.trust(), &web.identity, None).unwrap());
+        client.alpn_protocols = vec![ALPN_H2.to_vec()];
+        let (client, refused) = handshake(Arc::new(client), server).await;
+        assert!(refused.is_err());
+        assert!(is_identity_failure(&client.unwrap_err()));
+    }
+
+    #[tokio::test]
+    async fn roots_are_chosen_by_the_peers_trust_domain() {
+        let (a, b) = (Authority::new("a.test"), Authority::new("b.test"));
+        let web = a.material("shop", "web", "uid-1").with_trust(2, a.trust().merged(&b.trust()));
+        let theirs = b.material("shop", "api", "uid-2").with_trust(2, a.trust().merged(&b.trust()));
+        let client = client_config(&theirs, &web.identity, Alpn::Tcp).unwrap();
+        let both = [a.domain.clone(), b.domain.clone()];
+        let (client, server) = handshake(client, server_config(&web, &both).unwrap()).await;
+        assert!(client.is_ok() && server.is_ok());
+    }
+
+    #[tokio::test]
+    async fn another_application_protocol_is_refused() {
+        let a = Authority::new("a.test");
+        let (web, api) = (a.material("shop", "web", "uid-1"), a.material("shop", "api", "uid-2"));
+        let mut client = ClientConfig::clone(&client_config(&api, &web.identity, Alpn::H2).unwrap());
+        client.alpn_protocols = vec![b"h2".to_vec()];
+        let server = server_config(&web, std::slice::from_ref(&a.domain)).unwrap();
+        let (client, server) = handshake(Arc::new(client), server).await;
+        assert!(client.is_err() && server.is_err());
+    }
+
+    #[test]
+    fn anchors_are_read_from_their_file_as_it_stands() {
+        let (a, b) = (Authority::new("a.test"), Authority::new("a.test"));
+        let path = std::env::temp_dir().join(format!("weft-anchors-{}.pem", std::process::id()));
+        let pem = |der: &CertificateDer<'_>| {
+            use std::fmt::Write as _;
+            let hex = base64(der);
+            let mut text = String::from("-----BEGIN CERTIFICATE-----\n");
+            for line in hex.as_bytes().chunks(64) {
+                let _ = writeln!(text, "{}", std::str::from_utf8(line).unwrap());
+            }
+            text + "-----END CERTIFICATE-----\n"
+        };
+        std::fs::write(&path, pem(&a.root)).unwrap();
+        assert_eq!(Trust::from_file(&a.domain, &path).unwrap().roots("a.test"), 1);
+        std::fs::write(&path, pem(&a.root) + &pem(&b.root)).unwrap();
+        assert_eq!(Trust::from_file(&a.domain, &path).unwrap().roots("a.test"), 2);
+        std::fs::write(&path, "").unwrap();
+        assert!(Trust::from_file(&a.domain, &path).is_err());
+        std::fs::remove_file(&path).unwrap();
+        assert!(matches!(Trust::from_file(&a.domain, &path), Err(TlsError::File(..))));
+    }
+
+    fn base64(bytes: &[u8]) -> String {
+        const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+        let mut text = String::new();
+        for chunk in bytes.chunks(3) {
+            let word = chunk.iter().enumerate().fold(0u32, |word, (i, b)| word | u32::from(*b) << (16 - 8 * i));
+            for i in 0..4 {
+                let digit = ALPHABET[(word >> (18 - 6 * i) & 63) as usize];
+                text.push(if i <= chunk.len() { digit.into() } else { '=' });
+            }
+        }
+        text
+    }
+}

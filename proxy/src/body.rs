@@ -1,0 +1,407 @@
+//! Bodies: what is sent to an endpoint and can be sent again, and what carries the lease back to the app.
+//!
+//! Why the lease rides in the response: a gRPC status comes in trailers and latency is taken at the first
+//! data frame, so neither is known when the head arrives. The response body holds the lease, the telemetry
+//! record and the connection, and settles all three exactly once, also when the app goes away.
+//!
+//! Why the replay buffer suffices: the stream window between sidecars is no larger than the buffer
+//! (`pool::UPLOAD_WINDOW`) and a peer opens it only after its app took the request. Whatever was sent of a
+//! request that the app never saw is therefore still here, however long the upload is.
+
+use std::{
+    cell::RefCell,
+    error::Error as StdError,
+    fmt,
+    pin::Pin,
+    rc::Rc,
+    task::{Context, Poll, Waker},
+};
+
+use bytes::Bytes;
+use http::HeaderMap;
+use http_body::{Body as HttpBody, Frame, SizeHint};
+use hyper::body::Incoming;
+use weft_core::{
+    balance::Lease,
+    classify::{self, Class, Failure, Outcome},
+};
+
+use crate::{
+    drain::RequestGuard,
+    pool::Checkout,
+    telemetry::exchange::{Exchange, now},
+    worker::Permit,
+};
+
+/// Pieces in which an upload is handed on, so that no more than a window and one piece is ever taken ahead.
+const PIECE: usize = 16 * 1024;
+
+/// A request's or response's body on the data path.
+pub(crate) struct Body(Kind);
+
+enum Kind {
+    Empty,
+    Full(Bytes),
+    Incoming(Incoming),
+    Attempt(AttemptBody),
+    Watched(Box<Watched>),
+}
+
+/// Why a body ended early.
+#[derive(Debug)]
+pub(crate) enum BodyError {
+    /// As hyper saw it.
+    Hyper(hyper::Error),
+    /// Another attempt has taken over.
+    Superseded,
+}
+
+impl fmt::Display for BodyError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Hyper(e) => e.fmt(f),
+            Self::Superseded => f.write_str("another attempt took over"),
+        }
+    }
+}
+
+impl StdError for BodyError {
+    fn source(&self) -> Option<&(dyn StdError + 'static)> {
+        match self {
+            Self::Hyper(e) => e.source(),
+            Self::Superseded => None,
+        }
+    }
+}
+
+impl Body {
+    pub(crate) fn empty() -> Self {
+        Self(Kind::Empty)
+    }
+
+    pub(crate) fn full(data: impl Into<Bytes>) -> Self {
+        Self(Kind::Full(data.into()))
+    }
+
+    pub(crate) fn watched(inner: Incoming, tail: Tail) -> Self {
+        if inner.is_end_stream() {
+            let mut tail = tail;
+            tail.first_byte();
+            tail.end(None);
+            return Self(Kind::Incoming(inner));
+        }
+        Self(Kind::Watched(Box::new(Watched { inner, tail: Some(tail) })))
+    }
+
+    pub(crate) fn attempt(body: AttemptBody) -> Self {
+        Self(Kind::Attempt(body))
+    }
+}
+
+impl HttpBody for Body {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        match &mut self.0 {
+            Kind::Empty => Poll::Ready(None),
+            Kind::Full(data) => {
+                let data = std::mem::take(data);
+                Poll::Ready((!data.is_empty()).then(|| Ok(Frame::data(data))))
+            }
+            Kind::Incoming(body) => Pin::new(body).poll_frame(cx).map_err(BodyError::Hyper),
+            Kind::Attempt(body) => body.poll_frame(cx),
+            Kind::Watched(body) => body.poll_frame(cx),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match &self.0 {
+            Kind::Empty => true,
+            Kind::Full(data) => data.is_empty(),
+            Kind::Incoming(body) => body.is_end_stream(),
+            Kind::Attempt(body) => body.is_end_stream(),
+            Kind::Watched(body) => body.inner.is_end_stream(),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match &self.0 {
+            Kind::Empty => SizeHint::with_exact(0),
+            Kind::Full(data) => SizeHint::with_exact(data.len() as u64),
+            Kind::Incoming(body) => body.size_hint(),
+            Kind::Attempt(body) => body.size_hint(),
+            Kind::Watched(body) => body.inner.size_hint(),
+        }
+    }
+}
+
+/// A request body of which the first bytes are kept, so that another endpoint can be given the whole.
+#[derive(Clone)]
+pub(crate) struct Replay(Rc<RefCell<Kept>>);
+
+struct Kept {
+    source: Incoming,
+    /// What was read and is kept, in pieces.
+    pieces: Vec<Bytes>,
+    len: usize,
+    limit: usize,
+    trailers: Option<HeaderMap>,
+    /// False once the limit was passed or the answer came: nothing can be replayed any more.
+    keeping: bool,
+    ended: bool,
+    failed: bool,
+    /// Read from the source but not yet handed on.
+    rest: Bytes,
+    /// The attempt that may read; older ones have lost.
+    attempt: u32,
+    waker: Option<Waker>,
+}
+
+/// One attempt's view of a [`Replay`].
+pub(crate) struct AttemptBody {
+    kept: Rc<RefCell<Kept>>,
+    attempt: u32,
+    next: usize,
+    trailers_sent: bool,
+}
+
+impl Replay {
+    /// Keeps up to `limit` bytes (and one piece more).
+    pub(crate) fn new(source: Incoming, limit: usize) -> Self {
+        Self(Rc::new(RefCell::new(Kept {
+            ended: source.is_end_stream(),
+            source,
+            pieces: Vec::new(),
+            len: 0,
+            limit: limit + PIECE,
+            trailers: None,
+            keeping: true,
+            failed: false,
+            rest: Bytes::new(),
+            attempt: 0,
+            waker: None,
+        })))
+    }
+
+    /// A body for the next attempt; the one before stops.
+    pub(crate) fn attempt(&self) -> AttemptBody {
+        let mut kept = self.0.borrow_mut();
+        kept.attempt += 1;
+        if let Some(waker) = kept.waker.take() {
+            waker.wake();
+        }
+        AttemptBody { kept: self.0.clone(), attempt: kept.attempt, next: 0, trailers_sent: false }
+    }
+
+    /// Whether another attempt could send the whole body.
+    pub(crate) fn is_replayable(&self) -> bool {
+        let kept = self.0.borrow();
+        kept.keeping && !kept.failed
+    }
+
+    /// Whether the app has sent its whole body and an endpoint was given it.
+    pub(crate) fn is_ended(&self) -> bool {
+        let kept = self.0.borrow();
+        kept.ended && kept.rest.is_empty()
+    }
+
+    /// Whether the app itself broke off its upload.
+    pub(crate) fn source_failed(&self) -> bool {
+        self.0.borrow().failed
+    }
+
+    /// Frees the buffer: the answer is on its way to the app.
+    pub(crate) fn forget(&self) {
+        // The running attempt may still have pieces to send: it clears them when it has passed them.
+        self.0.borrow_mut().keeping = false;
+    }
+}
+
+impl AttemptBody {
+    fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        let mut kept = self.kept.borrow_mut();
+        let kept = &mut *kept;
+        if kept.attempt != self.attempt {
+            return Poll::Ready(Some(Err(BodyError::Superseded)));
+        }
+        loop {
+            if let Some(piece) = kept.pieces.get(self.next) {
+                self.next += 1;
+                let piece = piece.clone();
+                if !kept.keeping && self.next == kept.pieces.len() {
+                    kept.pieces.clear();
+                    self.next = 0;
+                }
+                return Poll::Ready(Some(Ok(Frame::data(piece))));
+            }
+            if !kept.rest.is_empty() {
+                let piece = kept.rest.split_to(kept.rest.len().min(PIECE));
+                kept.len += piece.len();
+                if kept.keeping && kept.len > kept.limit {
+                    kept.keeping = false;
+                    kept.pieces.clear();
+                    self.next = 0;
+                }
+                if kept.keeping {
+                    kept.pieces.push(piece);
+                    continue;
+                }
+                return Poll::Ready(Some(Ok(Frame::data(piece))));
+            }
+            if kept.ended {
+                if self.trailers_sent {
+                    return Poll::Ready(None);
+                }
+                self.trailers_sent = true;
+                return Poll::Ready(kept.trailers.clone().map(|t| Ok(Frame::trailers(t))));
+            }
+            match Pin::new(&mut kept.source).poll_frame(cx) {
+                Poll::Pending => {
+                    kept.waker = Some(cx.waker().clone());
+                    return Poll::Pending;
+                }
+                Poll::Ready(None) => kept.ended = true,
+                Poll::Ready(Some(Err(e))) => {
+                    kept.failed = true;
+                    kept.ended = true;
+                    return Poll::Ready(Some(Err(BodyError::Hyper(e))));
+                }
+                Poll::Ready(Some(Ok(frame))) => match frame.into_data() {
+                    Ok(data) => {
+                        kept.rest = data;
+                        kept.ended = kept.source.is_end_stream();
+                    }
+                    Err(frame) => {
+                        kept.trailers = frame.into_trailers().ok();
+                        kept.ended = true;
+                    }
+                },
+            }
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        let kept = self.kept.borrow();
+        kept.ended
+            && self.next >= kept.pieces.len()
+            && kept.rest.is_empty()
+            && (kept.trailers.is_none() || self.trailers_sent)
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        let kept = self.kept.borrow();
+        let ahead: usize =
+            kept.pieces.get(self.next..).unwrap_or_default().iter().map(Bytes::len).sum::<usize>()
+                + kept.rest.len();
+        let ahead = ahead as u64;
+        let rest = kept.source.size_hint();
+        let mut hint = SizeHint::new();
+        hint.set_lower(rest.lower() + ahead);
+        if let Some(upper) = rest.upper() {
+            hint.set_upper(upper + ahead);
+        }
+        hint
+    }
+}
+
+/// What counts a request until its response ends.
+pub(crate) enum Held {
+    Outbound { _permit: Permit },
+    Inbound { _guard: RequestGuard },
+}
+
+/// What is settled when a response ends.
+pub(crate) struct Tail {
+    pub(crate) lease: Option<Lease>,
+    pub(crate) exchange: Exchange,
+    pub(crate) connection: Option<Checkout>,
+    #[expect(dead_code, reason = "counted until this is dropped")]
+    pub(crate) held: Held,
+    /// As far as the head tells.
+    pub(crate) outcome: Outcome,
+    /// The class to record, where it does not follow from the outcome (an answer that a sidecar made).
+    pub(crate) class: Option<Class>,
+    /// The status is in the trailers.
+    pub(crate) grpc: bool,
+    pub(crate) seen_data: bool,
+}
+
+struct Watched {
+    inner: Incoming,
+    tail: Option<Tail>,
+}
+
+impl Watched {
+    fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        let polled = Pin::new(&mut self.inner).poll_frame(cx);
+        let Poll::Ready(frame) = polled else { return Poll::Pending };
+        match &frame {
+            Some(Ok(frame)) => {
+                if let Some(tail) = &mut self.tail {
+                    if !tail.seen_data {
+                        tail.first_byte();
+                    }
+                }
+                if let Some(trailers) = frame.trailers_ref() {
+                    self.end(Some(trailers));
+                } else if self.inner.is_end_stream() {
+                    self.end(None);
+                }
+            }
+            Some(Err(_)) => {
+                if let Some(tail) = self.tail.take() {
+                    tail.settle(Outcome::Failure(Failure::Reset), Class::ServerError, false);
+                }
+            }
+            None => self.end(None),
+        }
+        Poll::Ready(frame.map(|f| f.map_err(BodyError::Hyper)))
+    }
+
+    fn end(&mut self, trailers: Option<&HeaderMap>) {
+        if let Some(tail) = self.tail.take() {
+            tail.end(trailers);
+        }
+    }
+}
+
+impl Tail {
+    pub(crate) fn first_byte(&mut self) {
+        self.seen_data = true;
+        let now = now();
+        self.exchange.first_byte(now);
+        if let Some(lease) = &mut self.lease {
+            lease.first_byte(now);
+        }
+    }
+
+    pub(crate) fn end(self, trailers: Option<&HeaderMap>) {
+        let outcome = match (self.grpc, trailers.and_then(classify::grpc_status)) {
+            (true, Some(code)) => classify::grpc(code),
+            (true, None) if self.outcome == Outcome::Success => {
+                // A gRPC answer without a status is an error to its caller (gRPC over HTTP/2: UNKNOWN).
+                classify::grpc(2)
+            }
+            _ => self.outcome,
+        };
+        let class = self.class.unwrap_or_else(|| outcome.class());
+        self.settle(outcome, class, true);
+    }
+
+    fn settle(mut self, outcome: Outcome, class: Class, whole: bool) {
+        let now = now();
+        if let Some(lease) = self.lease.take() {
+            self.exchange.settled(lease.finish(outcome, now));
+        }
+        if let Some(connection) = self.connection.take() {
+            if whole {
+                connection.give_back(now);
+            }
+        }
+        self.exchange.finish(class, now);
+    }
+}

@@ -1,0 +1,238 @@
+//! Everything that can go wrong with a request, and what its caller is told: one exhaustive table.
+//!
+//! Why one table: "why 503?" is the most asked question of every mesh. Each variant has one HTTP status,
+//! one gRPC code and one stable code that a reader can search for, and every response that a sidecar makes
+//! carries it as `weft-reason: <component>;<code>`.
+
+use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode, header};
+use weft_core::classify::{Class, Failure};
+
+use crate::body::Body;
+
+/// The header that names the sidecar's reason; applications cannot set it.
+pub(crate) const WEFT_REASON: HeaderName = HeaderName::from_static("weft-reason");
+/// On a response of an inbound sidecar: the app has not seen the request, so the caller may send it
+/// elsewhere whatever its method.
+pub(crate) const WEFT_UNSENT: HeaderName = HeaderName::from_static("weft-unsent");
+
+/// Which half of a sidecar speaks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Component {
+    Outbound,
+    Inbound,
+}
+
+impl Component {
+    pub(crate) const fn as_str(self) -> &'static str {
+        match self {
+            Self::Outbound => "outbound",
+            Self::Inbound => "inbound",
+        }
+    }
+}
+
+/// Why a sidecar answered a request itself, or ended a connection.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum Error {
+    #[error("routes exist for this destination and none matches the request")]
+    NoRoute,
+    #[error("the rule has no backend")]
+    NoBackend,
+    #[error("the rule's backend does not exist")]
+    BackendUnresolved,
+    #[error("a filter of the rule cannot be applied: {0}")]
+    InvalidFilter(std::sync::Arc<str>),
+    #[error("the backend has no endpoint that can take a request")]
+    NoEndpoint,
+    #[error("the endpoint refused the connection")]
+    Refused,
+    #[error("the endpoint did not accept the connection in time")]
+    ConnectTimeout,
+    #[error("the endpoint cannot be reached")]
+    Unreachable,
+    #[error("the endpoint is not the workload that was expected")]
+    Identity,
+    #[error("the endpoint did not process the request, and no other could take it")]
+    NotProcessed,
+    #[error("the endpoint closed the connection before its answer was whole")]
+    Reset,
+    #[error("the endpoint did not answer in time")]
+    Timeout,
+    #[error("no rule of the authorization policy allows it")]
+    Denied,
+    #[error("mTLS is required here, and the caller sent plaintext")]
+    PlaintextRefused,
+    #[error("the path is not in canonical form, and a policy looks at paths")]
+    PathNotCanonical,
+    #[error("the sidecar has no policy for this workload yet")]
+    NotReady,
+    #[error("the sidecar has as many requests in flight as it may")]
+    Overloaded,
+    #[error("the control plane did not answer in time for a destination inside the mesh")]
+    DiscoveryTimeout,
+    #[error("the egress policy refuses destinations outside the mesh")]
+    EgressDenied,
+    #[error("the sidecar is draining")]
+    Draining,
+    #[error("CONNECT is not allowed here")]
+    ConnectNotAllowed,
+    #[error("the request has no usable target")]
+    BadTarget,
+    #[error("the upgrade was refused: {0}")]
+    Upgrade(&'static str),
+}
+
+/// What the table says of one error.
+pub(crate) struct Answer {
+    pub(crate) status: StatusCode,
+    /// gRPC code (`google.rpc.Code`).
+    pub(crate) grpc: u16,
+    /// Stable, lower-case, for `weft-reason`, logs and metrics.
+    pub(crate) code: &'static str,
+    /// The app has not seen the request.
+    pub(crate) unsent: bool,
+}
+
+impl Error {
+    /// The table.
+    pub(crate) fn answer(&self) -> Answer {
+        const INVALID_ARGUMENT: u16 = 3;
+        const DEADLINE_EXCEEDED: u16 = 4;
+        const PERMISSION_DENIED: u16 = 7;
+        const RESOURCE_EXHAUSTED: u16 = 8;
+        const UNIMPLEMENTED: u16 = 12;
+        const UNAVAILABLE: u16 = 14;
+        let (status, grpc, code, unsent) = match self {
+            Self::NoRoute => (StatusCode::NOT_FOUND, UNIMPLEMENTED, "no_route", true),
+            Self::NoBackend => (StatusCode::INTERNAL_SERVER_ERROR, UNAVAILABLE, "no_backend", true),
+            Self::BackendUnresolved => {
+                (StatusCode::INTERNAL_SERVER_ERROR, UNAVAILABLE, "backend_unresolved", true)
+            }
+            Self::InvalidFilter(_) => {
+                (StatusCode::INTERNAL_SERVER_ERROR, UNAVAILABLE, "invalid_filter", true)
+            }
+            Self::NoEndpoint => (StatusCode::SERVICE_UNAVAILABLE, UNAVAILABLE, "no_endpoint", true),
+            Self::Refused => (StatusCode::SERVICE_UNAVAILABLE, UNAVAILABLE, "connect_refused", true),
+            Self::ConnectTimeout => (StatusCode::GATEWAY_TIMEOUT, UNAVAILABLE, "connect_timeout", true),
+            Self::Unreachable => (StatusCode::SERVICE_UNAVAILABLE, UNAVAILABLE, "unreachable", true),
+            Self::Identity => (StatusCode::SERVICE_UNAVAILABLE, UNAVAILABLE, "identity_mismatch", true),
+            Self::NotProcessed => (StatusCode::SERVICE_UNAVAILABLE, UNAVAILABLE, "not_processed", true),
+            Self::Reset => (StatusCode::BAD_GATEWAY, UNAVAILABLE, "reset", false),
+            Self::Timeout => (StatusCode::GATEWAY_TIMEOUT, DEADLINE_EXCEEDED, "timeout", false),
+            Self::Denied => (StatusCode::FORBIDDEN, PERMISSION_DENIED, "denied", false),
+            Self::PlaintextRefused => (StatusCode::FORBIDDEN, PERMISSION_DENIED, "plaintext_refused", false),
+            Self::PathNotCanonical => {
+                (StatusCode::BAD_REQUEST, INVALID_ARGUMENT, "path_not_canonical", false)
+            }
+            Self::NotReady => (StatusCode::SERVICE_UNAVAILABLE, UNAVAILABLE, "not_ready", true),
+            Self::Overloaded => (StatusCode::SERVICE_UNAVAILABLE, RESOURCE_EXHAUSTED, "overloaded", true),
+            Self::DiscoveryTimeout => {
+                (StatusCode::SERVICE_UNAVAILABLE, UNAVAILABLE, "discovery_timeout", true)
+            }
+            Self::EgressDenied => (StatusCode::FORBIDDEN, PERMISSION_DENIED, "egress_denied", false),
+            Self::Draining => (StatusCode::SERVICE_UNAVAILABLE, UNAVAILABLE, "draining", true),
+            Self::ConnectNotAllowed => {
+                (StatusCode::METHOD_NOT_ALLOWED, UNIMPLEMENTED, "connect_not_allowed", false)
+            }
+            Self::BadTarget => (StatusCode::BAD_REQUEST, INVALID_ARGUMENT, "bad_target", false),
+            Self::Upgrade(_) => (StatusCode::BAD_GATEWAY, UNAVAILABLE, "upgrade_refused", false),
+        };
+        Answer { status, grpc, code, unsent }
+    }
+
+    /// What a failed attempt becomes when no other attempt follows.
+    pub(crate) fn from_failure(failure: Failure) -> Self {
+        match failure {
+            Failure::Refused => Self::Refused,
+            Failure::ConnectTimeout => Self::ConnectTimeout,
+            Failure::Unreachable => Self::Unreachable,
+            Failure::Identity => Self::Identity,
+            Failure::NotProcessed => Self::NotProcessed,
+            Failure::Timeout => Self::Timeout,
+            Failure::Reset | Failure::Status(_) | Failure::Grpc(_) => Self::Reset,
+        }
+    }
+
+    /// The class under which the histograms count it.
+    pub(crate) fn class(&self) -> Class {
+        Class::Proxy
+    }
+
+    /// The response: `grpc-status` in a trailers-only answer for gRPC, else a status with a short text.
+    pub(crate) fn response(&self, component: Component, grpc: bool) -> Response<Body> {
+        let answer = self.answer();
+        let reason = HeaderValue::from_str(&format!("{};{}", component.as_str(), answer.code));
+        let reason = reason.unwrap_or_else(|_| HeaderValue::from_static("proxy"));
+        let mut response = if grpc {
+            let mut response = Response::new(Body::empty());
+            let headers = response.headers_mut();
+            headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+            headers.insert(GRPC_STATUS, HeaderValue::from(answer.grpc));
+            if let Ok(message) = HeaderValue::from_str(&format!("weft: {self}")) {
+                headers.insert(GRPC_MESSAGE, message);
+            }
+            response
+        } else {
+            let mut response = Response::new(Body::full(format!("weft: {self}\n")));
+            *response.status_mut() = answer.status;
+            let text = HeaderValue::from_static("text/plain; charset=utf-8");
+            response.headers_mut().insert(header::CONTENT_TYPE, text);
+            response
+        };
+        response.headers_mut().insert(WEFT_REASON, reason);
+        if answer.unsent && component == Component::Inbound {
+            response.headers_mut().insert(WEFT_UNSENT, HeaderValue::from_static("1"));
+        }
+        response
+    }
+}
+
+/// Whether a request is gRPC: its content type is `application/grpc` or begins `application/grpc+` or `;`.
+pub(crate) fn is_grpc(headers: &HeaderMap) -> bool {
+    headers.get(header::CONTENT_TYPE).is_some_and(|value| {
+        let value = value.as_bytes();
+        value.starts_with(b"application/grpc") && matches!(value.get(16), None | Some(b'+' | b';'))
+    })
+}
+
+pub(crate) const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
+const GRPC_MESSAGE: HeaderName = HeaderName::from_static("grpc-message");
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_plain_error_has_its_status_reason_and_text() {
+        let response = Error::NoEndpoint.response(Component::Outbound, false);
+        assert_eq!(response.status(), 503);
+        assert_eq!(response.headers()[WEFT_REASON], "outbound;no_endpoint");
+        assert!(response.headers().get(WEFT_UNSENT).is_none());
+    }
+
+    #[test]
+    fn a_grpc_error_is_a_trailers_only_answer() {
+        let response = Error::Denied.response(Component::Inbound, true);
+        assert_eq!(response.status(), 200);
+        assert_eq!(response.headers()[GRPC_STATUS], "7");
+        assert_eq!(response.headers()[header::CONTENT_TYPE], "application/grpc");
+    }
+
+    #[test]
+    fn only_what_the_app_never_saw_is_called_unsent() {
+        for error in [Error::Reset, Error::Timeout, Error::Denied, Error::PathNotCanonical] {
+            assert!(error.response(Component::Inbound, false).headers().get(WEFT_UNSENT).is_none());
+        }
+        let response = Error::Refused.response(Component::Inbound, false);
+        assert_eq!(response.headers()[WEFT_UNSENT], "1");
+    }
+
+    #[test]
+    fn grpc_is_told_from_grpc_web() {
+        let with = |v: &'static str| {
+            is_grpc(&HeaderMap::from_iter([(header::CONTENT_TYPE, HeaderValue::from_static(v))]))
+        };
+        assert!(with("application/grpc") && with("application/grpc+proto") && with("application/grpc; x"));
+        assert!(!with("application/grpc-web") && !with("application/json"));
+    }
+}

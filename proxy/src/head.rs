@@ -1,0 +1,320 @@
+//! Heads of requests and responses as they cross a hop.
+//!
+//! Why a form of our own between two requests: one request may be sent several times, to a sidecar (HTTP/2,
+//! absolute), to an HTTP/1.1 app (origin form and `Host`) or as an upgrade, and each attempt is built from the
+//! same parts. Private headers (`weft-*`) are ours alone: what an app sends under that prefix is removed.
+
+use http::{
+    HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri, Version, header,
+    uri::{Authority, PathAndQuery, Scheme},
+};
+use hyper::{body::Incoming, ext::Protocol};
+
+use crate::{body::Body, error::Error, pool::Peer};
+
+/// The app's HTTP version, for the far end to restore; absent: HTTP/2.
+pub(crate) const WEFT_HTTP: HeaderName = HeaderName::from_static("weft-http");
+/// Which attempt this is, from the second on.
+pub(crate) const WEFT_ATTEMPT: HeaderName = HeaderName::from_static("weft-attempt");
+/// To the app: who calls.
+pub(crate) const WEFT_CLIENT_ID: HeaderName = HeaderName::from_static("weft-client-id");
+/// Set when missing, kept when there.
+pub(crate) const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
+const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
+const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
+const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
+const PRIVATE: &str = "weft-";
+
+/// A request to be sent on, once or more often.
+pub(crate) struct Outgoing {
+    pub(crate) method: Method,
+    pub(crate) authority: Option<Authority>,
+    pub(crate) path: PathAndQuery,
+    /// Without `Host` and without what belongs to one connection.
+    pub(crate) headers: HeaderMap,
+    /// The app's.
+    pub(crate) version: Version,
+    /// Set when the app asks for another protocol (WebSocket).
+    pub(crate) upgrade: Option<Upgrade>,
+}
+
+/// A change of protocol.
+#[derive(Clone)]
+pub(crate) struct Upgrade {
+    pub(crate) protocol: HeaderValue,
+}
+
+impl Outgoing {
+    /// Takes a request apart. From an app, private headers are removed; from a sidecar (`trusted`), they were
+    /// read by the caller of this function and are removed as well.
+    pub(crate) fn take(request: Request<Incoming>) -> Result<(Self, Incoming), Error> {
+        let (mut parts, body) = request.into_parts();
+        let extended = parts.extensions.remove::<Protocol>();
+        let upgrade = match extended {
+            Some(protocol) => {
+                let protocol =
+                    HeaderValue::from_str(protocol.as_str()).map_err(|_| Error::Upgrade("its name"))?;
+                Some(Upgrade { protocol })
+            }
+            None if parts.method == Method::CONNECT => return Err(Error::ConnectNotAllowed),
+            None if parts.version != Version::HTTP_2 => asked_upgrade(&parts.method, &parts.headers),
+            None => None,
+        };
+        remove_connection_headers(&mut parts.headers);
+        let uri = parts.uri.into_parts();
+        let authority = match uri.authority {
+            Some(authority) => Some(authority),
+            None => match parts.headers.get(header::HOST) {
+                // Without a copy: a header's value shares its bytes.
+                Some(host) if !host.is_empty() => {
+                    Some(Authority::try_from(host.as_bytes()).map_err(|_| Error::BadTarget)?)
+                }
+                _ => None,
+            },
+        };
+        parts.headers.remove(header::HOST);
+        let path = uri.path_and_query.unwrap_or_else(|| PathAndQuery::from_static("/"));
+        let outgoing = Self {
+            method: parts.method,
+            authority,
+            path,
+            headers: parts.headers,
+            version: parts.version,
+            upgrade,
+        };
+        Ok((outgoing, body))
+    }
+
+    /// The host without its port, for matching.
+    pub(crate) fn host(&self) -> &str {
+        self.authority.as_ref().map_or("", Authority::host)
+    }
+
+    /// The request of one attempt.
+    pub(crate) fn request(&self, peer: &Peer, body: Body, attempt: u32) -> Result<Request<Body>, Error> {
+        let mut request = Request::new(body);
+        let mut headers = self.headers.clone();
+        let (h2, mesh) = match peer {
+            Peer::Mesh { .. } => (true, true),
+            Peer::Plain { h2, .. } | Peer::App { h2, .. } => (*h2, false),
+        };
+        if mesh {
+            match self.version {
+                Version::HTTP_2 => {}
+                Version::HTTP_10 => {
+                    headers.insert(WEFT_HTTP, HeaderValue::from_static("1.0"));
+                }
+                _ => {
+                    headers.insert(WEFT_HTTP, HeaderValue::from_static("1.1"));
+                }
+            }
+            if attempt > 1 {
+                headers.insert(WEFT_ATTEMPT, HeaderValue::from(attempt));
+            }
+        }
+        if h2 {
+            let mut uri = http::uri::Parts::default();
+            uri.scheme = Some(Scheme::HTTP);
+            uri.path_and_query = Some(self.path.clone());
+            uri.authority = Some(match &self.authority {
+                Some(authority) => authority.clone(),
+                // HTTP/1.0 without Host: an address is the only name there is.
+                None => Authority::try_from(peer.address().to_string()).map_err(|_| Error::BadTarget)?,
+            });
+            *request.uri_mut() = Uri::from_parts(uri).map_err(|_| Error::BadTarget)?;
+            *request.version_mut() = Version::HTTP_2;
+            *request.method_mut() = self.method.clone();
+            if let Some(upgrade) = &self.upgrade {
+                *request.method_mut() = Method::CONNECT;
+                let protocol = upgrade.protocol.to_str().map_err(|_| Error::Upgrade("its name"))?;
+                request.extensions_mut().insert(Protocol::from(protocol));
+            }
+        } else {
+            *request.uri_mut() = Uri::from(self.path.clone());
+            *request.method_mut() = match &self.upgrade {
+                // Between sidecars an upgrade is an extended CONNECT; to an app it is a GET again.
+                Some(_) => Method::GET,
+                None => self.method.clone(),
+            };
+            if let Some(authority) = &self.authority {
+                let host = HeaderValue::from_str(authority.as_str()).map_err(|_| Error::BadTarget)?;
+                headers.insert(header::HOST, host);
+            }
+            if let Some(upgrade) = &self.upgrade {
+                headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
+                headers.insert(header::UPGRADE, upgrade.protocol.clone());
+            }
+        }
+        *request.headers_mut() = headers;
+        Ok(request)
+    }
+}
+
+/// An HTTP/1.1 `GET` that asks to switch to another protocol; `h2c` is not offered here.
+fn asked_upgrade(method: &Method, headers: &HeaderMap) -> Option<Upgrade> {
+    let asked = headers.get(header::UPGRADE)?;
+    let listed = headers.get_all(header::CONNECTION).iter().any(|value| {
+        let tokens = value.to_str().unwrap_or("");
+        tokens.split(',').any(|t| t.trim().eq_ignore_ascii_case("upgrade"))
+    });
+    let usable = listed && *method == Method::GET && !asked.as_bytes().eq_ignore_ascii_case(b"h2c");
+    usable.then(|| Upgrade { protocol: asked.clone() })
+}
+
+/// Removes what belongs to one connection (RFC 9110 §7.6.1) and what is ours alone (`weft-*`).
+pub(crate) fn remove_connection_headers(headers: &mut HeaderMap) {
+    let mut private = false;
+    for name in headers.keys() {
+        private |= name.as_str().starts_with(PRIVATE);
+    }
+    if private {
+        let names: Vec<_> = headers.keys().filter(|n| n.as_str().starts_with(PRIVATE)).cloned().collect();
+        for name in names {
+            headers.remove(name);
+        }
+    }
+    if headers.contains_key(header::CONNECTION) {
+        let listed: Vec<HeaderName> = headers
+            .get_all(header::CONNECTION)
+            .iter()
+            .filter_map(|value| value.to_str().ok())
+            .flat_map(|value| value.split(','))
+            .filter_map(|token| HeaderName::try_from(token.trim()).ok())
+            .collect();
+        for name in listed {
+            // What a message is and where it goes cannot be taken away by naming it.
+            if ![header::HOST, header::CONTENT_LENGTH, header::TE].contains(&name) {
+                headers.remove(name);
+            }
+        }
+        headers.remove(header::CONNECTION);
+    }
+    for name in [KEEP_ALIVE, PROXY_CONNECTION, header::TRANSFER_ENCODING, header::UPGRADE] {
+        headers.remove(name);
+    }
+    if let Some(te) = headers.get(header::TE) {
+        if !te.as_bytes().eq_ignore_ascii_case(b"trailers") {
+            let trailers =
+                te.to_str().is_ok_and(|te| te.split(',').any(|t| t.trim().eq_ignore_ascii_case("trailers")));
+            headers.remove(header::TE);
+            if trailers {
+                headers.insert(header::TE, HeaderValue::from_static("trailers"));
+            }
+        }
+    }
+}
+
+/// Makes `x-request-id` and `traceparent` (W3C Trace Context, not sampled) where they are missing.
+pub(crate) fn identify(headers: &mut HeaderMap, rng: &mut impl rand::RngCore) {
+    let has_id = headers.contains_key(X_REQUEST_ID);
+    let has_trace = headers.contains_key(TRACEPARENT);
+    if has_id && has_trace {
+        return;
+    }
+    // 00-<32 digits of trace>-<16 digits of parent>-00; the request id is the trace id.
+    let mut text = *b"00-00000000000000000000000000000000-0000000000000000-00";
+    let mut random = [0; 24];
+    rng.fill_bytes(&mut random);
+    random[15] |= 1; // all zero is not a trace id, nor a parent id
+    random[23] |= 1;
+    for (n, byte) in random.iter().enumerate() {
+        let at = if n < 16 { 3 + 2 * n } else { 36 + 2 * (n - 16) };
+        text[at] = HEX[usize::from(byte >> 4)];
+        text[at + 1] = HEX[usize::from(byte & 15)];
+    }
+    if !has_id {
+        if let Ok(id) = HeaderValue::from_bytes(&text[3..35]) {
+            headers.insert(X_REQUEST_ID, id);
+        }
+    }
+    if !has_trace {
+        if let Ok(trace) = HeaderValue::from_bytes(&text) {
+            headers.insert(TRACEPARENT, trace);
+        }
+    }
+}
+
+/// Appends the caller's address to `x-forwarded-for`.
+pub(crate) fn forwarded_for(headers: &mut HeaderMap, address: std::net::IpAddr) {
+    let value = match headers.get(X_FORWARDED_FOR).and_then(|v| v.to_str().ok()) {
+        Some(before) => HeaderValue::try_from(format!("{before}, {address}")),
+        None => HeaderValue::try_from(address.to_string()),
+    };
+    if let Ok(value) = value {
+        headers.insert(X_FORWARDED_FOR, value);
+    }
+}
+
+/// The answer that tells an HTTP/1.1 app that the protocol is switched.
+pub(crate) fn switching(response: &mut Response<Body>, upgrade: &Upgrade) {
+    *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
+    let headers = response.headers_mut();
+    headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
+    headers.insert(header::UPGRADE, upgrade.protocol.clone());
+}
+
+const HEX: &[u8; 16] = b"0123456789abcdef";
+
+#[cfg(test)]
+mod tests {
+    use rand::SeedableRng as _;
+
+    use super::*;
+
+    fn headers(pairs: &[(&'static str, &'static str)]) -> HeaderMap {
+        let pair = |&(n, v): &(&'static str, &'static str)| {
+            (HeaderName::from_static(n), HeaderValue::from_static(v))
+        };
+        pairs.iter().map(pair).collect()
+    }
+
+    #[test]
+    fn what_belongs_to_one_connection_goes_and_te_trailers_stays() {
+        let mut h = headers(&[
+            ("connection", "close, x-mine, host"),
+            ("x-mine", "1"),
+            ("host", "a"),
+            ("keep-alive", "timeout=5"),
+            ("transfer-encoding", "chunked"),
+            ("te", "gzip, trailers"),
+            ("upgrade", "h2c"),
+            ("weft-client-id", "spiffe://spoofed"),
+            ("x-kept", "1"),
+        ]);
+        remove_connection_headers(&mut h);
+        assert_eq!(h, headers(&[("host", "a"), ("te", "trailers"), ("x-kept", "1")]));
+    }
+
+    #[test]
+    fn ids_are_made_when_missing_and_kept_when_there() {
+        let mut rng = rand::rngs::SmallRng::seed_from_u64(1);
+        let mut made = HeaderMap::new();
+        identify(&mut made, &mut rng);
+        let trace = made[TRACEPARENT].to_str().unwrap();
+        assert_eq!(trace.len(), 55);
+        assert_eq!(&trace[3..35], made[X_REQUEST_ID].to_str().unwrap());
+        let mut kept = headers(&[("x-request-id", "mine"), ("traceparent", "theirs")]);
+        identify(&mut kept, &mut rng);
+        assert_eq!(kept, headers(&[("x-request-id", "mine"), ("traceparent", "theirs")]));
+    }
+
+    #[test]
+    fn only_a_get_that_lists_upgrade_asks_for_one() {
+        let h = headers(&[("connection", "keep-alive, Upgrade"), ("upgrade", "websocket")]);
+        assert!(asked_upgrade(&Method::GET, &h).is_some());
+        assert!(asked_upgrade(&Method::POST, &h).is_none());
+        let h = headers(&[("connection", "keep-alive"), ("upgrade", "websocket")]);
+        assert!(asked_upgrade(&Method::GET, &h).is_none());
+        let h = headers(&[("connection", "upgrade, http2-settings"), ("upgrade", "h2c")]);
+        assert!(asked_upgrade(&Method::GET, &h).is_none());
+    }
+
+    #[test]
+    fn the_callers_address_is_appended() {
+        let mut h = HeaderMap::new();
+        forwarded_for(&mut h, "10.0.0.1".parse().unwrap());
+        forwarded_for(&mut h, "fd00::1".parse().unwrap());
+        assert_eq!(h["x-forwarded-for"], "10.0.0.1, fd00::1");
+    }
+}

@@ -1,0 +1,469 @@
+//! One HTTP request to the app: authorize, forward, answer.
+
+use std::{
+    cell::{Cell, RefCell},
+    collections::HashMap,
+    convert::Infallible,
+    net::SocketAddr,
+    rc::Rc,
+    sync::Arc,
+};
+
+use bytes::Bytes;
+use http::{HeaderValue, Method, Request, Response, StatusCode, Version, header};
+use hyper::{body::Incoming, service::service_fn, upgrade::OnUpgrade};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::net::TcpStream;
+use tokio_rustls::server::TlsStream;
+use weft_core::{
+    authz::{self, Ask, Verdict},
+    classify::{self, Class, Failure, Outcome},
+    policy::{Authorization, CONNECT_TIMEOUT, MtlsMode, PortPolicy},
+    retry,
+};
+
+use super::Caller;
+use crate::{
+    body::{Body, Held, Replay, Tail},
+    drain::{Graceful, RequestGuard},
+    error::{Component, Error, is_grpc},
+    head::{self, Outgoing, WEFT_ATTEMPT, WEFT_CLIENT_ID, WEFT_HTTP},
+    listener::Accepted,
+    pool::{self, Checkout, LocalExec, Peer, SendOptions, Sent},
+    tcp::{self, Prefixed},
+    telemetry::{
+        decision::Decision,
+        exchange::{Exchange, now},
+        metrics::{Counter, Direction, EdgeKey, Series, SeriesKey},
+    },
+    worker::{Spoken, Worker, port_policy},
+};
+
+/// What of one request is kept so that a connection which the app closed while it was idle can be replaced.
+const REPLAY: usize = 64 * 1024;
+/// gRPC methods that one connection's edges name; the rest counts under the empty method.
+const METHODS: usize = 64;
+
+/// Serves a caller's sidecar.
+pub(super) async fn serve_mesh(
+    worker: Rc<Worker>,
+    tls: TlsStream<Prefixed<TcpStream>>,
+    client: SocketAddr,
+    original: SocketAddr,
+    port: Arc<PortPolicy>,
+    caller: Rc<Caller>,
+) {
+    let streams = worker.config.limits.streams_mesh;
+    let server = Server::new(worker.clone(), original, port, caller.clone(), client);
+    let connection = h2_builder(&worker, streams)
+        .serve_connection(TokioIo::new(tls), service_fn(move |request| server.clone().handle(request)));
+    run(&worker, connection, &caller).await;
+}
+
+/// Serves a caller outside the mesh.
+pub(super) async fn serve_plain(
+    worker: Rc<Worker>,
+    accepted: Accepted,
+    port: Arc<PortPolicy>,
+    caller: Rc<Caller>,
+    first: Bytes,
+    h2: bool,
+) {
+    let server = Server::new(worker.clone(), accepted.original, port, caller.clone(), accepted.client);
+    let io = TokioIo::new(Prefixed::new(first, accepted.stream));
+    let service = service_fn(move |request| server.clone().handle(request));
+    let limits = &worker.config.limits;
+    if h2 {
+        let connection = h2_builder(&worker, limits.streams_outside).serve_connection(io, service);
+        run(&worker, connection, &caller).await;
+    } else {
+        let mut builder = hyper::server::conn::http1::Builder::new();
+        builder
+            .timer(TokioTimer::new())
+            .auto_date_header(false)
+            .half_close(true)
+            .pipeline_flush(true)
+            .header_read_timeout(worker.config.times.keep_alive)
+            .max_headers(limits.headers)
+            .max_buf_size(limits.header_bytes.max(8 * 1024));
+        let connection = builder.serve_connection(io, service).with_upgrades();
+        run(&worker, connection, &caller).await;
+    }
+}
+
+fn h2_builder(worker: &Worker, streams: u32) -> hyper::server::conn::http2::Builder<LocalExec> {
+    let mut builder = hyper::server::conn::http2::Builder::new(LocalExec);
+    builder
+        .timer(TokioTimer::new())
+        .auto_date_header(false)
+        .enable_connect_protocol()
+        .max_concurrent_streams(streams)
+        .max_header_list_size(u32::try_from(worker.config.limits.header_bytes).unwrap_or(u32::MAX))
+        .initial_stream_window_size(pool::UPLOAD_WINDOW)
+        .initial_connection_window_size(pool::CONNECTION_WINDOW)
+        .max_send_buf_size(pool::SEND_BUFFER)
+        .keep_alive_interval(worker.config.times.ping)
+        .keep_alive_timeout(worker.config.times.ping_timeout);
+    builder
+}
+
+/// Runs a connection until it ends, its caller's certificate has run out, or time is up.
+async fn run<C: Graceful>(worker: &Rc<Worker>, connection: C, caller: &Caller) {
+    let mut serving = worker.drain.serve(connection, Component::Inbound);
+    let expired = caller.expired();
+    let mut expired = std::pin::pin!(expired);
+    let ended = tokio::select! {
+        ended = &mut serving => Some(ended),
+        () = &mut expired => None,
+        () = worker.drain.cut() => return,
+    };
+    let ended = match ended {
+        Some(ended) => ended,
+        None => {
+            worker.recorder.count(Counter::PeerExpired);
+            serving.finish();
+            serving.await
+        }
+    };
+    if let Err(error) = ended {
+        tracing::debug!(%error, client = %caller.address, "inbound connection ended");
+    }
+}
+
+/// One connection to the app's port.
+#[derive(Clone)]
+struct Server(Rc<Inner>);
+
+struct Inner {
+    worker: Rc<Worker>,
+    original: SocketAddr,
+    caller: Rc<Caller>,
+    client: SocketAddr,
+    client_id: Option<HeaderValue>,
+    parent: Arc<str>,
+    /// The policy that `authorization` was taken from, so that a change is seen by one comparison.
+    seen: RefCell<(Option<Arc<weft_core::policy::InboundPolicy>>, Arc<PortPolicy>)>,
+    series: RefCell<[Option<Rc<Series>>; 3]>,
+    edges: RefCell<HashMap<Arc<str>, u64>>,
+    unsettled: Cell<u32>,
+}
+
+impl Server {
+    fn new(
+        worker: Rc<Worker>,
+        original: SocketAddr,
+        port: Arc<PortPolicy>,
+        caller: Rc<Caller>,
+        client: SocketAddr,
+    ) -> Self {
+        let client_id = caller.identity.as_ref().and_then(|id| HeaderValue::from_str(id.as_str()).ok());
+        let policy = worker.inbound_policy();
+        Self(Rc::new(Inner {
+            seen: RefCell::new((policy, port)),
+            worker,
+            original,
+            caller,
+            client,
+            client_id,
+            parent: original.port().to_string().into(),
+            series: RefCell::default(),
+            edges: RefCell::default(),
+            unsettled: Cell::new(0),
+        }))
+    }
+
+    async fn handle(self, request: Request<Incoming>) -> Result<Response<Body>, Infallible> {
+        let inner = &*self.0;
+        let worker = &inner.worker;
+        // Counted before the question whether to refuse, so that a drain waits for it or it sees the drain.
+        let guard = worker.drain.request();
+        let mut exchange = Exchange::start(&worker.recorder, now());
+        let grpc = is_grpc(request.headers());
+        let spoken = inner.spoken(&request, grpc);
+        exchange.belongs_to(inner.series(spoken));
+        let mut decision = Decision::default();
+        let handled = inner.forward(request, grpc, guard, &mut exchange, &mut decision).await;
+        Ok(handled.unwrap_or_else(|error| inner.answer(&error, grpc, exchange, decision)))
+    }
+}
+
+impl Inner {
+    /// Every exit by error: recorded, logged, told.
+    fn answer(&self, error: &Error, grpc: bool, exchange: Exchange, decision: Decision) -> Response<Body> {
+        let answer = error.answer();
+        self.worker.recorder.error(answer.code);
+        tracing::warn!(component = "inbound", code = answer.code, status = answer.status.as_u16(), %error,
+            destination = %self.original, client = %self.client,
+            caller = self.caller.identity.as_ref().map(|id| id.as_str()),
+            request_id = decision.request_id(), last = decision.last(), "answered by the proxy");
+        decision.keep(&self.worker.recorder, Component::Inbound, &self.parent, error);
+        exchange.finish(error.class(), now());
+        error.response(Component::Inbound, grpc)
+    }
+
+    async fn forward(
+        &self,
+        mut request: Request<Incoming>,
+        grpc: bool,
+        guard: RequestGuard,
+        exchange: &mut Exchange,
+        decision: &mut Decision,
+    ) -> Result<Response<Body>, Error> {
+        let wants_upgrade =
+            request.headers().contains_key(header::UPGRADE) || request.method() == Method::CONNECT;
+        let upgrade = wants_upgrade.then(|| hyper::upgrade::on(&mut request));
+        let mesh = self.caller.identity.is_some();
+        let version = app_version(&request, mesh);
+        let attempt = request.headers().get(WEFT_ATTEMPT).filter(|_| mesh).cloned();
+        let (mut outgoing, body) = Outgoing::take(request)?;
+        decision.request(&outgoing.headers, &outgoing.path);
+        let path = outgoing.path.path();
+        self.edge(if grpc { path } else { "" });
+        let port = self.port();
+        if !mesh && port.mtls == MtlsMode::Strict {
+            self.worker.recorder.count(Counter::PlaintextRefused);
+            return Err(Error::PlaintextRefused);
+        }
+        self.authorize(&port.authorization, &outgoing, path)?;
+        if self.worker.drain.is_refusing() {
+            return Err(Error::Draining);
+        }
+        if let Some(attempt) = attempt {
+            tracing::debug!(?attempt, request_id = decision.request_id(), "another attempt");
+        }
+        outgoing.version = version;
+        if !mesh {
+            // A caller without a sidecar made none; between sidecars the caller's did.
+            head::identify(&mut outgoing.headers, &mut *self.worker.rng.borrow_mut());
+        }
+        if let Some(id) = &self.client_id {
+            outgoing.headers.insert(WEFT_CLIENT_ID, id.clone());
+        }
+        head::forwarded_for(&mut outgoing.headers, self.caller.address);
+        let idempotent = retry::is_idempotent(&outgoing.method, &outgoing.headers);
+        let replay = (!http_body::Body::is_end_stream(&body)).then(|| Replay::new(body, REPLAY));
+        let sent = self.send(&outgoing, replay.as_ref(), idempotent).await?;
+        let now = now();
+        let outcome = match classify::grpc_status(sent.response.headers()) {
+            Some(code) if grpc => classify::grpc(code),
+            _ => classify::status(sent.response.status()),
+        };
+        if let Some(replay) = &replay {
+            replay.forget();
+        }
+        Ok(self.respond(outgoing, upgrade, sent, outcome, grpc, guard, exchange.take(now)))
+    }
+
+    /// Asks the policy of this moment.
+    fn authorize(&self, policy: &Authorization, outgoing: &Outgoing, path: &str) -> Result<(), Error> {
+        let ask =
+            Ask::Http { method: &outgoing.method, host: outgoing.host(), path, headers: &outgoing.headers };
+        match authz::authorize(policy, &self.caller.peer(), &ask) {
+            Verdict::Permit { .. } => Ok(()),
+            Verdict::Deny { rule, reason } => {
+                self.worker.recorder.count(Counter::Denied);
+                tracing::info!(reason = reason.name(), rule = rule.map(|r| r.object.to_string()),
+                    caller = self.caller.identity.as_ref().map(|id| id.as_str()),
+                    method = %outgoing.method, path, port = self.original.port(), "denied");
+                match reason {
+                    authz::DenyReason::Path(_) => Err(Error::PathNotCanonical),
+                    _ => Err(Error::Denied),
+                }
+            }
+        }
+    }
+
+    /// Sends to the app. An idle connection that the app closed at the moment of reuse is replaced, if the
+    /// request may be sent twice.
+    async fn send(
+        &self,
+        outgoing: &Outgoing,
+        replay: Option<&Replay>,
+        idempotent: bool,
+    ) -> Result<Sent, Error> {
+        let peer = Peer::App { address: self.original, h2: outgoing.version == Version::HTTP_2 };
+        let mut fresh = false;
+        loop {
+            let body = replay.map_or_else(Body::empty, |replay| Body::attempt(replay.attempt()));
+            let request = outgoing.request(&peer, body, 1)?;
+            let options = SendOptions { connect_timeout: CONNECT_TIMEOUT, idempotent, upload: replay, fresh };
+            match self.worker.pool.send(&peer, request, options).await {
+                Ok(sent) => return Ok(sent),
+                Err(error) => {
+                    let unsent = error.failure == Failure::NotProcessed;
+                    let replayable = replay.is_none_or(Replay::is_replayable);
+                    let again = error.reused && !fresh && replayable;
+                    if again && (unsent || (idempotent && error.failure == Failure::Reset)) {
+                        fresh = true;
+                        continue;
+                    }
+                    tracing::debug!(detail = %error.detail, app = %self.original, "no answer from the app");
+                    return Err(Error::from_failure(error.failure));
+                }
+            }
+        }
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "everything that the response carries on with")]
+    fn respond(
+        &self,
+        outgoing: Outgoing,
+        upgrade: Option<OnUpgrade>,
+        sent: Sent,
+        outcome: Outcome,
+        grpc: bool,
+        guard: RequestGuard,
+        exchange: Exchange,
+    ) -> Response<Body> {
+        let status = sent.response.status();
+        let switched = status == StatusCode::SWITCHING_PROTOCOLS || (sent.h2 && status == StatusCode::OK);
+        if let (Some(asked), Some(client), true) = (&outgoing.upgrade, upgrade, switched) {
+            let (head, body) = sent.response.into_parts();
+            let mut response = Response::from_parts(head, body);
+            let server = hyper::upgrade::on(&mut response);
+            let carried = Carried { exchange, _guard: guard, _checkout: sent.checkout };
+            tokio::task::spawn_local(carried.carry(client, server));
+            let (mut head, _) = response.into_parts();
+            head::remove_connection_headers(&mut head.headers);
+            head.headers.remove(header::CONTENT_LENGTH);
+            head.extensions.clear();
+            head.version = Version::default();
+            let mut response = Response::from_parts(head, Body::empty());
+            if self.caller.identity.is_some() || !matches!(outgoing.version, Version::HTTP_11) {
+                *response.status_mut() = StatusCode::OK;
+            } else {
+                head::switching(&mut response, asked);
+            }
+            return response;
+        }
+        let (mut head, body) = sent.response.into_parts();
+        head::remove_connection_headers(&mut head.headers);
+        head.version = Version::default();
+        let trailers_only = classify::grpc_status(&head.headers).is_some();
+        let tail = Tail {
+            lease: None,
+            exchange,
+            connection: Some(sent.checkout),
+            held: Held::Inbound { _guard: guard },
+            outcome,
+            class: None,
+            grpc: grpc && !trailers_only,
+            seen_data: false,
+        };
+        Response::from_parts(head, Body::watched(body, tail))
+    }
+
+    /// The port's policy: one pointer comparison while nothing changes.
+    fn port(&self) -> Arc<PortPolicy> {
+        let current = self.worker.inbound_policy();
+        let mut seen = self.seen.borrow_mut();
+        let same = match (&seen.0, &current) {
+            (Some(a), Some(b)) => Arc::ptr_eq(a, b),
+            (None, None) => true,
+            _ => false,
+        };
+        if !same {
+            if let Some(policy) = &current {
+                seen.1 = port_policy(policy, self.original.port()).clone();
+            }
+            seen.0 = current;
+        }
+        seen.1.clone()
+    }
+
+    fn spoken(&self, request: &Request<Incoming>, grpc: bool) -> Spoken {
+        Spoken::of(app_version(request, self.caller.identity.is_some()), grpc)
+    }
+
+    fn series(&self, spoken: Spoken) -> Rc<Series> {
+        let mut all = self.series.borrow_mut();
+        let slot = match spoken {
+            Spoken::Http1 => &mut all[0],
+            Spoken::Http2 | Spoken::Tcp => &mut all[1],
+            Spoken::Grpc => &mut all[2],
+        };
+        let series = slot.get_or_insert_with(|| {
+            self.worker.recorder.series(&SeriesKey {
+                direction: Direction::Inbound,
+                parent: self.parent.clone(),
+                route: "default".into(),
+                backend: "".into(),
+                protocol: spoken.as_str(),
+            })
+        });
+        series.clone()
+    }
+
+    /// Counts who calls what; handed to the recorder now and then, not with each request.
+    fn edge(&self, method: &str) {
+        let mut edges = self.edges.borrow_mut();
+        let full = edges.len() >= METHODS;
+        match edges.get_mut(method) {
+            Some(count) => *count += 1,
+            None => *edges.entry(if full { "" } else { method }.into()).or_default() += 1,
+        }
+        self.unsettled.set(self.unsettled.get() + 1);
+        if self.unsettled.get() >= 1_000 {
+            drop(edges);
+            self.settle_edges();
+        }
+    }
+
+    fn settle_edges(&self) {
+        self.unsettled.set(0);
+        for (method, count) in self.edges.borrow_mut().drain() {
+            let key = EdgeKey {
+                caller: self.caller.identity.as_ref().map_or_else(|| "".into(), |id| id.as_str().into()),
+                caller_version: "".into(),
+                service: self.parent.clone(),
+                method,
+                mtls: self.caller.identity.is_some(),
+            };
+            self.worker.recorder.edges(&key, count, 0);
+        }
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.settle_edges();
+    }
+}
+
+/// The HTTP version that the app shall see: the caller's app's. Only a sidecar is believed about it.
+fn app_version(request: &Request<Incoming>, mesh: bool) -> Version {
+    match request.headers().get(WEFT_HTTP) {
+        Some(version) if mesh => match version.as_bytes() {
+            b"1.0" => Version::HTTP_10,
+            _ => Version::HTTP_11,
+        },
+        _ => request.version(),
+    }
+}
+
+/// What lives as long as an upgraded connection.
+struct Carried {
+    exchange: Exchange,
+    _guard: RequestGuard,
+    _checkout: Checkout,
+}
+
+impl Carried {
+    async fn carry(self, client: OnUpgrade, server: OnUpgrade) {
+        let both = async { tokio::try_join!(client, server) };
+        let class = match both.await {
+            Ok((client, server)) => {
+                let (mut client, mut server) = (TokioIo::new(client), TokioIo::new(server));
+                match tcp::splice_any(&mut client, &mut server).await {
+                    Ok(()) | Err(tcp::Broken::Client) => Class::Ok,
+                    Err(tcp::Broken::Server) => Class::ServerError,
+                }
+            }
+            Err(error) => {
+                tracing::debug!(%error, "an upgrade did not come about");
+                Class::ClientError
+            }
+        };
+        self.exchange.finish(class, now());
+    }
+}

@@ -1,0 +1,233 @@
+//! Accepts captured connections: original destination, connection limit, one task per connection.
+//!
+//! Why a destination that is one of our own listeners is refused: a probe that connects straight to the capture
+//! port has that very port as its "original" destination, and a proxy that dials it dials itself until it runs
+//! out of descriptors.
+
+use std::{
+    cell::{Cell, RefCell},
+    collections::HashMap,
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    rc::Rc,
+    time::Duration,
+};
+
+use socket2::{Domain, Protocol, SockRef, Socket, Type};
+use tokio::net::{TcpListener, TcpStream};
+
+use crate::{
+    error::Component,
+    inbound, outbound, pool,
+    tcp::reset,
+    telemetry::metrics::{Counter, Gauge},
+    worker::Worker,
+};
+
+/// Connections that wait to be accepted; the kernel caps it at `net.core.somaxconn`.
+const BACKLOG: i32 = 4_096;
+/// Accepting pauses for so long when descriptors run out.
+const EXHAUSTED_PAUSE: Duration = Duration::from_millis(100);
+
+/// A captured connection.
+pub(crate) struct Accepted {
+    pub(crate) stream: TcpStream,
+    /// Who connected.
+    pub(crate) client: SocketAddr,
+    /// Where it wanted to go.
+    pub(crate) original: SocketAddr,
+}
+
+/// Opens the listeners of one side. Outbound connections come from this pod alone, so that side listens on
+/// loopback only (where `REDIRECT` in `OUTPUT` sends them); inbound listens on every address.
+///
+/// # Errors
+/// No address family could be bound.
+pub(crate) fn bind(side: Component, port: u16, shared: bool) -> io::Result<Vec<TcpListener>> {
+    let addresses = match side {
+        Component::Outbound => [IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V6(Ipv6Addr::LOCALHOST)],
+        Component::Inbound => [IpAddr::V4(Ipv4Addr::UNSPECIFIED), IpAddr::V6(Ipv6Addr::UNSPECIFIED)],
+    };
+    let mut bound = Vec::new();
+    for ip in addresses {
+        match listen(SocketAddr::new(ip, port), shared) {
+            Ok(listener) => bound.push(listener),
+            // A pod without IPv6 is common; one without IPv4 exists.
+            Err(error) if matches!(ip, IpAddr::V6(_)) && !bound.is_empty() => {
+                tracing::info!(%ip, port, %error, "not listening on IPv6");
+            }
+            Err(error) if matches!(ip, IpAddr::V4(_)) && error.kind() == io::ErrorKind::AddrNotAvailable => {
+                tracing::info!(%ip, port, %error, "not listening on IPv4");
+            }
+            Err(error) => {
+                let text = format!("cannot listen on {ip} port {port}: {error}");
+                return Err(io::Error::new(error.kind(), text));
+            }
+        }
+    }
+    Ok(bound)
+}
+
+fn listen(address: SocketAddr, shared: bool) -> io::Result<TcpListener> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+    if address.is_ipv6() {
+        socket.set_only_v6(true)?;
+    }
+    socket.set_reuse_address(true)?;
+    socket.set_reuse_port(shared)?;
+    socket.set_nonblocking(true)?;
+    socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    TcpListener::from_std(socket.into())
+}
+
+/// Accepts until the process ends.
+pub(crate) async fn run(worker: Rc<Worker>, listener: TcpListener, side: Component) {
+    let limits = Rc::new(Limits {
+        open: Cell::new(0),
+        max: worker.config.limits.max_connections as usize,
+        per_peer: RefCell::default(),
+        max_per_peer: worker.config.limits.max_connections_per_peer as usize,
+    });
+    let (accepted, shed, open) = match side {
+        Component::Outbound => (Counter::OutboundAccepted, Counter::OutboundShed, Gauge::OutboundConnections),
+        Component::Inbound => (Counter::InboundAccepted, Counter::InboundShed, Gauge::InboundConnections),
+    };
+    loop {
+        let (stream, client) = match listener.accept().await {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                worker.recorder.count(Counter::AcceptErrors);
+                if is_exhausted(&error) {
+                    tracing::warn!(%error, "accepting pauses: descriptors have run out; raise the limit");
+                    tokio::time::sleep(EXHAUSTED_PAUSE).await;
+                }
+                continue;
+            }
+        };
+        worker.recorder.count(accepted);
+        let Some(slot) = Limits::take(&limits, client.ip(), side) else {
+            worker.recorder.count(shed);
+            reset(&stream);
+            continue;
+        };
+        let worker = worker.clone();
+        tokio::task::spawn_local(async move {
+            let _slot = slot;
+            let _counted = worker.drain.connection(side);
+            worker.recorder.gauge(open, 1);
+            let served = Level { worker: worker.clone(), gauge: open };
+            connection(&worker, stream, client, side).await;
+            drop(served);
+        });
+    }
+}
+
+async fn connection(worker: &Rc<Worker>, stream: TcpStream, client: SocketAddr, side: Component) {
+    if stream.set_nodelay(true).is_err() {
+        return;
+    }
+    pool::keep_alive(&stream);
+    let Some(original) = original_destination(&stream) else {
+        reset(&stream);
+        return;
+    };
+    let local = stream.local_addr().ok().map(|address| address.ip().to_canonical());
+    if is_own_listener(worker, original, local) {
+        worker.recorder.count(Counter::LoopsRefused);
+        tracing::warn!(%client, %original, "refused: the destination is this proxy's own listener");
+        reset(&stream);
+        return;
+    }
+    let accepted = Accepted { stream, client, original };
+    match side {
+        Component::Outbound => outbound::serve(worker.clone(), accepted).await,
+        Component::Inbound => inbound::serve(worker.clone(), accepted).await,
+    }
+}
+
+/// Where the client wanted to go; a connection that was not redirected answers with our own address.
+fn original_destination(stream: &TcpStream) -> Option<SocketAddr> {
+    let local = stream.local_addr().ok()?;
+    let socket = SockRef::from(stream);
+    let original = match local.ip().to_canonical() {
+        IpAddr::V4(_) => socket.original_dst_v4(),
+        IpAddr::V6(_) => socket.original_dst_v6(),
+    };
+    let original = original.ok().and_then(|address| address.as_socket()).unwrap_or(local);
+    Some(SocketAddr::new(original.ip().to_canonical(), original.port()))
+}
+
+fn is_own_listener(worker: &Worker, original: SocketAddr, local: Option<IpAddr>) -> bool {
+    let own = [worker.config.outbound_port, worker.config.inbound_port];
+    own.contains(&original.port())
+        && (original.ip().is_loopback()
+            || original.ip().is_unspecified()
+            || local == Some(original.ip())
+            || worker.config.pod_ips.contains(&original.ip()))
+}
+
+fn is_exhausted(error: &io::Error) -> bool {
+    // EMFILE and ENFILE, ENOBUFS and ENOMEM: nothing that another accept at once could change.
+    matches!(error.raw_os_error(), Some(23 | 24 | 105 | 12))
+}
+
+struct Limits {
+    open: Cell<usize>,
+    max: usize,
+    per_peer: RefCell<HashMap<IpAddr, usize>>,
+    max_per_peer: usize,
+}
+
+/// One open connection, counted.
+struct Slot {
+    limits: Rc<Limits>,
+    peer: Option<IpAddr>,
+}
+
+impl Limits {
+    fn take(limits: &Rc<Self>, peer: IpAddr, side: Component) -> Option<Slot> {
+        if limits.open.get() >= limits.max {
+            return None;
+        }
+        // Outbound, every client is this pod.
+        let peer = (side == Component::Inbound).then_some(peer);
+        if let Some(peer) = peer {
+            let mut per_peer = limits.per_peer.borrow_mut();
+            let open = per_peer.entry(peer).or_default();
+            if *open >= limits.max_per_peer {
+                return None;
+            }
+            *open += 1;
+        }
+        limits.open.set(limits.open.get() + 1);
+        Some(Slot { limits: limits.clone(), peer })
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        self.limits.open.set(self.limits.open.get() - 1);
+        if let Some(peer) = self.peer {
+            let mut per_peer = self.limits.per_peer.borrow_mut();
+            if let Some(open) = per_peer.get_mut(&peer) {
+                *open -= 1;
+                if *open == 0 {
+                    per_peer.remove(&peer);
+                }
+            }
+        }
+    }
+}
+
+/// Lowers a gauge when the connection ends, however it ends.
+struct Level {
+    worker: Rc<Worker>,
+    gauge: Gauge,
+}
+
+impl Drop for Level {
+    fn drop(&mut self) {
+        self.worker.recorder.gauge(self.gauge, -1);
+    }
+}

@@ -1,0 +1,521 @@
+//! One HTTP request of the app: match, pick, send, perhaps again, answer.
+
+use std::{convert::Infallible, net::SocketAddr, rc::Rc, sync::Arc};
+
+use bytes::Bytes;
+use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, Version, header};
+use hyper::{body::Incoming, service::service_fn, upgrade::OnUpgrade};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use weft_core::{
+    balance::Lease,
+    classify::{self, Class, Failure, Outcome},
+    policy::{CONNECT_TIMEOUT, Filter, Rule},
+    retry::{self, Attempts, Next, Stop},
+    route::{self, RequestHead},
+};
+
+use crate::{
+    body::{Body, Held, Replay, Tail},
+    error::{Component, Error, WEFT_REASON, WEFT_UNSENT, is_grpc},
+    head::{self, Outgoing, Upgrade},
+    listener::Accepted,
+    pool::{self, LocalExec, Peer, SendError, SendOptions, Sent},
+    tcp::{self, Prefixed},
+    telemetry::{
+        decision::Decision,
+        exchange::{Exchange, now},
+        metrics::Counter,
+    },
+    worker::{Backend, Destination, Permit, Resolved, Spoken, Worker},
+};
+
+/// Streams that one HTTP/2 connection of this pod's own app may have open.
+const APP_STREAMS: u32 = 1_000;
+
+/// Serves a connection that speaks HTTP.
+pub(super) async fn serve(
+    worker: Rc<Worker>,
+    accepted: Accepted,
+    destination: Rc<Destination>,
+    first: Bytes,
+    h2: bool,
+) {
+    let client = Rc::new(Client { worker: worker.clone(), destination, address: accepted.client });
+    let io = TokioIo::new(Prefixed::new(first, accepted.stream));
+    let service = service_fn(move |request| {
+        let client = client.clone();
+        async move { Ok::<_, Infallible>(client.handle(request).await) }
+    });
+    let limits = &worker.config.limits;
+    let ended = if h2 {
+        let mut builder = hyper::server::conn::http2::Builder::new(LocalExec);
+        builder
+            .timer(TokioTimer::new())
+            .auto_date_header(false)
+            .enable_connect_protocol()
+            .max_concurrent_streams(APP_STREAMS)
+            .max_header_list_size(limits.header_bytes as u32)
+            .initial_stream_window_size(pool::DOWNLOAD_WINDOW)
+            .initial_connection_window_size(pool::CONNECTION_WINDOW)
+            .max_send_buf_size(pool::SEND_BUFFER);
+        let connection = builder.serve_connection(io, service);
+        worker.drain.serve(connection, Component::Outbound).await
+    } else {
+        let mut builder = hyper::server::conn::http1::Builder::new();
+        builder
+            .auto_date_header(false)
+            .half_close(true)
+            .pipeline_flush(true)
+            .header_read_timeout(None)
+            .max_headers(limits.headers)
+            .max_buf_size(limits.header_bytes.max(8 * 1024));
+        let connection = builder.serve_connection(io, service).with_upgrades();
+        worker.drain.serve(connection, Component::Outbound).await
+    };
+    if let Err(error) = ended {
+        tracing::debug!(%error, client = %accepted.client, "connection from the app ended");
+    }
+}
+
+/// A connection of the app.
+struct Client {
+    worker: Rc<Worker>,
+    destination: Rc<Destination>,
+    address: SocketAddr,
+}
+
+/// What all attempts of one request share.
+struct Sending<'a> {
+    resolved: &'a Resolved,
+    rule: &'a Arc<Rule>,
+    rule_index: usize,
+    outgoing: Outgoing,
+    replay: Option<Replay>,
+    idempotent: bool,
+    grpc: bool,
+    spoken: Spoken,
+    upgrade: Option<OnUpgrade>,
+}
+
+impl Client {
+    async fn handle(&self, request: Request<Incoming>) -> Response<Body> {
+        let mut exchange = Exchange::start(&self.worker.recorder, now());
+        let grpc = is_grpc(request.headers());
+        let spoken = Spoken::of(request.version(), grpc);
+        let resolved = self.destination.resolved(&self.worker);
+        let mut decision = Decision::default();
+        let handled = self.route(request, &resolved, grpc, spoken, &mut exchange, &mut decision).await;
+        handled.unwrap_or_else(|error| {
+            if !exchange.has_series() {
+                exchange.belongs_to(resolved.series(&self.worker.recorder, usize::MAX, None, spoken));
+            }
+            self.answer(&error, grpc, exchange, decision)
+        })
+    }
+
+    /// Every exit by error: recorded, logged, told.
+    fn answer(&self, error: &Error, grpc: bool, exchange: Exchange, decision: Decision) -> Response<Body> {
+        let answer = error.answer();
+        self.worker.recorder.error(answer.code);
+        let service = &self.destination.watched.policy().service.name;
+        tracing::warn!(component = "outbound", code = answer.code, status = answer.status.as_u16(), %error,
+            %service, destination = %self.destination.original, client = %self.address,
+            request_id = decision.request_id(), attempts = decision.attempts(), last = decision.last(),
+            "answered by the proxy");
+        decision.keep(&self.worker.recorder, Component::Outbound, &service.to_string(), error);
+        exchange.finish(error.class(), now());
+        error.response(Component::Outbound, grpc)
+    }
+
+    async fn route(
+        &self,
+        mut request: Request<Incoming>,
+        resolved: &Resolved,
+        grpc: bool,
+        spoken: Spoken,
+        exchange: &mut Exchange,
+        decision: &mut Decision,
+    ) -> Result<Response<Body>, Error> {
+        let wants_upgrade =
+            request.headers().contains_key(header::UPGRADE) || request.method() == http::Method::CONNECT;
+        let upgrade = wants_upgrade.then(|| hyper::upgrade::on(&mut request));
+        let (mut outgoing, body) = Outgoing::take(request)?;
+        head::identify(&mut outgoing.headers, &mut *self.worker.rng.borrow_mut());
+        decision.request(&outgoing.headers, &outgoing.path);
+        let idempotent = retry::is_idempotent(&outgoing.method, &outgoing.headers);
+        let request_head = RequestHead {
+            method: &outgoing.method,
+            host: outgoing.host(),
+            path: outgoing.path.path(),
+            query: outgoing.path.query(),
+            headers: &outgoing.headers,
+        };
+        let found = route::find(&resolved.policy.routes, &request_head).ok_or(Error::NoRoute)?;
+        let (rule, rule_index) = (found.rule, found.index);
+        decision.rule(&rule.label);
+        exchange.belongs_to(resolved.series(&self.worker.recorder, rule_index, None, spoken));
+        if !rule.filters.is_empty() {
+            let prefix = found.prefix;
+            if let Some(redirect) = redirected(&rule.filters, &request_head, resolved, prefix)? {
+                let exchange = exchange.take(now());
+                exchange.finish(Class::Ok, now());
+                return Ok(redirect);
+            }
+            let prefix = prefix.map(str::to_owned);
+            apply_filters(&rule.filters, &mut outgoing, prefix.as_deref())?;
+        }
+        let replay = (!http_body::Body::is_end_stream(&body)).then(|| Replay::new(body, rule.retry.max_body));
+        let sending =
+            Sending { resolved, rule, rule_index, outgoing, replay, idempotent, grpc, spoken, upgrade };
+        resolved.budget.deposit(exchange.started());
+        match rule.timeouts.request {
+            None => self.attempts(sending, exchange, decision).await,
+            Some(limit) => {
+                let deadline = tokio::time::Instant::from_std(exchange.started() + limit);
+                let attempts = self.attempts(sending, exchange, decision);
+                tokio::time::timeout_at(deadline, attempts).await.unwrap_or(Err(Error::Timeout))
+            }
+        }
+    }
+
+    async fn attempts(
+        &self,
+        mut sending: Sending<'_>,
+        exchange: &mut Exchange,
+        decision: &mut Decision,
+    ) -> Result<Response<Body>, Error> {
+        let (resolved, rule) = (sending.resolved, sending.rule);
+        let mut attempts = Attempts::new(&rule.retry, sending.idempotent);
+        let mut tried: Vec<SocketAddr> = Vec::new();
+        loop {
+            let chosen = route::pick_backend(rule, &mut *self.worker.rng.borrow_mut());
+            let chosen = chosen.ok_or(Error::NoBackend)?;
+            let backend = resolved.backends.get(chosen.backend).ok_or(Error::BackendUnresolved)?;
+            let policy = &resolved.policy.backends[chosen.backend];
+            exchange.belongs_to(resolved.series(
+                &self.worker.recorder,
+                sending.rule_index,
+                Some(chosen.backend),
+                sending.spoken,
+            ));
+            if !policy.resolved {
+                return Err(Error::BackendUnresolved);
+            }
+            let permit =
+                Permit::take(backend, policy.service.limits.max_requests).ok_or(Error::Overloaded)?;
+            let lease = self.pick(backend, policy.service.limits.queue_wait, &tried).await?;
+            let address = lease.endpoint().address;
+            let number = attempts.number();
+            let sent = self.send(&sending, lease.endpoint(), chosen, number, policy.service.mtls_required);
+            let sent = match rule.timeouts.per_try {
+                None => sent.await,
+                Some(limit) => match tokio::time::timeout(limit, sent).await {
+                    Ok(sent) => sent,
+                    Err(_) => Err(SendError {
+                        failure: Failure::Timeout,
+                        detail: "no answer within the per-try timeout".into(),
+                        reused: false,
+                    }),
+                },
+            };
+            let now = now();
+            let outcome = self.outcome(&sending, &sent);
+            let replayable =
+                sending.replay.as_ref().is_none_or(Replay::is_replayable) && sending.upgrade.is_none();
+            let next = {
+                let mut rng = self.worker.rng.borrow_mut();
+                attempts.next(outcome, replayable, &resolved.budget, now, &mut *rng)
+            };
+            if outcome != Outcome::Success {
+                decision.attempt(number, &lease, outcome, &sent, now);
+            }
+            match next {
+                Next::RetryAfter(delay) => {
+                    self.count_retry(outcome);
+                    exchange.retried();
+                    exchange.settled(lease.finish(outcome, now));
+                    drop((sent, permit));
+                    tried.push(address);
+                    if !delay.is_zero() {
+                        tokio::time::sleep(delay).await;
+                    }
+                }
+                Next::Stop(why) => {
+                    if why == Stop::BudgetExhausted {
+                        self.worker.recorder.count(Counter::BudgetExhausted);
+                    }
+                    match sent {
+                        Ok(sent) => {
+                            let exchange = exchange.take(now);
+                            return Ok(self.respond(sending, chosen, sent, lease, permit, outcome, exchange));
+                        }
+                        Err(error) => {
+                            exchange.settled(lease.finish(outcome, now));
+                            if sending.replay.take().is_some_and(|r| r.source_failed()) {
+                                // The app broke off its own upload; nobody reads the answer.
+                                return Err(Error::BadTarget);
+                            }
+                            return Err(Error::from_failure(error.failure));
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// An endpoint, or a bounded wait for one: while a lone pod restarts there is none for a moment.
+    async fn pick(
+        &self,
+        backend: &Rc<Backend>,
+        wait: std::time::Duration,
+        tried: &[SocketAddr],
+    ) -> Result<Lease, Error> {
+        let pick = || {
+            let mut rng = self.worker.rng.borrow_mut();
+            backend.balancer.borrow_mut().pick(tried, now(), &mut *rng)
+        };
+        let deadline = tokio::time::Instant::now() + wait;
+        loop {
+            let seen = self.destination.watched.version();
+            // Takes over what may have come in since the request began.
+            self.destination.resolved(&self.worker);
+            if let Ok(lease) = pick() {
+                return Ok(lease);
+            }
+            if backend.failfast.get() {
+                return Err(Error::NoEndpoint);
+            }
+            let changed = self.destination.watched.changed_since(seen);
+            if tokio::time::timeout_at(deadline, changed).await.is_err() {
+                backend.failfast.set(true);
+                return Err(Error::NoEndpoint);
+            }
+        }
+    }
+
+    async fn send(
+        &self,
+        sending: &Sending<'_>,
+        endpoint: &weft_core::policy::Endpoint,
+        chosen: &weft_core::policy::BackendRef,
+        number: u32,
+        mtls_required: bool,
+    ) -> Result<Sent, SendError> {
+        let failed = |failure, detail: &str| SendError { failure, detail: detail.into(), reused: false };
+        let h2 = sending.outgoing.version == Version::HTTP_2;
+        let peer = Peer::of(endpoint, h2, mtls_required)
+            .ok_or_else(|| failed(Failure::Identity, "mTLS is required and the endpoint has none"))?;
+        let body = match &sending.replay {
+            None => Body::empty(),
+            Some(replay) => Body::attempt(replay.attempt()),
+        };
+        let mut request = sending
+            .outgoing
+            .request(&peer, body, number)
+            .map_err(|e| failed(Failure::Unreachable, &e.to_string()))?;
+        for filter in &chosen.filters {
+            if let Filter::RequestHeaders(edit) = filter {
+                route::edit_headers(edit, request.headers_mut());
+            }
+        }
+        let options = SendOptions {
+            connect_timeout: sending.rule.timeouts.connect.unwrap_or(CONNECT_TIMEOUT),
+            idempotent: sending.idempotent,
+            upload: sending.replay.as_ref(),
+            fresh: number > 1,
+        };
+        self.worker.pool.send(&peer, request, options).await
+    }
+
+    /// What an attempt's result says of its endpoint, as far as the head tells.
+    fn outcome(&self, sending: &Sending<'_>, sent: &Result<Sent, SendError>) -> Outcome {
+        match sent {
+            Err(_) if sending.replay.as_ref().is_some_and(Replay::source_failed) => Outcome::Cancelled,
+            Err(error) => Outcome::Failure(error.failure),
+            Ok(sent) => {
+                let head = &sent.response;
+                if sent.mesh && head.headers().contains_key(WEFT_UNSENT) {
+                    return Outcome::Failure(Failure::NotProcessed);
+                }
+                match classify::grpc_status(head.headers()) {
+                    Some(code) if sending.grpc => classify::grpc_under(code, &sending.rule.retry),
+                    _ => classify::status_under(head.status(), &sending.rule.retry),
+                }
+            }
+        }
+    }
+
+    fn count_retry(&self, outcome: Outcome) {
+        let sent = matches!(outcome, Outcome::Failure(failure) if failure.was_sent());
+        self.worker.recorder.count(if sent { Counter::Retries } else { Counter::Redispatched });
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "everything that the response carries on with")]
+    fn respond(
+        &self,
+        mut sending: Sending<'_>,
+        chosen: &weft_core::policy::BackendRef,
+        sent: Sent,
+        lease: Lease,
+        permit: Permit,
+        outcome: Outcome,
+        exchange: Exchange,
+    ) -> Response<Body> {
+        if let Some(replay) = &sending.replay {
+            replay.forget();
+        }
+        let (mut head, body) = sent.response.into_parts();
+        let reason = sent.mesh.then(|| head.headers.remove(WEFT_REASON)).flatten();
+        let upgraded = sending.outgoing.upgrade.take().filter(|_| {
+            head.status == StatusCode::SWITCHING_PROTOCOLS || (sent.h2 && head.status == StatusCode::OK)
+        });
+        if let (Some(upgrade), Some(client)) = (upgraded, sending.upgrade.take()) {
+            let mut response = Response::from_parts(head, body);
+            let server = hyper::upgrade::on(&mut response);
+            let tail = Upgraded { exchange, lease: Some(lease), _permit: permit, _checkout: sent.checkout };
+            tokio::task::spawn_local(tail.carry(client, server));
+            let (mut head, _) = response.into_parts();
+            head::remove_connection_headers(&mut head.headers);
+            head.headers.remove(header::CONTENT_LENGTH);
+            return accepted_upgrade(head, &upgrade, sending.outgoing.version);
+        }
+        head::remove_connection_headers(&mut head.headers);
+        let made_by_peer = reason.is_some();
+        if let Some(reason) = reason {
+            head.headers.insert(WEFT_REASON, reason);
+        }
+        for filter in sending.rule.filters.iter().chain(&chosen.filters) {
+            if let Filter::ResponseHeaders(edit) = filter {
+                route::edit_headers(edit, &mut head.headers);
+            }
+        }
+        let trailers_only = classify::grpc_status(&head.headers).is_some();
+        let tail = Tail {
+            lease: Some(lease),
+            exchange,
+            connection: Some(sent.checkout),
+            held: Held::Outbound { _permit: permit },
+            outcome,
+            class: made_by_peer.then_some(Class::Proxy),
+            grpc: sending.grpc && !trailers_only && !made_by_peer,
+            seen_data: false,
+        };
+        Response::from_parts(head.without_version(), Body::watched(body, tail))
+    }
+}
+
+/// The HTTP version of an answer is that of the connection it goes out by, not of the one it came in by.
+trait WithoutVersion {
+    fn without_version(self) -> Self;
+}
+
+impl WithoutVersion for http::response::Parts {
+    fn without_version(mut self) -> Self {
+        self.version = Version::default();
+        self
+    }
+}
+
+/// The answer to an accepted upgrade, in the client's HTTP version.
+fn accepted_upgrade(head: http::response::Parts, upgrade: &Upgrade, version: Version) -> Response<Body> {
+    let mut response = Response::from_parts(head.without_version(), Body::empty());
+    response.extensions_mut().clear();
+    if version == Version::HTTP_2 {
+        *response.status_mut() = StatusCode::OK;
+    } else {
+        head::switching(&mut response, upgrade);
+    }
+    response
+}
+
+/// What lives as long as an upgraded connection.
+struct Upgraded {
+    exchange: Exchange,
+    lease: Option<Lease>,
+    _permit: Permit,
+    _checkout: pool::Checkout,
+}
+
+impl Upgraded {
+    async fn carry(mut self, client: OnUpgrade, server: OnUpgrade) {
+        let both = async { tokio::try_join!(client, server) };
+        let outcome = match both.await {
+            Ok((client, server)) => {
+                let (mut client, mut server) = (TokioIo::new(client), TokioIo::new(server));
+                match tcp::splice_any(&mut client, &mut server).await {
+                    Ok(()) | Err(tcp::Broken::Client) => Outcome::Success,
+                    Err(tcp::Broken::Server) => Outcome::Failure(Failure::Reset),
+                }
+            }
+            Err(error) => {
+                tracing::debug!(%error, "an upgrade did not come about");
+                Outcome::Cancelled
+            }
+        };
+        let now = now();
+        if let Some(lease) = self.lease.take() {
+            self.exchange.settled(lease.finish(outcome, now));
+        }
+        self.exchange.finish(outcome.class(), now);
+    }
+}
+
+fn redirected(
+    filters: &[Filter],
+    head: &RequestHead<'_>,
+    resolved: &Resolved,
+    prefix: Option<&str>,
+) -> Result<Option<Response<Body>>, Error> {
+    for filter in filters {
+        match filter {
+            Filter::Redirect(redirect) => {
+                let port = resolved.policy.service.name.port;
+                let (status, location) = route::redirect(redirect, head, "http", port, prefix);
+                let location = HeaderValue::try_from(location)
+                    .map_err(|_| Error::InvalidFilter("the redirect's location".into()))?;
+                let mut response = Response::new(Body::empty());
+                *response.status_mut() = status;
+                response.headers_mut().insert(header::LOCATION, location);
+                edit_response(filters, response.headers_mut());
+                return Ok(Some(response));
+            }
+            Filter::Invalid { reason } => return Err(Error::InvalidFilter(reason.clone())),
+            Filter::RequestHeaders(_) | Filter::ResponseHeaders(_) | Filter::Rewrite(_) => {}
+        }
+    }
+    Ok(None)
+}
+
+fn edit_response(filters: &[Filter], headers: &mut HeaderMap) {
+    for filter in filters {
+        if let Filter::ResponseHeaders(edit) = filter {
+            route::edit_headers(edit, headers);
+        }
+    }
+}
+
+fn apply_filters(filters: &[Filter], outgoing: &mut Outgoing, prefix: Option<&str>) -> Result<(), Error> {
+    for filter in filters {
+        match filter {
+            Filter::RequestHeaders(edit) => route::edit_headers(edit, &mut outgoing.headers),
+            Filter::Rewrite(rewrite) => {
+                let invalid = |what: &str| Error::InvalidFilter(what.into());
+                if let Some(host) = &rewrite.host {
+                    let authority = http::uri::Authority::try_from(&**host);
+                    outgoing.authority = Some(authority.map_err(|_| invalid("the rewritten host"))?);
+                }
+                if let Some(edit) = &rewrite.path {
+                    let mut path = route::rewrite_path(edit, prefix, outgoing.path.path());
+                    if let Some(query) = outgoing.path.query() {
+                        path.push('?');
+                        path.push_str(query);
+                    }
+                    outgoing.path =
+                        http::uri::PathAndQuery::try_from(path).map_err(|_| invalid("the rewritten path"))?;
+                }
+            }
+            Filter::ResponseHeaders(_) | Filter::Redirect(_) | Filter::Invalid { .. } => {}
+        }
+    }
+    Ok(())
+}

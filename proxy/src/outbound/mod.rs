@@ -1,0 +1,82 @@
+//! A connection that the app opens: discover where it goes, detect what it speaks, serve it.
+//!
+//! Why detection comes after discovery: most ports declare their protocol, and a destination outside the mesh
+//! is forwarded as bytes without a look. For the rest, a client that stays silent makes the proxy connect to
+//! the server, and whoever speaks first decides: a server-first protocol never waits for a timeout twice.
+
+mod http;
+mod tcp;
+
+use std::rc::Rc;
+
+use weft_core::{detect::Detected, policy::Protocol};
+
+use crate::{
+    detect::{self, Begun, First},
+    discovery::{DiscoveryError, Target},
+    error::{Component, Error},
+    listener::Accepted,
+    tcp::reset,
+    telemetry::metrics::Counter,
+    worker::{Destination, Worker},
+};
+
+/// Serves one captured connection of the app.
+pub(crate) async fn serve(worker: Rc<Worker>, accepted: Accepted) {
+    let original = accepted.original;
+    let destination = match worker.known_destination(original) {
+        Some(known) => known,
+        None => match worker.discovery.resolve(original).await {
+            Ok(Target::Service(watched)) => worker.destination(original, watched),
+            Ok(Target::Outside) => return tcp::outside(&worker, accepted).await,
+            Ok(Target::Denied) => return refuse(&worker, &accepted, &Error::EgressDenied),
+            Err(DiscoveryError::NotReady) => return refuse(&worker, &accepted, &Error::NotReady),
+            Err(DiscoveryError::Timeout) => return refuse(&worker, &accepted, &Error::DiscoveryTimeout),
+            Err(DiscoveryError::Overloaded) => return refuse(&worker, &accepted, &Error::Overloaded),
+        },
+    };
+    destined(worker, accepted, destination).await;
+}
+
+async fn destined(worker: Rc<Worker>, mut accepted: Accepted, destination: Rc<Destination>) {
+    let service = destination.watched.policy().service.clone();
+    let silence = match service.protocol {
+        Protocol::Opaque | Protocol::Tls => {
+            return tcp::to_service(&worker, accepted, &destination, First::nothing()).await;
+        }
+        // The client of a declared HTTP port will speak: there is nothing to decide but the version.
+        Protocol::Http1 | Protocol::Http2 | Protocol::Grpc => None,
+        Protocol::Detect if destination.server_first.get() => Some(std::time::Duration::ZERO),
+        Protocol::Detect => Some(service.detect_timeout),
+    };
+    match detect::begin(&mut accepted.stream, silence, worker.config.times.header).await {
+        Ok(Begun::Spoke(first)) => spoken(worker, accepted, destination, first).await,
+        Ok(Begun::Silent) => {
+            worker.recorder.count(Counter::DetectTimeouts);
+            if let Some((accepted, first)) = tcp::whoever_speaks(&worker, accepted, &destination).await {
+                spoken(worker, accepted, destination, first).await;
+            }
+        }
+        Ok(Begun::Ended) => tcp::to_service(&worker, accepted, &destination, First::nothing()).await,
+        Err(_) => {}
+    }
+}
+
+async fn spoken(worker: Rc<Worker>, accepted: Accepted, destination: Rc<Destination>, first: First) {
+    match first.detected {
+        Detected::Http1 => http::serve(worker, accepted, destination, first.bytes, false).await,
+        Detected::Http2 => http::serve(worker, accepted, destination, first.bytes, true).await,
+        Detected::Tls { .. } | Detected::Opaque | Detected::NeedMore => {
+            tcp::to_service(&worker, accepted, &destination, first).await;
+        }
+    }
+}
+
+/// Ends a connection of which nothing is known but where it wanted to go.
+fn refuse(worker: &Worker, accepted: &Accepted, error: &Error) {
+    let answer = error.answer();
+    worker.recorder.error(answer.code);
+    tracing::warn!(component = Component::Outbound.as_str(), code = answer.code, %error,
+        destination = %accepted.original, "connection refused");
+    reset(&accepted.stream);
+}

@@ -1,0 +1,282 @@
+//! An opaque connection of the app: one connection to one endpoint, bytes both ways.
+
+use std::{net::SocketAddr, rc::Rc, sync::Arc, time::Duration};
+
+use bytes::{Bytes, BytesMut};
+use tokio::{io::AsyncReadExt as _, net::TcpStream, time::Instant};
+use weft_core::{
+    balance::Lease,
+    classify::{Class, Failure, Outcome},
+    detect,
+    policy::{CONNECT_TIMEOUT, Rule},
+    retry::{Attempts, Next},
+};
+
+use crate::{
+    detect::{Begun, First},
+    error::{Component, Error},
+    listener::Accepted,
+    pool::{ConnectError, Peer},
+    tcp::{Broken, Prefixed, Stream, reset, splice},
+    telemetry::{
+        exchange::{Exchange, now},
+        metrics::{Counter, Direction, SeriesKey},
+    },
+    tls::Alpn,
+    worker::{Destination, Permit, Resolved, Spoken, Worker},
+};
+
+/// Forwards a connection to a destination outside the mesh, as it is.
+pub(super) async fn outside(worker: &Rc<Worker>, mut accepted: Accepted) {
+    let mut exchange = Exchange::start(&worker.recorder, now());
+    exchange.belongs_to(worker.recorder.series(&SeriesKey {
+        direction: Direction::Outbound,
+        parent: "outside".into(),
+        route: "none".into(),
+        backend: "".into(),
+        protocol: Spoken::Tcp.as_str(),
+    }));
+    // The app's own timeout is the one that counts out there; this bound only ends what nobody waits for.
+    let connecting = worker.pool.connect(accepted.original, false, Duration::from_secs(120));
+    match connecting.await {
+        Ok(mut server) => carry(worker, exchange, None, &mut accepted.stream, &mut server).await,
+        Err(error) => refuse(worker, accepted, exchange, error),
+    }
+}
+
+/// Carries a connection to one of the destination's endpoints.
+pub(super) async fn to_service(
+    worker: &Rc<Worker>,
+    accepted: Accepted,
+    destination: &Rc<Destination>,
+    first: First,
+) {
+    let mut exchange = Exchange::start(&worker.recorder, now());
+    match connect(worker, destination, &mut exchange).await {
+        Ok((held, server)) => {
+            let mut client = Prefixed::new(first.bytes, accepted.stream);
+            match server {
+                Server::Mesh(mut server) => {
+                    carry(worker, exchange, Some(held), &mut client, &mut *server).await;
+                }
+                Server::Plain(mut server) => {
+                    carry(worker, exchange, Some(held), &mut client, &mut server).await;
+                }
+            }
+        }
+        Err(error) => refuse(worker, accepted, exchange, error),
+    }
+}
+
+/// The client is silent: connects, and lets whoever speaks first decide. Returns the connection when the client
+/// turned out to speak something that is to be understood.
+pub(super) async fn whoever_speaks(
+    worker: &Rc<Worker>,
+    mut accepted: Accepted,
+    destination: &Rc<Destination>,
+) -> Option<(Accepted, First)> {
+    let mut exchange = Exchange::start(&worker.recorder, now());
+    let (held, server) = match connect(worker, destination, &mut exchange).await {
+        Ok(connected) => connected,
+        Err(error) => {
+            refuse(worker, accepted, exchange, error);
+            return None;
+        }
+    };
+    let server_spoke = async {
+        match &server {
+            Server::Mesh(server) => server.get_ref().0.readable().await,
+            Server::Plain(server) => server.readable().await,
+        }
+    };
+    let client_spoke = crate::detect::begin(&mut accepted.stream, None, worker.config.times.header);
+    let begun = tokio::select! {
+        biased;
+        begun = client_spoke => Some(begun),
+        _ = server_spoke => None,
+    };
+    let first = match begun {
+        Some(Ok(Begun::Spoke(first))) => match first.detected {
+            detect::Detected::Http1 | detect::Detected::Http2 => {
+                // Nothing was sent on this connection: the request goes its own way.
+                exchange.take(now()).discard();
+                return Some((accepted, first));
+            }
+            detect::Detected::Tls { .. } | detect::Detected::Opaque | detect::Detected::NeedMore => first,
+        },
+        Some(Ok(Begun::Ended | Begun::Silent)) => First::nothing(),
+        Some(Err(_)) => {
+            exchange.finish(Class::ClientError, now());
+            return None;
+        }
+        None => First::nothing(),
+    };
+    let server_first = first.bytes.is_empty();
+    let mut client = Prefixed::new(first.bytes, accepted.stream);
+    match server {
+        Server::Mesh(mut server) => {
+            let greeting = greeting(destination, server_first, &mut *server).await;
+            let mut server = Prefixed::new(greeting, *server);
+            carry(worker, exchange, Some(held), &mut client, &mut server).await;
+        }
+        Server::Plain(mut server) => {
+            let greeting = greeting(destination, server_first, &mut server).await;
+            let mut server = Prefixed::new(greeting, server);
+            carry(worker, exchange, Some(held), &mut client, &mut server).await;
+        }
+    }
+    None
+}
+
+/// Reads what a server says first, and learns from it. An HTTP server that answers a silent client (408) does
+/// not make its port a server-first one.
+async fn greeting(destination: &Destination, server_first: bool, server: &mut impl Stream) -> Bytes {
+    let mut greeting = BytesMut::new();
+    if server_first {
+        greeting.reserve(GREETING);
+        // An error or end shows again at the next read.
+        let _ = server.read_buf(&mut greeting).await;
+        if !greeting.is_empty() && !detect::server_bytes_are_http(&greeting) {
+            destination.server_first.set(true);
+        }
+    }
+    greeting.freeze()
+}
+
+/// Holds the greeting of any server-first protocol.
+const GREETING: usize = 2 * 1024;
+
+enum Server {
+    Mesh(Box<tokio_rustls::client::TlsStream<TcpStream>>),
+    Plain(TcpStream),
+}
+
+type Held = (Lease, Permit);
+
+/// Picks an endpoint and connects; one that nothing was sent to may be followed by another.
+async fn connect(
+    worker: &Rc<Worker>,
+    destination: &Rc<Destination>,
+    exchange: &mut Exchange,
+) -> Result<(Held, Server), Error> {
+    let resolved = destination.resolved(worker);
+    let (_, rule) = rule_for_bytes(&resolved)?;
+    let mut attempts = Attempts::new(&rule.retry, false);
+    let mut tried: Vec<SocketAddr> = Vec::new();
+    resolved.budget.deposit(exchange.started());
+    let wait = Instant::now() + resolved.policy.service.limits.queue_wait;
+    loop {
+        let seen = destination.watched.version();
+        let resolved = destination.resolved(worker);
+        let (index, rule) = rule_for_bytes(&resolved)?;
+        let chosen = weft_core::route::pick_backend(rule, &mut *worker.rng.borrow_mut());
+        let chosen = chosen.ok_or(Error::NoBackend)?;
+        let backend = resolved.backends.get(chosen.backend).ok_or(Error::BackendUnresolved)?;
+        let policy = &resolved.policy.backends[chosen.backend];
+        exchange.belongs_to(resolved.series(&worker.recorder, index, Some(chosen.backend), Spoken::Tcp));
+        let permit = Permit::take(backend, policy.service.limits.max_connections).ok_or(Error::Overloaded)?;
+        let picked = {
+            let mut rng = worker.rng.borrow_mut();
+            backend.balancer.borrow_mut().pick(&tried, now(), &mut *rng)
+        };
+        let Ok(mut lease) = picked else {
+            let changed = destination.watched.changed_since(seen);
+            if backend.failfast.get() || tokio::time::timeout_at(wait, changed).await.is_err() {
+                backend.failfast.set(true);
+                return Err(Error::NoEndpoint);
+            }
+            continue;
+        };
+        let timeout = rule.timeouts.connect.unwrap_or(CONNECT_TIMEOUT);
+        let endpoint = lease.endpoint().clone();
+        let connected = match Peer::of(&endpoint, false, policy.service.mtls_required) {
+            Some(Peer::Mesh { address, uid, identity }) => {
+                let connecting = worker.pool.connect_mesh(address, &uid, &identity, Alpn::Tcp, timeout);
+                connecting.await.map(|(tls, _)| Server::Mesh(Box::new(tls)))
+            }
+            Some(peer) => worker.pool.connect(peer.address(), false, timeout).await.map(Server::Plain),
+            None => Err(ConnectError {
+                failure: Failure::Identity,
+                detail: "mTLS is required and the endpoint has none".into(),
+            }),
+        };
+        let now = now();
+        match connected {
+            Ok(server) => {
+                lease.first_byte(now);
+                return Ok(((lease, permit), server));
+            }
+            Err(error) => {
+                tracing::debug!(endpoint = %endpoint.address, detail = %error.detail, "no connection");
+                let outcome = Outcome::Failure(error.failure);
+                exchange.settled(lease.finish(outcome, now));
+                tried.push(endpoint.address);
+                let next = {
+                    let mut rng = worker.rng.borrow_mut();
+                    attempts.next(outcome, true, &resolved.budget, now, &mut *rng)
+                };
+                match next {
+                    Next::RetryAfter(delay) => {
+                        worker.recorder.count(Counter::Redispatched);
+                        exchange.retried();
+                        tokio::time::sleep(delay).await;
+                    }
+                    Next::Stop(_) => return Err(Error::from_failure(error.failure)),
+                }
+            }
+        }
+    }
+}
+
+/// Bytes have no head to match: they go where a rule without conditions sends everything, else by the first.
+fn rule_for_bytes(resolved: &Resolved) -> Result<(usize, &Arc<Rule>), Error> {
+    let rules = resolved.policy.routes.rules();
+    let open = rules.iter().position(|rule| rule.matches.is_empty()).unwrap_or(0);
+    rules.get(open).map(|rule| (open, rule)).ok_or(Error::NoRoute)
+}
+
+async fn carry<C: Stream, S: Stream>(
+    worker: &Rc<Worker>,
+    exchange: Exchange,
+    held: Option<Held>,
+    client: &mut C,
+    server: &mut S,
+) {
+    let broken = tokio::select! {
+        spliced = splice(client, server) => spliced.err(),
+        () = worker.drain.cut() => {
+            reset(client.tcp());
+            reset(server.tcp());
+            Some(Broken::Client)
+        }
+    };
+    let (outcome, class) = match broken {
+        None => (Outcome::Success, Class::Ok),
+        Some(Broken::Client) => (Outcome::Cancelled, Class::ClientError),
+        Some(Broken::Server) => (Outcome::Failure(Failure::Reset), Class::ServerError),
+    };
+    let now = now();
+    if let Some((lease, _permit)) = held {
+        // A long connection that breaks says little about the endpoint as it is now: only its opening counts.
+        let opened = if matches!(outcome, Outcome::Failure(_)) { Outcome::Cancelled } else { outcome };
+        exchange.settled(lease.finish(opened, now));
+    }
+    exchange.finish(class, now);
+}
+
+/// The client sees a refusal, not a hang and not a clean end.
+fn refuse(worker: &Worker, accepted: Accepted, exchange: Exchange, error: impl Into<Error>) {
+    let error = error.into();
+    let answer = error.answer();
+    worker.recorder.error(answer.code);
+    tracing::warn!(component = Component::Outbound.as_str(), code = answer.code, %error,
+        destination = %accepted.original, client = %accepted.client, "connection refused");
+    reset(&accepted.stream);
+    exchange.finish(Class::Proxy, now());
+}
+
+impl From<ConnectError> for Error {
+    fn from(error: ConnectError) -> Self {
+        Self::from_failure(error.failure)
+    }
+}

@@ -1,0 +1,706 @@
+//! Connections to endpoints and to the app: made, reused, and given up.
+//!
+//! Why it belongs to one worker: picking a connection takes no lock and no task. Between sidecars one HTTP/2
+//! connection carries up to [`STREAMS_PER_CONNECTION`] exchanges; its connection window is larger than all of
+//! their stream windows together, so a stalled stream can never hold up another. To the app, idle HTTP/1.1
+//! connections are reused for a short time only, because the app may close one at the moment of reuse.
+
+use std::{
+    cell::{Cell, RefCell},
+    collections::HashMap,
+    error::Error as StdError,
+    io,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    rc::Rc,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use futures_util::{
+    FutureExt,
+    future::{LocalBoxFuture, Shared},
+};
+use http::{Request, Response};
+use hyper::{
+    body::Incoming,
+    client::conn::{http1, http2},
+};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use rustls_pki_types::ServerName;
+use tokio::{
+    net::{TcpSocket, TcpStream},
+    sync::watch,
+};
+use tokio_rustls::{TlsConnector, client::TlsStream};
+use weft_core::{
+    classify::Failure,
+    identity::{PodUid, SpiffeId},
+    policy::{Endpoint, Tunnel},
+};
+
+use crate::{
+    body::{Body, Replay},
+    telemetry::{
+        exchange::now,
+        metrics::{Counter, Recorder},
+    },
+    tls::{self, Alpn, Material},
+};
+
+/// Exchanges that one connection between sidecars carries before another is opened.
+pub(crate) const STREAMS_PER_CONNECTION: u32 = 100;
+/// What a sidecar takes of one request body before its app does: no more than a caller keeps for a replay.
+pub(crate) const UPLOAD_WINDOW: u32 = 64 * 1024 - 1;
+/// What a sidecar takes of one response body before its app does.
+pub(crate) const DOWNLOAD_WINDOW: u32 = 256 * 1024;
+/// Above `STREAMS_PER_CONNECTION * DOWNLOAD_WINDOW`.
+pub(crate) const CONNECTION_WINDOW: u32 = 32 * 1024 * 1024;
+/// What HTTP/2 buffers of one stream before it stops reading the other side.
+pub(crate) const SEND_BUFFER: usize = 128 * 1024;
+/// A connection to the app that was idle for longer is not reused (Node closes at 5 s, some servers at 2 s).
+const IDLE_LIMIT: Duration = Duration::from_secs(2);
+/// The same for a request that must not be sent twice.
+const IDLE_LIMIT_UNSAFE: Duration = Duration::from_millis(100);
+/// Idle connections kept to one app port.
+const MAX_IDLE: usize = 128;
+/// Unused connections between sidecars are closed after this.
+const MESH_IDLE_LIMIT: Duration = Duration::from_secs(600);
+/// HTTP/2 PING: a half-open peer is noticed within their sum.
+const PING_INTERVAL: Duration = Duration::from_secs(10);
+const PING_TIMEOUT: Duration = Duration::from_secs(5);
+/// Data that a peer does not acknowledge for so long ends the connection.
+const USER_TIMEOUT: Duration = Duration::from_secs(15);
+/// The source address by which inbound reaches its app: capture rules let it pass.
+const INBOUND_SOURCE: IpAddr = IpAddr::V4(Ipv4Addr::new(127, 0, 0, 6));
+
+/// Where to send.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Peer {
+    /// A sidecar, by mTLS.
+    Mesh { address: SocketAddr, uid: PodUid, identity: SpiffeId },
+    /// An endpoint outside the mesh.
+    Plain { address: SocketAddr, h2: bool },
+    /// This pod's own app, at its original address.
+    App { address: SocketAddr, h2: bool },
+}
+
+impl Peer {
+    /// How to reach an endpoint; `None` where only mTLS would do and cannot be had (never plaintext instead).
+    pub(crate) fn of(endpoint: &Endpoint, h2: bool, mtls_required: bool) -> Option<Self> {
+        match (endpoint.tunnel, &endpoint.identity) {
+            (Tunnel::Weft, Some(identity)) => Some(Self::Mesh {
+                address: endpoint.address,
+                uid: endpoint.uid.clone(),
+                identity: identity.clone(),
+            }),
+            (Tunnel::Weft, None) => None,
+            (Tunnel::None, _) if mtls_required => None,
+            (Tunnel::None, _) => Some(Self::Plain { address: endpoint.address, h2 }),
+        }
+    }
+
+    pub(crate) fn address(&self) -> SocketAddr {
+        match self {
+            Self::Mesh { address, .. } | Self::Plain { address, .. } | Self::App { address, .. } => *address,
+        }
+    }
+}
+
+/// Why a connection could not be made; shared by all who waited for it.
+#[derive(Clone, Debug)]
+pub(crate) struct ConnectError {
+    pub(crate) failure: Failure,
+    pub(crate) detail: Arc<str>,
+}
+
+/// Why there is no response.
+#[derive(Debug)]
+pub(crate) struct SendError {
+    pub(crate) failure: Failure,
+    pub(crate) detail: Arc<str>,
+    /// The connection had served before: it may have been closed while idle.
+    pub(crate) reused: bool,
+}
+
+/// A response head, and the connection that its body comes by.
+pub(crate) struct Sent {
+    pub(crate) response: Response<Incoming>,
+    pub(crate) checkout: Checkout,
+    /// It comes from a sidecar: its private headers are to be believed.
+    pub(crate) mesh: bool,
+    pub(crate) h2: bool,
+}
+
+/// One worker's connections.
+#[derive(Clone)]
+pub(crate) struct Pool(Rc<Inner>);
+
+struct Inner {
+    material: watch::Receiver<Option<Arc<Material>>>,
+    recorder: Recorder,
+    h2: RefCell<HashMap<Peer, Rc<H2Peer>>>,
+    h1: RefCell<HashMap<Peer, Rc<H1Peer>>>,
+    configs: RefCell<HashMap<(SpiffeId, Alpn), (u64, Arc<rustls::ClientConfig>)>>,
+}
+
+type Connecting = Shared<LocalBoxFuture<'static, Result<Rc<H2>, ConnectError>>>;
+
+#[derive(Default)]
+struct H2Peer {
+    open: RefCell<Vec<Rc<H2>>>,
+    connecting: RefCell<Option<Connecting>>,
+}
+
+struct H2 {
+    sender: RefCell<http2::SendRequest<Body>>,
+    in_flight: Cell<u32>,
+    /// Of the peer's settings.
+    max_streams: Rc<Cell<usize>>,
+    /// Generation of the certificate that it was opened with.
+    generation: u64,
+    last_used: Cell<Instant>,
+    used: Cell<bool>,
+}
+
+#[derive(Default)]
+struct H1Peer {
+    idle: RefCell<Vec<H1>>,
+}
+
+struct H1 {
+    sender: http1::SendRequest<Body>,
+    idle_since: Instant,
+    used: bool,
+}
+
+/// The use of one connection by one exchange.
+pub(crate) struct Checkout(Use);
+
+enum Use {
+    H2(Rc<H2>),
+    H1 { peer: Rc<H1Peer>, connection: Option<H1>, upload: Option<Replay> },
+}
+
+impl Checkout {
+    /// The response is whole: the connection may be used again.
+    pub(crate) fn give_back(mut self, now: Instant) {
+        if let Use::H1 { peer, connection, upload } = &mut self.0 {
+            let uploaded = upload.as_ref().is_none_or(Replay::is_ended);
+            if let Some(mut connection) = connection.take() {
+                let mut idle = peer.idle.borrow_mut();
+                if uploaded && !connection.sender.is_closed() && idle.len() < MAX_IDLE {
+                    connection.idle_since = now;
+                    connection.used = true;
+                    idle.push(connection);
+                }
+            }
+        }
+    }
+}
+
+impl Drop for Checkout {
+    fn drop(&mut self) {
+        if let Use::H2(h2) = &self.0 {
+            h2.in_flight.set(h2.in_flight.get() - 1);
+        }
+    }
+}
+
+/// What a request needs beside itself.
+#[derive(Clone, Copy)]
+pub(crate) struct SendOptions<'a> {
+    pub(crate) connect_timeout: Duration,
+    /// May be sent again if the connection turns out to have been closed while idle.
+    pub(crate) idempotent: bool,
+    pub(crate) upload: Option<&'a Replay>,
+    /// Never an idle connection.
+    pub(crate) fresh: bool,
+}
+
+impl Pool {
+    pub(crate) fn new(material: watch::Receiver<Option<Arc<Material>>>, recorder: Recorder) -> Self {
+        Self(Rc::new(Inner {
+            material,
+            recorder,
+            h2: RefCell::default(),
+            h1: RefCell::default(),
+            configs: RefCell::default(),
+        }))
+    }
+
+    /// Sends a request and waits for the head of its response.
+    pub(crate) async fn send(
+        &self,
+        peer: &Peer,
+        request: Request<Body>,
+        options: SendOptions<'_>,
+    ) -> Result<Sent, SendError> {
+        match peer {
+            Peer::Mesh { .. } | Peer::Plain { h2: true, .. } | Peer::App { h2: true, .. } => {
+                self.send_h2(peer, request, options).await
+            }
+            Peer::Plain { h2: false, .. } | Peer::App { h2: false, .. } => {
+                self.send_h1(peer, request, options).await
+            }
+        }
+    }
+
+    async fn send_h2(
+        &self,
+        peer: &Peer,
+        mut request: Request<Body>,
+        options: SendOptions<'_>,
+    ) -> Result<Sent, SendError> {
+        // A connection that closes before it takes the request gives it back; a second and a third is tried.
+        let mut last = None;
+        for _ in 0..3 {
+            let h2 = self.h2(peer, options.connect_timeout).await.map_err(SendError::from)?;
+            h2.in_flight.set(h2.in_flight.get() + 1);
+            let reused = h2.used.replace(true);
+            h2.last_used.set(now());
+            let checkout = Checkout(Use::H2(h2.clone()));
+            let sending = h2.sender.borrow_mut().try_send_request(request);
+            match sending.await {
+                Ok(response) => {
+                    let mesh = matches!(peer, Peer::Mesh { .. });
+                    return Ok(Sent { response, checkout, mesh, h2: true });
+                }
+                Err(mut error) => match error.take_message() {
+                    Some(unsent) => {
+                        request = unsent;
+                        last = Some(error.into_error());
+                    }
+                    None => {
+                        let error = error.into_error();
+                        return Err(SendError {
+                            failure: failure_of(&error),
+                            detail: describe(&error),
+                            reused,
+                        });
+                    }
+                },
+            }
+        }
+        let detail = last.map_or_else(|| "closed".into(), |e| describe(&e));
+        Err(SendError { failure: Failure::NotProcessed, detail, reused: true })
+    }
+
+    async fn send_h1(
+        &self,
+        peer: &Peer,
+        mut request: Request<Body>,
+        options: SendOptions<'_>,
+    ) -> Result<Sent, SendError> {
+        let entry = self.h1_peer(peer);
+        loop {
+            let mut connection = match entry.take_idle(options) {
+                Some(idle) => idle,
+                None => self.open_h1(peer, options.connect_timeout).await.map_err(SendError::from)?,
+            };
+            let reused = connection.used;
+            if connection.sender.ready().await.is_err() {
+                if reused {
+                    continue;
+                }
+                return Err(SendError {
+                    failure: Failure::NotProcessed,
+                    detail: "closed at once".into(),
+                    reused,
+                });
+            }
+            match connection.sender.try_send_request(request).await {
+                Ok(response) => {
+                    let upload = options.upload.cloned();
+                    let checkout = Checkout(Use::H1 { peer: entry, connection: Some(connection), upload });
+                    return Ok(Sent { response, checkout, mesh: false, h2: false });
+                }
+                Err(mut error) => match error.take_message() {
+                    Some(unsent) if reused => request = unsent,
+                    unsent => {
+                        let error = error.into_error();
+                        let failure =
+                            if unsent.is_some() { Failure::NotProcessed } else { failure_of(&error) };
+                        return Err(SendError { failure, detail: describe(&error), reused });
+                    }
+                },
+            }
+        }
+    }
+
+    /// An open connection with room, or a new one that all who need it wait for together.
+    async fn h2(&self, peer: &Peer, timeout: Duration) -> Result<Rc<H2>, ConnectError> {
+        let entry = {
+            let mut peers = self.0.h2.borrow_mut();
+            match peers.get(peer) {
+                Some(entry) => entry.clone(),
+                None => peers.entry(peer.clone()).or_default().clone(),
+            }
+        };
+        let generation = match peer {
+            Peer::Mesh { .. } => self.0.material.borrow().as_ref().map_or(0, |m| m.generation),
+            Peer::Plain { .. } | Peer::App { .. } => 0,
+        };
+        loop {
+            if let Some(open) = entry.usable(generation) {
+                return Ok(open);
+            }
+            let connecting = entry.connecting.borrow().clone();
+            let connecting = match connecting {
+                Some(connecting) => connecting,
+                None => self.start_h2(peer, &entry, timeout),
+            };
+            let opened = connecting.await?;
+            if opened.has_room(generation) {
+                return Ok(opened);
+            }
+        }
+    }
+
+    /// Opens a connection in a task of its own: whoever waits may go away.
+    fn start_h2(&self, peer: &Peer, entry: &Rc<H2Peer>, timeout: Duration) -> Connecting {
+        let pool = self.clone();
+        let (peer, entry_of_task) = (peer.clone(), entry.clone());
+        let task = tokio::task::spawn_local(async move {
+            let result = pool.open_h2(&peer, timeout).await.map(Rc::new);
+            entry_of_task.connecting.borrow_mut().take();
+            if let Ok(open) = &result {
+                entry_of_task.open.borrow_mut().push(open.clone());
+            }
+            result
+        });
+        let connecting = async move {
+            task.await.unwrap_or_else(|_| {
+                Err(ConnectError { failure: Failure::Unreachable, detail: "the worker stopped".into() })
+            })
+        };
+        let connecting = connecting.boxed_local().shared();
+        *entry.connecting.borrow_mut() = Some(connecting.clone());
+        connecting
+    }
+
+    async fn open_h2(&self, peer: &Peer, timeout: Duration) -> Result<H2, ConnectError> {
+        let mut builder = http2::Builder::new(LocalExec);
+        builder
+            .timer(TokioTimer::new())
+            .initial_stream_window_size(DOWNLOAD_WINDOW)
+            .initial_connection_window_size(CONNECTION_WINDOW)
+            .max_send_buf_size(SEND_BUFFER)
+            .max_header_list_size(64 * 1024)
+            .keep_alive_interval(PING_INTERVAL)
+            .keep_alive_timeout(PING_TIMEOUT);
+        match peer {
+            Peer::Mesh { address, uid, identity } => {
+                let (tls, generation) = self.connect_mesh(*address, uid, identity, Alpn::H2, timeout).await?;
+                let handshake = builder.handshake(TokioIo::new(tls)).await;
+                let (sender, connection) = handshake.map_err(|e| not_processed(&e))?;
+                Ok(drive_h2(sender, connection, generation))
+            }
+            Peer::Plain { address, .. } | Peer::App { address, .. } => {
+                let source = matches!(peer, Peer::App { .. });
+                let tcp = self.connect(*address, source, timeout).await?;
+                let handshake = builder.handshake(TokioIo::new(tcp)).await;
+                let (sender, connection) = handshake.map_err(|e| not_processed(&e))?;
+                Ok(drive_h2(sender, connection, 0))
+            }
+        }
+    }
+
+    fn h1_peer(&self, peer: &Peer) -> Rc<H1Peer> {
+        let mut peers = self.0.h1.borrow_mut();
+        match peers.get(peer) {
+            Some(entry) => entry.clone(),
+            None => peers.entry(peer.clone()).or_default().clone(),
+        }
+    }
+
+    async fn open_h1(&self, peer: &Peer, timeout: Duration) -> Result<H1, ConnectError> {
+        let tcp = self.connect(peer.address(), matches!(peer, Peer::App { .. }), timeout).await?;
+        let handshake = http1::Builder::new().max_headers(200).handshake(TokioIo::new(tcp)).await;
+        let (sender, connection) = handshake.map_err(|e| not_processed(&e))?;
+        tokio::task::spawn_local(async move {
+            if let Err(error) = connection.with_upgrades().await {
+                tracing::debug!(%error, "HTTP/1.1 connection to the app ended");
+            }
+        });
+        Ok(H1 { sender, idle_since: now(), used: false })
+    }
+
+    /// Opens a TCP connection; `as_inbound` makes it come from the address that capture lets pass.
+    pub(crate) async fn connect(
+        &self,
+        address: SocketAddr,
+        as_inbound: bool,
+        timeout: Duration,
+    ) -> Result<TcpStream, ConnectError> {
+        self.0.recorder.count(Counter::Connects);
+        let connecting = async {
+            let socket = match address {
+                SocketAddr::V4(_) => TcpSocket::new_v4()?,
+                SocketAddr::V6(_) => TcpSocket::new_v6()?,
+            };
+            socket.set_nodelay(true)?;
+            if as_inbound {
+                // Without this a source address has only the 28,000 ephemeral ports for all destinations.
+                let _ = nix::sys::socket::setsockopt(
+                    &socket,
+                    nix::sys::socket::sockopt::IpBindAddressNoPort,
+                    &true,
+                );
+                let source = match address {
+                    SocketAddr::V4(_) => INBOUND_SOURCE,
+                    SocketAddr::V6(_) => IpAddr::V6(std::net::Ipv6Addr::LOCALHOST),
+                };
+                socket.bind(SocketAddr::new(source, 0))?;
+            }
+            socket.connect(address).await
+        };
+        let stream = match tokio::time::timeout(timeout, connecting).await {
+            Ok(Ok(stream)) => stream,
+            Ok(Err(error)) => return Err(self.connect_failed(address, &error)),
+            Err(_) => {
+                self.0.recorder.count(Counter::ConnectTimeouts);
+                return Err(ConnectError {
+                    failure: Failure::ConnectTimeout,
+                    detail: format!("{address} did not accept within {timeout:?}").into(),
+                });
+            }
+        };
+        keep_alive(&stream);
+        Ok(stream)
+    }
+
+    fn connect_failed(&self, address: SocketAddr, error: &io::Error) -> ConnectError {
+        let failure = match error.kind() {
+            io::ErrorKind::ConnectionRefused | io::ErrorKind::ConnectionReset => Failure::Refused,
+            io::ErrorKind::TimedOut => Failure::ConnectTimeout,
+            _ => Failure::Unreachable,
+        };
+        self.0.recorder.count(if failure == Failure::Refused {
+            Counter::ConnectRefusals
+        } else {
+            Counter::ConnectErrors
+        });
+        ConnectError { failure, detail: format!("{address}: {error}").into() }
+    }
+
+    /// Opens an mTLS connection to exactly this pod under exactly this identity. Every failure up to here
+    /// means that nothing was sent.
+    pub(crate) async fn connect_mesh(
+        &self,
+        address: SocketAddr,
+        uid: &PodUid,
+        identity: &SpiffeId,
+        alpn: Alpn,
+        timeout: Duration,
+    ) -> Result<(TlsStream<TcpStream>, u64), ConnectError> {
+        let identity_failure = |detail: String| {
+            self.0.recorder.count(Counter::IdentityMismatches);
+            ConnectError { failure: Failure::Identity, detail: detail.into() }
+        };
+        let material = self.0.material.borrow().clone();
+        let material =
+            material.ok_or_else(|| identity_failure("this workload has no certificate yet".to_owned()))?;
+        if !material.validity.contains(std::time::SystemTime::now(), Duration::ZERO) {
+            return Err(identity_failure("this workload's certificate has expired".to_owned()));
+        }
+        let config = self
+            .client_config(&material, identity, alpn)
+            .map_err(|e| identity_failure(format!("TLS configuration: {e}")))?;
+        let name = ServerName::try_from(uid.server_name())
+            .map_err(|e| identity_failure(format!("pod uid {uid}: {e}")))?;
+        let tcp = self.connect(address, false, timeout).await?;
+        let connecting = TlsConnector::from(config).connect(name, tcp);
+        let tls = match tokio::time::timeout(timeout.max(Duration::from_secs(2)), connecting).await {
+            Ok(Ok(tls)) => tls,
+            Ok(Err(error)) => return Err(identity_failure(format!("{identity} at {address}: {error}"))),
+            Err(_) => {
+                self.0.recorder.count(Counter::ConnectTimeouts);
+                return Err(ConnectError {
+                    failure: Failure::ConnectTimeout,
+                    detail: format!("{address} did not finish its TLS handshake").into(),
+                });
+            }
+        };
+        if tls.get_ref().1.alpn_protocol() != Some(alpn.name()) {
+            return Err(identity_failure(format!("{address} does not speak Weft")));
+        }
+        Ok((tls, material.generation))
+    }
+
+    fn client_config(
+        &self,
+        material: &Arc<Material>,
+        identity: &SpiffeId,
+        alpn: Alpn,
+    ) -> Result<Arc<rustls::ClientConfig>, tls::TlsError> {
+        let mut configs = self.0.configs.borrow_mut();
+        if let Some((generation, config)) = configs.get(&(identity.clone(), alpn)) {
+            if *generation == material.generation {
+                return Ok(config.clone());
+            }
+        }
+        let config = tls::client_config(material, identity, alpn)?;
+        configs.retain(|_, (generation, _)| *generation == material.generation);
+        configs.insert((identity.clone(), alpn), (material.generation, config.clone()));
+        Ok(config)
+    }
+
+    /// Closes what has been idle for too long; called about once a second.
+    pub(crate) fn sweep(&self, now: Instant) {
+        let idle_for = |since: Instant| now.saturating_duration_since(since);
+        self.0.h1.borrow_mut().retain(|_, peer| {
+            peer.idle.borrow_mut().retain(|c| !c.sender.is_closed() && idle_for(c.idle_since) < IDLE_LIMIT);
+            !peer.idle.borrow().is_empty() || Rc::strong_count(peer) > 1
+        });
+        self.0.h2.borrow_mut().retain(|_, peer| {
+            peer.open.borrow_mut().retain(|c| {
+                !c.sender.borrow().is_closed()
+                    && (c.in_flight.get() > 0 || idle_for(c.last_used.get()) < MESH_IDLE_LIMIT)
+            });
+            !peer.open.borrow().is_empty() || Rc::strong_count(peer) > 1
+        });
+    }
+}
+
+impl H2Peer {
+    fn usable(&self, generation: u64) -> Option<Rc<H2>> {
+        let mut open = self.open.borrow_mut();
+        // The common case first: one connection, open, with room.
+        if let Some(first) = open.first() {
+            if first.has_room(generation) {
+                return Some(first.clone());
+            }
+        }
+        // A connection made with an older certificate takes nothing new and ends with its last exchange.
+        open.retain(|c| {
+            !c.sender.borrow().is_closed() && (c.generation == generation || c.in_flight.get() > 0)
+        });
+        open.iter().find(|c| c.has_room(generation)).cloned()
+    }
+}
+
+impl H2 {
+    fn has_room(&self, generation: u64) -> bool {
+        // At four fifths of the peer's own limit another connection is opened, so nothing queues behind
+        // long streams.
+        let peer = u32::try_from(self.max_streams.get()).unwrap_or(u32::MAX);
+        let room = STREAMS_PER_CONNECTION.min((peer - peer / 5).max(1));
+        self.generation == generation && self.in_flight.get() < room && !self.sender.borrow().is_closed()
+    }
+}
+
+impl H1Peer {
+    fn take_idle(&self, options: SendOptions<'_>) -> Option<H1> {
+        if options.fresh {
+            return None;
+        }
+        let limit = if options.idempotent { IDLE_LIMIT } else { IDLE_LIMIT_UNSAFE };
+        let now = now();
+        let mut idle = self.idle.borrow_mut();
+        while let Some(connection) = idle.pop() {
+            let age = now.saturating_duration_since(connection.idle_since);
+            if age >= limit {
+                // Those below are older still; what is too old for this request may do for another.
+                if age < IDLE_LIMIT {
+                    idle.push(connection);
+                } else {
+                    idle.clear();
+                }
+                return None;
+            }
+            if !connection.sender.is_closed() {
+                return Some(connection);
+            }
+        }
+        None
+    }
+}
+
+impl From<ConnectError> for SendError {
+    fn from(error: ConnectError) -> Self {
+        Self { failure: error.failure, detail: error.detail, reused: false }
+    }
+}
+
+/// Runs an HTTP/2 connection in a task, and keeps the peer's stream limit where the pool can read it.
+fn drive_h2<T>(
+    sender: http2::SendRequest<Body>,
+    connection: http2::Connection<T, Body, LocalExec>,
+    generation: u64,
+) -> H2
+where
+    T: hyper::rt::Read + hyper::rt::Write + Unpin + 'static,
+{
+    let max_streams = Rc::new(Cell::new(connection.current_max_send_streams()));
+    let limit = max_streams.clone();
+    let mut connection = Box::pin(connection);
+    tokio::task::spawn_local(std::future::poll_fn(move |cx| {
+        let polled = connection.as_mut().poll(cx);
+        limit.set(connection.current_max_send_streams());
+        polled.map(|result| {
+            if let Err(error) = result {
+                tracing::debug!(%error, "HTTP/2 connection ended");
+            }
+        })
+    }));
+    H2 {
+        sender: RefCell::new(sender),
+        in_flight: Cell::new(0),
+        max_streams,
+        generation,
+        last_used: Cell::new(now()),
+        used: Cell::new(false),
+    }
+}
+
+/// Keepalive on, and a bound on data that nobody acknowledges.
+pub(crate) fn keep_alive(stream: &TcpStream) {
+    let socket = socket2::SockRef::from(stream);
+    let params = socket2::TcpKeepalive::new()
+        .with_time(Duration::from_secs(60))
+        .with_interval(Duration::from_secs(10))
+        .with_retries(6);
+    // A socket that closed in between refuses these; its next read says so.
+    let _ = socket.set_tcp_keepalive(&params);
+    let _ = socket.set_tcp_user_timeout(Some(USER_TIMEOUT));
+}
+
+fn not_processed(error: &hyper::Error) -> ConnectError {
+    ConnectError { failure: Failure::NotProcessed, detail: describe(error) }
+}
+
+/// What an error after sending says about the request: not processed, or perhaps processed.
+fn failure_of(error: &hyper::Error) -> Failure {
+    let mut source: Option<&(dyn StdError + 'static)> = Some(error);
+    while let Some(cause) = source {
+        if let Some(h2) = cause.downcast_ref::<h2::Error>() {
+            let refused = h2.is_reset() && h2.reason() == Some(h2::Reason::REFUSED_STREAM);
+            // RFC 9113 §6.8: streams above the last id of a GOAWAY were not processed.
+            let gone = h2.is_go_away() && h2.is_remote() && h2.reason() == Some(h2::Reason::NO_ERROR);
+            return if refused || gone { Failure::NotProcessed } else { Failure::Reset };
+        }
+        source = cause.source();
+    }
+    Failure::Reset
+}
+
+fn describe(error: &hyper::Error) -> Arc<str> {
+    match error.source() {
+        Some(source) => format!("{error}: {source}").into(),
+        None => error.to_string().into(),
+    }
+}
+
+/// Runs hyper's tasks on this worker's own thread.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct LocalExec;
+
+impl<F> hyper::rt::Executor<F> for LocalExec
+where
+    F: Future + 'static,
+    F::Output: 'static,
+{
+    fn execute(&self, future: F) {
+        tokio::task::spawn_local(future);
+    }
+}

@@ -1,0 +1,314 @@
+//! Bytes both ways: half-close kept, a reset stays a reset.
+//!
+//! Why not `copy_bidirectional`: it turns a reset on one side into a clean end on the other, so that an app
+//! takes a truncated stream for a whole one; and its buffers do not grow with the stream.
+
+use std::{
+    future::poll_fn,
+    io,
+    pin::Pin,
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use bytes::{Buf, Bytes};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::TcpStream,
+};
+
+/// First buffer of a direction; it doubles while reads fill it.
+const BUFFER_MIN: usize = 8 * 1024;
+/// Bulk streams end here: more buys nothing on a 16 KiB TLS record.
+const BUFFER_MAX: usize = 128 * 1024;
+
+/// A byte stream over TCP, plain or TLS.
+pub(crate) trait Stream: AsyncRead + AsyncWrite + Unpin {
+    /// The socket underneath.
+    fn tcp(&self) -> &TcpStream;
+}
+
+impl Stream for TcpStream {
+    fn tcp(&self) -> &TcpStream {
+        self
+    }
+}
+
+impl Stream for tokio_rustls::client::TlsStream<TcpStream> {
+    fn tcp(&self) -> &TcpStream {
+        self.get_ref().0
+    }
+}
+
+impl<S: Stream> Stream for tokio_rustls::server::TlsStream<S> {
+    fn tcp(&self) -> &TcpStream {
+        self.get_ref().0.tcp()
+    }
+}
+
+impl<S: Stream> Stream for Prefixed<S> {
+    fn tcp(&self) -> &TcpStream {
+        self.inner.tcp()
+    }
+}
+
+/// A stream of which the first bytes were already read.
+pub(crate) struct Prefixed<S> {
+    prefix: Bytes,
+    inner: S,
+}
+
+impl<S> Prefixed<S> {
+    pub(crate) fn new(prefix: Bytes, inner: S) -> Self {
+        Self { prefix, inner }
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Prefixed<S> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        if self.prefix.is_empty() {
+            return Pin::new(&mut self.inner).poll_read(cx, buf);
+        }
+        let n = self.prefix.len().min(buf.remaining());
+        buf.put_slice(&self.prefix[..n]);
+        self.prefix.advance(n);
+        if self.prefix.is_empty() {
+            self.prefix = Bytes::new();
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Prefixed<S> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.inner).poll_write(cx, buf)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.inner).poll_write_vectored(cx, bufs)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.inner.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.inner).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.inner).poll_shutdown(cx)
+    }
+}
+
+/// Which side broke a connection off.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Broken {
+    Client,
+    Server,
+}
+
+/// Carries bytes both ways until both directions have ended. A side that breaks off makes the other one end
+/// with a reset.
+pub(crate) async fn splice<A: Stream, B: Stream>(client: &mut A, server: &mut B) -> Result<(), Broken> {
+    let mut up = Direction::default();
+    let mut down = Direction::default();
+    let result = poll_fn(|cx| {
+        let up = up.poll(cx, client, server);
+        if let Poll::Ready(Err(side)) = up {
+            return Poll::Ready(Err(if side == Side::Reader { Broken::Client } else { Broken::Server }));
+        }
+        let down = down.poll(cx, server, client);
+        if let Poll::Ready(Err(side)) = down {
+            return Poll::Ready(Err(if side == Side::Reader { Broken::Server } else { Broken::Client }));
+        }
+        if up.is_ready() && down.is_ready() { Poll::Ready(Ok(())) } else { Poll::Pending }
+    })
+    .await;
+    if result.is_err() {
+        reset(client.tcp());
+        reset(server.tcp());
+    }
+    result
+}
+
+/// Makes the socket's end a reset instead of a clean one.
+pub(crate) fn reset(stream: &TcpStream) {
+    // Fails only where the peer's reset has closed it already.
+    let _ = socket2::SockRef::from(stream).set_linger(Some(Duration::ZERO));
+}
+
+/// Carries bytes both ways between streams that have no reset of their own (upgraded HTTP streams).
+pub(crate) async fn splice_any<A, B>(client: &mut A, server: &mut B) -> Result<(), Broken>
+where
+    A: AsyncRead + AsyncWrite + Unpin,
+    B: AsyncRead + AsyncWrite + Unpin,
+{
+    let mut up = Direction::default();
+    let mut down = Direction::default();
+    poll_fn(|cx| {
+        let up = up.poll(cx, client, server);
+        let down = down.poll(cx, server, client);
+        match (up, down) {
+            (Poll::Ready(Err(_)), _) => Poll::Ready(Err(Broken::Client)),
+            (_, Poll::Ready(Err(_))) => Poll::Ready(Err(Broken::Server)),
+            (Poll::Ready(Ok(())), Poll::Ready(Ok(()))) => Poll::Ready(Ok(())),
+            _ => Poll::Pending,
+        }
+    })
+    .await
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Side {
+    Reader,
+    Writer,
+}
+
+#[derive(Default)]
+struct Direction {
+    buffer: Vec<u8>,
+    from: usize,
+    to: usize,
+    read_ended: bool,
+    unflushed: bool,
+    done: bool,
+}
+
+impl Direction {
+    fn poll<R, W>(&mut self, cx: &mut Context<'_>, reader: &mut R, writer: &mut W) -> Poll<Result<(), Side>>
+    where
+        R: AsyncRead + Unpin,
+        W: AsyncWrite + Unpin,
+    {
+        if self.done {
+            return Poll::Ready(Ok(()));
+        }
+        loop {
+            while self.from < self.to {
+                let chunk = &self.buffer[self.from..self.to];
+                match ready!(Pin::new(&mut *writer).poll_write(cx, chunk)) {
+                    Ok(0) | Err(_) => return Poll::Ready(Err(Side::Writer)),
+                    Ok(n) => {
+                        self.from += n;
+                        self.unflushed = true;
+                    }
+                }
+            }
+            if self.read_ended {
+                return match ready!(Pin::new(&mut *writer).poll_shutdown(cx)) {
+                    Ok(()) => {
+                        self.done = true;
+                        self.buffer = Vec::new();
+                        Poll::Ready(Ok(()))
+                    }
+                    // The other direction's reset is what the apps shall see, if there was one.
+                    Err(e) if e.kind() == io::ErrorKind::NotConnected => {
+                        self.done = true;
+                        Poll::Ready(Ok(()))
+                    }
+                    Err(_) => Poll::Ready(Err(Side::Writer)),
+                };
+            }
+            if self.buffer.is_empty() {
+                self.buffer = vec![0; BUFFER_MIN];
+            } else if self.to == self.buffer.len() && self.buffer.len() < BUFFER_MAX {
+                let larger = self.buffer.len() * 2;
+                self.buffer = vec![0; larger];
+            }
+            let mut free = ReadBuf::new(&mut self.buffer);
+            match Pin::new(&mut *reader).poll_read(cx, &mut free) {
+                Poll::Ready(Ok(())) => {
+                    self.from = 0;
+                    self.to = free.filled().len();
+                    self.read_ended = self.to == 0;
+                }
+                Poll::Ready(Err(_)) => return Poll::Ready(Err(Side::Reader)),
+                Poll::Pending => {
+                    self.to = 0;
+                    self.from = 0;
+                    if self.unflushed {
+                        match ready!(Pin::new(&mut *writer).poll_flush(cx)) {
+                            Ok(()) => self.unflushed = false,
+                            Err(_) => return Poll::Ready(Err(Side::Writer)),
+                        }
+                    }
+                    return Poll::Pending;
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        net::TcpListener,
+    };
+
+    use super::*;
+
+    async fn pair() -> (TcpStream, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let connecting = TcpStream::connect(listener.local_addr().unwrap());
+        let (a, b) = tokio::join!(connecting, listener.accept());
+        (a.unwrap(), b.unwrap().0)
+    }
+
+    async fn spliced() -> (TcpStream, TcpStream, tokio::task::JoinHandle<Result<(), Broken>>) {
+        let (client, mut near) = pair().await;
+        let (mut far, server) = pair().await;
+        let task = tokio::spawn(async move { splice(&mut near, &mut far).await });
+        (client, server, task)
+    }
+
+    #[tokio::test]
+    async fn half_close_is_kept_both_ways() {
+        let (mut client, mut server, task) = spliced().await;
+        client.write_all(b"question").await.unwrap();
+        client.shutdown().await.unwrap();
+        let mut question = Vec::new();
+        server.read_to_end(&mut question).await.unwrap();
+        assert_eq!(question, b"question");
+        server.write_all(b"answer").await.unwrap();
+        server.shutdown().await.unwrap();
+        let mut answer = Vec::new();
+        client.read_to_end(&mut answer).await.unwrap();
+        assert_eq!(answer, b"answer");
+        assert_eq!(task.await.unwrap(), Ok(()));
+    }
+
+    #[tokio::test]
+    async fn a_reset_stays_a_reset() {
+        let (mut client, server, task) = spliced().await;
+        reset(&server);
+        drop(server);
+        let error = client.read(&mut [0; 1]).await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+        assert_eq!(task.await.unwrap(), Err(Broken::Server));
+    }
+
+    #[tokio::test]
+    async fn large_streams_arrive_whole() {
+        let (mut client, mut server, _task) = spliced().await;
+        let sent: Vec<u8> = (0..3_000_000_u32).map(|n| n as u8).collect();
+        let expected = sent.clone();
+        tokio::spawn(async move {
+            client.write_all(&sent).await.unwrap();
+            client.shutdown().await.unwrap();
+            tokio::time::sleep(Duration::from_secs(5)).await;
+        });
+        let mut got = Vec::new();
+        server.read_to_end(&mut got).await.unwrap();
+        assert!(got == expected);
+    }
+}

@@ -1,0 +1,97 @@
+//! Why one request went as it did, gathered by the evaluation that acted, kept when it failed.
+//!
+//! Nothing here costs a successful request more than two reference counts.
+
+use std::{
+    sync::Arc,
+    time::{Instant, SystemTime, UNIX_EPOCH},
+};
+
+use http::{HeaderMap, HeaderValue, uri::PathAndQuery};
+use weft_core::{balance::Lease, classify::Outcome};
+use weft_proto::pb::v1 as pb;
+
+use super::metrics::Recorder;
+use crate::{
+    error::{Component, Error},
+    head::X_REQUEST_ID,
+    pool::{SendError, Sent},
+};
+
+/// The record in the making.
+#[derive(Default)]
+pub(crate) struct Decision {
+    request_id: Option<HeaderValue>,
+    path: Option<PathAndQuery>,
+    rule: Option<Arc<str>>,
+    attempts: Vec<pb::Attempt>,
+}
+
+impl Decision {
+    pub(crate) fn request(&mut self, headers: &HeaderMap, path: &PathAndQuery) {
+        self.request_id = headers.get(X_REQUEST_ID).cloned();
+        self.path = Some(path.clone());
+    }
+
+    pub(crate) fn rule(&mut self, label: &Arc<str>) {
+        self.rule = Some(label.clone());
+    }
+
+    /// An attempt that did not succeed.
+    pub(crate) fn attempt(
+        &mut self,
+        number: u32,
+        lease: &Lease,
+        outcome: Outcome,
+        sent: &Result<Sent, SendError>,
+        now: Instant,
+    ) {
+        let endpoint = lease.endpoint();
+        let detail = match sent {
+            Ok(sent) => format!("{outcome:?} {}", sent.response.status()),
+            Err(error) => format!("{outcome:?} {}", error.detail),
+        };
+        self.attempts.push(pb::Attempt {
+            number,
+            endpoint: format!("{} {}", endpoint.address, endpoint.uid),
+            start_us: 0,
+            first_byte_us: now.saturating_duration_since(lease.started()).as_micros() as u64,
+            outcome: detail,
+        });
+    }
+
+    pub(crate) fn request_id(&self) -> &str {
+        self.request_id.as_ref().and_then(|v| v.to_str().ok()).unwrap_or("")
+    }
+
+    pub(crate) fn attempts(&self) -> usize {
+        self.attempts.len()
+    }
+
+    /// How the last failed attempt ended.
+    pub(crate) fn last(&self) -> &str {
+        self.attempts.last().map_or("", |attempt| &attempt.outcome)
+    }
+
+    /// Keeps the record of a request that a sidecar answered itself.
+    pub(crate) fn keep(self, recorder: &Recorder, component: Component, service: &str, error: &Error) {
+        let answer = error.answer();
+        recorder.decision(pb::DecisionRecord {
+            request_id: self.request_id().to_owned(),
+            at_ms: SystemTime::now()
+                .duration_since(UNIX_EPOCH)
+                .map_or(0, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX)),
+            direction: match component {
+                Component::Outbound => pb::Direction::Outbound,
+                Component::Inbound => pb::Direction::Inbound,
+            } as i32,
+            service: service.to_owned(),
+            method: self.path.as_ref().map_or_else(String::new, |p| p.path().to_owned()),
+            route: self.rule.as_deref().unwrap_or_default().to_owned(),
+            attempts: self.attempts,
+            reason: format!("{};{}", component.as_str(), answer.code),
+            status: u32::from(answer.status.as_u16()),
+            ..Default::default()
+        });
+    }
+}

@@ -1,0 +1,362 @@
+//! What one data worker owns: its pools, balancers, destinations and telemetry, on one thread.
+//!
+//! Why nothing here is shared: a request takes no lock. What must hold for the pod as a whole (retry budgets)
+//! is an atomic in [`Budgets`]; policy arrives as immutable snapshots that are compared by pointer.
+
+use std::{
+    cell::{Cell, RefCell},
+    collections::HashMap,
+    net::SocketAddr,
+    rc::Rc,
+    sync::{Arc, Mutex, PoisonError, Weak},
+    time::{Duration, Instant},
+};
+
+use rand::{SeedableRng as _, rngs::SmallRng};
+use tokio::sync::watch;
+use weft_core::{
+    balance::Balancer,
+    budget::Budget,
+    policy::{InboundPolicy, OutboundPolicy, PortPolicy, ServiceName},
+};
+
+use crate::{
+    config::Config,
+    discovery::{Discovery, Watched},
+    drain::{Drain, LocalDrain},
+    pool::Pool,
+    telemetry::{
+        exchange::now,
+        metrics::{Direction, EndpointReport, Recorder, Series, SeriesKey, endpoint_report},
+    },
+    tls::{self, Material},
+};
+
+/// A destination that was not used for so long is forgotten here; discovery then counts its own time.
+const DESTINATION_IDLE: Duration = Duration::from_secs(60);
+
+/// One worker.
+pub(crate) struct Worker {
+    pub(crate) config: Arc<Config>,
+    pub(crate) discovery: Discovery,
+    pub(crate) material: watch::Receiver<Option<Arc<Material>>>,
+    pub(crate) pool: Pool,
+    pub(crate) recorder: Recorder,
+    pub(crate) drain: LocalDrain,
+    pub(crate) rng: RefCell<SmallRng>,
+    inbound: RefCell<Option<Arc<InboundPolicy>>>,
+    server_config: RefCell<Option<(u64, Arc<InboundPolicy>, Arc<rustls::ServerConfig>)>>,
+    destinations: RefCell<HashMap<SocketAddr, Rc<Destination>>>,
+    backends: RefCell<HashMap<ServiceName, Rc<Backend>>>,
+    budgets: Budgets,
+}
+
+/// What a worker is made of; everything in it may cross threads.
+#[derive(Clone)]
+pub(crate) struct Parts {
+    pub(crate) config: Arc<Config>,
+    pub(crate) discovery: Discovery,
+    pub(crate) material: watch::Receiver<Option<Arc<Material>>>,
+    pub(crate) drain: Drain,
+    pub(crate) budgets: Budgets,
+}
+
+/// Retry budgets of the pod, by destination: all workers draw from the same ones.
+#[derive(Clone, Default)]
+pub(crate) struct Budgets(Arc<Mutex<HashMap<ServiceName, Weak<Budget>>>>);
+
+/// One destination as this worker knows it.
+pub(crate) struct Destination {
+    pub(crate) original: SocketAddr,
+    pub(crate) watched: Arc<Watched>,
+    /// Learned: here the server speaks first, so detection need not wait for the client.
+    pub(crate) server_first: Cell<bool>,
+    current: RefCell<Rc<Resolved>>,
+    last_used: Cell<Instant>,
+}
+
+/// A destination's policy with everything that this worker needs to act on it.
+pub(crate) struct Resolved {
+    pub(crate) policy: Arc<OutboundPolicy>,
+    /// As `policy.backends`.
+    pub(crate) backends: Vec<Rc<Backend>>,
+    pub(crate) budget: Arc<Budget>,
+    parent: Arc<str>,
+    series: RefCell<Vec<Option<Rc<Series>>>>,
+}
+
+/// A service that requests are sent to, whatever destination they were meant for.
+pub(crate) struct Backend {
+    pub(crate) balancer: RefCell<Balancer>,
+    pub(crate) name: Arc<str>,
+    pub(crate) in_flight: Cell<u32>,
+    /// A request has waited in vain: the next ones fail at once, until there is an endpoint again.
+    pub(crate) failfast: Cell<bool>,
+    generation: Cell<Option<u64>>,
+}
+
+/// What a request speaks, as a label.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub(crate) enum Spoken {
+    Http1,
+    Http2,
+    Grpc,
+    Tcp,
+}
+
+impl Spoken {
+    const ALL: usize = 4;
+
+    pub(crate) const fn as_str(self) -> &'static str {
+        match self {
+            Self::Http1 => "http1",
+            Self::Http2 => "http2",
+            Self::Grpc => "grpc",
+            Self::Tcp => "tcp",
+        }
+    }
+
+    pub(crate) fn of(version: http::Version, grpc: bool) -> Self {
+        match version {
+            _ if grpc => Self::Grpc,
+            http::Version::HTTP_2 => Self::Http2,
+            _ => Self::Http1,
+        }
+    }
+}
+
+impl Worker {
+    pub(crate) fn new(parts: Parts, recorder: Recorder) -> Rc<Self> {
+        let pool = Pool::new(parts.material.clone(), recorder.clone());
+        let worker = Rc::new(Self {
+            drain: LocalDrain::new(parts.drain),
+            config: parts.config,
+            inbound: RefCell::new(parts.discovery.inbound().borrow().clone()),
+            discovery: parts.discovery,
+            material: parts.material,
+            pool,
+            recorder,
+            rng: RefCell::new(SmallRng::from_rng(&mut rand::rng())),
+            server_config: RefCell::default(),
+            destinations: RefCell::default(),
+            backends: RefCell::default(),
+            budgets: parts.budgets,
+        });
+        let reported = Rc::downgrade(&worker);
+        worker.recorder.endpoints(move || reported.upgrade().map_or_else(Vec::new, |w| w.report_endpoints()));
+        worker
+    }
+
+    /// Follows policy and the way out, and sweeps what is idle; runs as long as the worker.
+    pub(crate) async fn run(self: Rc<Self>) {
+        tokio::task::spawn_local(self.drain.clone().follow());
+        let following = self.clone();
+        tokio::task::spawn_local(async move {
+            let mut inbound = following.discovery.inbound();
+            loop {
+                *following.inbound.borrow_mut() = inbound.borrow_and_update().clone();
+                if inbound.changed().await.is_err() {
+                    return;
+                }
+            }
+        });
+        let mut tick = tokio::time::interval(Duration::from_secs(1));
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            tick.tick().await;
+            let now = now();
+            self.pool.sweep(now);
+            self.destinations.borrow_mut().retain(|_, d| {
+                let idle = now.saturating_duration_since(d.last_used.get()) > DESTINATION_IDLE;
+                Rc::strong_count(d) > 1 || !(idle || d.watched.removed())
+            });
+            // Backends live as long as a destination refers to them.
+            self.backends.borrow_mut().retain(|_, b| Rc::strong_count(b) > 1);
+        }
+    }
+
+    /// This workload's own policy.
+    pub(crate) fn inbound_policy(&self) -> Option<Arc<InboundPolicy>> {
+        self.inbound.borrow().clone()
+    }
+
+    /// The TLS configuration for peers, made once per certificate and policy.
+    pub(crate) fn server_config(&self, policy: &Arc<InboundPolicy>) -> Option<Arc<rustls::ServerConfig>> {
+        let material = self.material.borrow().clone()?;
+        let mut cached = self.server_config.borrow_mut();
+        if let Some((generation, of, config)) = &*cached {
+            if *generation == material.generation && Arc::ptr_eq(of, policy) {
+                return Some(config.clone());
+            }
+        }
+        match tls::server_config(&material, &policy.trust_domains) {
+            Ok(config) => {
+                *cached = Some((material.generation, policy.clone(), config.clone()));
+                Some(config)
+            }
+            Err(error) => {
+                tracing::error!(%error, "no TLS for inbound connections");
+                None
+            }
+        }
+    }
+
+    /// The destination behind a watched policy; kept, with what was learned of it.
+    pub(crate) fn destination(&self, original: SocketAddr, watched: Arc<Watched>) -> Rc<Destination> {
+        let mut destinations = self.destinations.borrow_mut();
+        if let Some(known) = destinations.get(&original) {
+            if Arc::ptr_eq(&known.watched, &watched) {
+                known.last_used.set(now());
+                return known.clone();
+            }
+        }
+        let current = RefCell::new(Rc::new(self.resolve(watched.policy())));
+        let destination = Rc::new(Destination {
+            original,
+            watched,
+            server_first: Cell::new(false),
+            current,
+            last_used: Cell::new(now()),
+        });
+        destinations.insert(original, destination.clone());
+        destination
+    }
+
+    /// A destination that is in use here, without asking discovery.
+    pub(crate) fn known_destination(&self, original: SocketAddr) -> Option<Rc<Destination>> {
+        let destinations = self.destinations.borrow();
+        let known = destinations.get(&original).filter(|d| !d.watched.removed())?;
+        known.last_used.set(now());
+        Some(known.clone())
+    }
+
+    fn resolve(&self, policy: Arc<OutboundPolicy>) -> Resolved {
+        let now = now();
+        let backends = policy.backends.iter().map(|backend| {
+            let mut known = self.backends.borrow_mut();
+            let service = &backend.service;
+            let state = known.entry(service.name.clone()).or_insert_with(|| {
+                Rc::new(Backend {
+                    balancer: RefCell::new(Balancer::new(&service.load_balancing, &service.health)),
+                    name: service.name.to_string().into(),
+                    in_flight: Cell::new(0),
+                    failfast: Cell::new(false),
+                    generation: Cell::new(None),
+                })
+            });
+            if state.generation.get().is_none_or(|g| g < backend.generation) {
+                state.balancer.borrow_mut().update(backend, now);
+                state.generation.set(Some(backend.generation));
+                state.failfast.set(false);
+            }
+            state.clone()
+        });
+        let backends: Vec<_> = backends.collect();
+        let series = policy.routes.rules().len().max(1) * (backends.len() + 1) * Spoken::ALL;
+        Resolved {
+            budget: self.budgets.of(&policy, now),
+            parent: policy.service.name.to_string().into(),
+            backends,
+            series: RefCell::new(vec![None; series]),
+            policy,
+        }
+    }
+
+    fn report_endpoints(&self) -> Vec<EndpointReport> {
+        let now = now();
+        let backends = self.backends.borrow();
+        let views = backends.values().flat_map(|backend| {
+            let views = backend.balancer.borrow().endpoints(now);
+            views.into_iter().map(|view| endpoint_report(&backend.name, view, now)).collect::<Vec<_>>()
+        });
+        views.collect()
+    }
+}
+
+impl Budgets {
+    fn of(&self, policy: &OutboundPolicy, now: Instant) -> Arc<Budget> {
+        let params = policy.service.retry.budget;
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(budget) = all.get(&policy.service.name).and_then(Weak::upgrade) {
+            if budget.params() == params {
+                return budget;
+            }
+        }
+        all.retain(|_, budget| budget.strong_count() > 0);
+        let budget = Arc::new(Budget::new(params, now));
+        all.insert(policy.service.name.clone(), Arc::downgrade(&budget));
+        budget
+    }
+}
+
+impl Destination {
+    /// The current policy, resolved for this worker: one pointer comparison while nothing changes.
+    pub(crate) fn resolved(&self, worker: &Worker) -> Rc<Resolved> {
+        let policy = self.watched.policy();
+        {
+            let current = self.current.borrow();
+            if Arc::ptr_eq(&current.policy, &policy) {
+                return current.clone();
+            }
+        }
+        let resolved = Rc::new(worker.resolve(policy));
+        *self.current.borrow_mut() = resolved.clone();
+        resolved
+    }
+}
+
+impl Resolved {
+    /// The series of one rule and backend; resolved once, then an index.
+    pub(crate) fn series(
+        &self,
+        recorder: &Recorder,
+        rule: usize,
+        backend: Option<usize>,
+        spoken: Spoken,
+    ) -> Rc<Series> {
+        let column = backend.map_or(self.backends.len(), |b| b);
+        let index = (rule * (self.backends.len() + 1) + column) * Spoken::ALL + spoken as usize;
+        let mut all = self.series.borrow_mut();
+        if let Some(Some(series)) = all.get(index) {
+            return series.clone();
+        }
+        let rule = self.policy.routes.rules().get(rule);
+        let series = recorder.series(&SeriesKey {
+            direction: Direction::Outbound,
+            parent: self.parent.clone(),
+            route: rule.map_or_else(|| "none".into(), |r| r.label.clone()),
+            backend: backend.map_or_else(|| "".into(), |b| self.backends[b].name.clone()),
+            protocol: spoken.as_str(),
+        });
+        if let Some(slot) = all.get_mut(index) {
+            *slot = Some(series.clone());
+        }
+        series
+    }
+}
+
+/// Counts one request to a backend until it goes.
+pub(crate) struct Permit(Rc<Backend>);
+
+impl Permit {
+    /// `None` when the backend has as many requests in flight as it may.
+    pub(crate) fn take(backend: &Rc<Backend>, limit: u32) -> Option<Self> {
+        let in_flight = backend.in_flight.get();
+        (in_flight < limit).then(|| {
+            backend.in_flight.set(in_flight + 1);
+            Self(backend.clone())
+        })
+    }
+}
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        self.0.in_flight.set(self.0.in_flight.get() - 1);
+    }
+}
+
+/// The policy of one of this workload's ports.
+pub(crate) fn port_policy(policy: &InboundPolicy, port: u16) -> &Arc<PortPolicy> {
+    policy.ports.get(&port).unwrap_or(&policy.default_port)
+}
