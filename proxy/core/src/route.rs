@@ -192,6 +192,9 @@ struct Entry {
 struct Index {
     exact: HashMap<Box<str>, Vec<usize>>,
     prefix: HashMap<Box<str>, Vec<usize>>,
+    /// Lengths that keys of `prefix` have, one bit each (the last bit: 63 and above): most ends of
+    /// segments need no hash.
+    lengths: u64,
     rest: Vec<usize>,
 }
 
@@ -244,7 +247,9 @@ impl Table {
         }
         if !index.prefix.is_empty() {
             for end in segment_ends(head.path) {
-                if let Some(list) = index.prefix.get(&head.path[..end]) {
+                if index.lengths & length_bit(end) != 0
+                    && let Some(list) = index.prefix.get(&head.path[..end])
+                {
                     look(list);
                 }
             }
@@ -324,7 +329,7 @@ impl Index {
             match rule.matches.get(entry.rank.matching).and_then(|m| m.path.as_ref()) {
                 Some(PathMatch::Exact(path)) => index.exact.entry((**path).into()).or_default().push(place),
                 Some(PathMatch::Prefix(prefix)) if !trim(prefix).is_empty() => {
-                    index.prefix.entry(trim(prefix).into()).or_default().push(place);
+                    index.add_prefix(trim(prefix).into(), place);
                 }
                 Some(PathMatch::Grpc {
                     service: Some(TextMatch::Exact(service)),
@@ -334,7 +339,7 @@ impl Index {
                     index.exact.entry(path.into()).or_default().push(place);
                 }
                 Some(PathMatch::Grpc { service: Some(TextMatch::Exact(service)), method: _ }) => {
-                    index.prefix.entry(format!("/{service}").into()).or_default().push(place);
+                    index.add_prefix(format!("/{service}").into(), place);
                 }
                 None | Some(PathMatch::Prefix(_) | PathMatch::Regex(_) | PathMatch::Grpc { .. }) => {
                     index.rest.push(place);
@@ -343,6 +348,15 @@ impl Index {
         }
         index
     }
+
+    fn add_prefix(&mut self, prefix: Box<str>, place: usize) {
+        self.lengths |= length_bit(prefix.len());
+        self.prefix.entry(prefix).or_default().push(place);
+    }
+}
+
+fn length_bit(length: usize) -> u64 {
+    1 << length.min(63)
 }
 
 /// Every end of a whole segment: `/a/b/` has `/a`, `/a/b` and `/a/b/`.
@@ -404,7 +418,7 @@ impl TextMatch {
     fn is_match(&self, value: &[u8]) -> bool {
         match self {
             Self::Exact(want) => want.as_bytes() == value,
-            Self::Regex(pattern) => std::str::from_utf8(value).is_ok_and(|text| pattern.is_match(text)),
+            Self::Regex(pattern) => pattern.is_match_bytes(value),
         }
     }
 }

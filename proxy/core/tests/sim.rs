@@ -112,10 +112,12 @@ impl Server {
         let slot = (0..SLOTS).min_by(|&a, &b| self.free[a].total_cmp(&self.free[b])).unwrap();
         let end = self.work(self.free[slot].max(now), work);
         self.free[slot] = end;
-        match self.fault {
-            Fault::Restart(from, _) if now < from && end >= from => (from, Outcome::Failure(Failure::Reset)),
-            _ => (end, Outcome::Success),
+        if let Fault::Restart(from, _) = self.fault
+            && (now..=end).contains(&from)
+        {
+            return (from, Outcome::Failure(Failure::Reset));
         }
+        (end, Outcome::Success)
     }
 
     fn work(&self, start: f64, work: f64) -> f64 {
