@@ -1,0 +1,82 @@
+# Everything that is done with this repository; each target installs what it needs, or says what is missing.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.DEFAULT_GOAL := help
+
+CARGO ?= cargo
+# Debian keeps ip, iptables and the daemons where a user's PATH does not look.
+export PATH := $(PATH):/usr/sbin:/sbin
+BUILT := $(or $(CARGO_TARGET_DIR),target)
+# The demo shares its build with the tests; PROFILE=release takes minutes longer and shows lower latencies.
+PROFILE ?= dev
+
+# The targets of tests/Cargo.toml, in two heaps: those that need root (elsewhere they skip, and say so) and the rest.
+TARGETS := $(shell sed -n '/^\[\[test\]\]/{n;s/^name = "\(.*\)"/\1/p}' tests/Cargo.toml)
+ROOT_TARGETS := $(filter redirect,$(TARGETS))
+OTHER_TARGETS := $(filter-out tidy $(ROOT_TARGETS),$(TARGETS))
+
+.PHONY: help
+help: ## What can be made
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
+
+.PHONY: demo
+demo: deps-demo ## A mesh of namespaces on this machine, explained step by step (ARGS="--no-tty --steps 3")
+	@$(CARGO) build --locked --profile $(PROFILE) --workspace --bins
+	exec $(BUILT)/$(PROFILE:dev=debug)/weft demo $(ARGS)
+
+.PHONY: test
+test: deps-test ## Every gate, cheapest first; redirect tests need root
+	@gate() { printf '\n== %s\n' "$$*"; }
+	gate format
+	$(CARGO) fmt --all --check
+	gate weft-core
+	$(CARGO) test --locked --quiet -p weft-core
+	gate clippy
+	$(CARGO) clippy --locked --quiet --workspace --all-targets -- -D warnings
+	gate tidy
+	$(CARGO) test --locked --quiet -p weft-tests --test tidy
+	gate workspace tests
+	$(CARGO) build --locked --quiet --workspace --bins
+	$(CARGO) test --locked --quiet --workspace --exclude weft-tests
+	$(CARGO) test --locked --quiet -p weft-tests --lib --bins $(addprefix --test ,$(OTHER_TARGETS))
+	gate documentation
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --quiet --workspace --no-deps
+	gate dependencies
+	make --no-print-directory deny
+	gate tests in network namespaces
+	if [ "$$(id -u)" != 0 ]; then echo "not root: these tests skip, and say so"; fi
+	$(CARGO) test --locked -p weft-tests $(addprefix --test ,$(ROOT_TARGETS))
+
+.PHONY: bench
+bench: deps-bench ## Weft against nothing, a bare relay and Envoy, in one run (needs root)
+	@$(CARGO) build --locked --release --workspace --bins
+	exec $(BUILT)/release/weft-bench $(ARGS)
+
+.PHONY: soak
+soak: deps-test ## The long outages: tests marked #[ignore = "soak: ..."], one at a time
+	@$(CARGO) build --locked --release --workspace --bins
+	$(CARGO) test --locked --release -p weft-tests -- --ignored --nocapture --test-threads=1 soak
+
+.PHONY: fmt
+fmt: ## Format everything
+	@$(CARGO) fmt --all
+
+.PHONY: deny
+deny: ## Dependencies: versions with known holes, duplicates, licences, sources
+	@if ! $(CARGO) deny --version >/dev/null 2>&1; then
+	  echo "skipped: cargo-deny is not installed (cargo install cargo-deny --locked); the version floors are checked by tidy"
+	  exit 0
+	fi
+	$(CARGO) deny --log-level error --offline check bans licenses sources
+	# The advisories need a database from the network.
+	if ! $(CARGO) deny --log-level error fetch db >/dev/null 2>&1; then
+	  echo "skipped: cargo-deny's advisories, whose database cannot be had here"
+	  exit 0
+	fi
+	$(CARGO) deny --log-level error check advisories
+
+.PHONY: deps deps-demo deps-test deps-bench
+deps: deps-demo deps-test deps-bench ## Debian and Python packages that demo, test and bench need
+deps-demo deps-test deps-bench: deps-%:
+	@tests/deps.sh $*

@@ -1,0 +1,81 @@
+#!/usr/bin/env bash
+# Installs what a make target needs beside Rust, or names what is missing.
+#
+# As root, missing programs come from Debian packages; otherwise they are named, and the tests that need
+# them say that they were skipped, and why. Python packages go into target/venv, which needs no root.
+# In CI (CI=true) something missing is an error: a gate that skips its tests is no gate.
+#
+# Usage: tests/deps.sh demo|test|bench
+set -euo pipefail
+cd "$(dirname "$0")/.."
+PATH=$PATH:/usr/sbin:/sbin
+
+# program=package
+base="cc=gcc ip=iproute2 nsenter=util-linux setpriv=util-linux iptables=iptables ps=procps"
+database="mariadbd=mariadb-server mariadb=mariadb-client mariadb-install-db=mariadb-server"
+load="nginx=nginx-light wrk=wrk h2load=nghttp2-client iperf3=iperf3"
+case "${1:-}" in
+  demo) programs="$base $database" requirements="" ;;
+  test) programs="$base $database $load curl=curl tcpdump=tcpdump nc=netcat-openbsd" requirements=tests/requirements.txt ;;
+  bench) programs="$base $load" requirements=tests/bench/requirements.txt ;;
+  *) echo "usage: $0 demo|test|bench" >&2; exit 2 ;;
+esac
+
+missing() {
+  local pair
+  for pair in $programs; do
+    command -v "${pair%%=*}" >/dev/null 2>&1 || echo "${pair#*=}"
+  done | sort -u
+  # The traditional nc cannot half-close.
+  case " $programs " in
+    *" nc="*) if command -v nc >/dev/null && ! nc -h 2>&1 | grep -q OpenBSD; then echo netcat-openbsd; fi ;;
+  esac
+  if [ -n "$requirements" ] && ! python3 -c 'import venv, ensurepip' >/dev/null 2>&1; then echo python3-venv; fi
+}
+
+install() {
+  local policy=/usr/sbin/policy-rc.d made=
+  # The daemons are started by tests, in namespaces; their packages must not start them on this machine.
+  if [ ! -e "$policy" ]; then
+    printf '#!/bin/sh\nexit 101\n' >"$policy"
+    chmod +x "$policy"
+    made=1
+  fi
+  local status=0
+  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@"; } \
+    >/dev/null || status=$?
+  if [ -n "$made" ]; then rm -f "$policy"; fi
+  return "$status"
+}
+
+# Says what is not there; an error only where nobody would read it.
+lacking() {
+  echo "deps: $*" >&2
+  if [ "${CI:-}" = true ]; then exit 1; fi
+}
+
+packages=$(missing)
+if [ -n "$packages" ]; then
+  # shellcheck disable=SC2086
+  if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    echo "deps: installing" $packages
+    install $packages || lacking "apt-get could not install" $packages
+  fi
+  packages=$(missing)
+  # shellcheck disable=SC2086
+  if [ -n "$packages" ]; then lacking "missing (Debian packages):" $packages; fi
+fi
+
+if [ -n "$requirements" ]; then
+  venv=target/venv
+  stamp=$venv/$(basename "$(dirname "$requirements")").installed
+  if ! cmp -s "$requirements" "$stamp" || [ ! -x "$venv/bin/python" ]; then
+    echo "deps: Python packages of $requirements into $venv"
+    if { [ -x "$venv/bin/python" ] || python3 -m venv "$venv"; } &&
+      "$venv/bin/pip" install --quiet --disable-pip-version-check --only-binary=:all: -r "$requirements"; then
+      cp "$requirements" "$stamp"
+    else
+      lacking "could not install $(grep -v '^#' "$requirements" | tr '\n' ' ')into $venv"
+    fi
+  fi
+fi
