@@ -1,10 +1,10 @@
 //! From a request's head to the rule that answers it, and from the rule to a weighted backend.
 //!
-//! Gateway API's precedence is one derived `Ord` over [`Precedence`]; a table is sorted once, when it is
+//! Gateway API's precedence is one derived `Ord` over `Precedence`; a table is sorted once, when it is
 //! made, and then the first match that holds is the best match, by construction. Rules must not be
 //! consulted in any other order anywhere.
 //!
-//! Above [`WALK`] matches a table also knows which of them a path can hold at all (exact paths and
+//! Above `WALK` matches a table also knows which of them a path can hold at all (exact paths and
 //! path prefixes by hash, the rest in a list). This changes nothing but the time: candidates are still
 //! compared by their place in the one order.
 //!
