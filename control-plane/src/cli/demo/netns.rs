@@ -332,8 +332,12 @@ impl Pod {
                 .spawn(|| -> Result<T> {
                     setns(&ns, CloneFlags::CLONE_NEWNET).context("entering the namespace")?;
                     if let Some((uid, gid)) = owner {
-                        setfsgid(Gid::from_raw(gid));
-                        setfsuid(Uid::from_raw(uid));
+                        let (uid, gid) = (Uid::from_raw(uid), Gid::from_raw(gid));
+                        // These calls answer with what was before and never with an error: ask twice.
+                        setfsgid(gid);
+                        ensure!(setfsgid(gid) == gid, "group {gid} is not ours to take");
+                        setfsuid(uid);
+                        ensure!(setfsuid(uid) == uid, "user {uid} is not ours to take");
                     }
                     Ok(f())
                 })
