@@ -1,0 +1,61 @@
+//! HdrHistograms on the wire and at rest: checked before they are decoded.
+//!
+//! Why the check: the header says how much memory decoding takes, and it comes from outside. One that claims five
+//! digits makes the decoder allocate 48 MB.
+
+use hdrhistogram::{
+    Histogram,
+    serialization::{Deserializer, Serializer as _, V2Serializer},
+};
+
+/// Two significant digits: values are right within 1 %.
+const DIGITS: u8 = 2;
+/// Microseconds in an hour: nothing that is measured here is longer.
+const MAX_HIGH: u64 = 3_600_000_000;
+/// An hour in two digits has some 3,600 counters of at most 9 bytes each.
+const MAX_LEN: usize = 40 * 1024;
+const HEADER: usize = 40;
+
+/// Why a histogram was refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub(super) enum Refused {
+    #[error("longer than {MAX_LEN} bytes or shorter than its header")]
+    Length,
+    #[error("claims more than {DIGITS} digits or an hour")]
+    Header,
+    #[error("does not decode")]
+    Content,
+}
+
+pub(super) fn empty() -> Histogram<u64> {
+    let mut histogram = Histogram::new(DIGITS).expect("two digits are valid");
+    histogram.auto(true);
+    histogram
+}
+
+pub(super) fn encode(histogram: &Histogram<u64>) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    // Writing to memory does not fail; an empty result decodes to nothing.
+    if V2Serializer::new().serialize(histogram, &mut bytes).is_err() {
+        bytes.clear();
+    }
+    bytes.shrink_to_fit();
+    bytes
+}
+
+/// `None` for no bytes: nothing was recorded.
+pub(super) fn decode(bytes: &[u8]) -> Result<Option<Histogram<u64>>, Refused> {
+    if bytes.is_empty() {
+        return Ok(None);
+    }
+    if bytes.len() < HEADER || bytes.len() > MAX_LEN {
+        return Err(Refused::Length);
+    }
+    let digits = u32::from_be_bytes(bytes[12..16].try_into().map_err(|_| Refused::Header)?);
+    let high = u64::from_be_bytes(bytes[24..32].try_into().map_err(|_| Refused::Header)?);
+    if digits != u32::from(DIGITS) || high > MAX_HIGH {
+        return Err(Refused::Header);
+    }
+    let decoded = Deserializer::new().deserialize::<u64, _>(&mut &bytes[..]);
+    decoded.map(Some).map_err(|_| Refused::Content)
+}

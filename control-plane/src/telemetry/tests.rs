@@ -1,0 +1,161 @@
+//! The store against one recorder, and against those who would fill it.
+
+use super::*;
+
+fn reporter(n: u32) -> Reporter {
+    Reporter {
+        identity: "spiffe://cluster.local/ns/shop/sa/web".parse().unwrap(),
+        uid: PodUid::new(&format!("pod-{n}")).unwrap(),
+    }
+}
+
+fn delta(route: &str, values: &[u64]) -> pb::RouteDelta {
+    let mut histogram = histogram::empty();
+    for value in values {
+        histogram.record(*value).unwrap();
+    }
+    pb::RouteDelta {
+        direction: Direction::Outbound as i32,
+        parent: "shop/api:80".into(),
+        route: route.into(),
+        backend: "shop/api:80".into(),
+        outcome: OutcomeClass::Ok as i32,
+        count: values.len() as u64,
+        first_byte: histogram::encode(&histogram).into(),
+        duration: histogram::encode(&histogram).into(),
+        retries: 0,
+        protocol: "http1".into(),
+    }
+}
+
+fn report(sequence: u64, routes: Vec<pb::RouteDelta>) -> pb::ReportRequest {
+    pb::ReportRequest { sequence, session: "s".into(), routes, ..Default::default() }
+}
+
+const T0: u64 = 1_700_000_000_000;
+
+#[test]
+fn a_merge_of_many_sidecars_equals_one_recorder() {
+    let mut store = Store::default();
+    let mut one = histogram::empty();
+    for pod in 0..10 {
+        let values: Vec<u64> = (0..500).map(|n| 100 + n * 37 + u64::from(pod) * 1_001).collect();
+        values.iter().for_each(|v| one.record(*v).unwrap());
+        store.report(&reporter(pod), report(1, vec![delta("r", &values)]), T0 + u64::from(pod) * 1_000);
+    }
+    let rows = store.routes(&Filter::default(), Duration::from_secs(600), T0 + 30_000);
+    assert_eq!(rows.len(), 1);
+    assert_eq!(rows[0].count, 5_000);
+    assert_eq!(rows[0].duration, Quantiles::of(&one));
+    assert_eq!(rows[0].buckets.iter().map(|b| b.count).sum::<u64>(), 5_000);
+}
+
+#[test]
+fn a_report_that_is_sent_again_is_counted_once() {
+    let mut store = Store::default();
+    assert_eq!(store.report(&reporter(1), report(1, vec![delta("r", &[5])]), T0), 1);
+    assert_eq!(store.report(&reporter(1), report(1, vec![delta("r", &[5])]), T0), 1);
+    assert_eq!(store.report(&reporter(1), report(2, vec![delta("r", &[5])]), T0), 2);
+    assert_eq!(store.routes(&Filter::default(), FINE, T0)[0].count, 2);
+    assert_eq!(store.repeated, 1);
+    // A restarted sidecar counts from one again.
+    let mut again = report(1, vec![delta("r", &[5])]);
+    again.session = "t".into();
+    store.report(&reporter(1), again, T0);
+    assert_eq!(store.routes(&Filter::default(), FINE, T0)[0].count, 3);
+}
+
+#[test]
+fn windows_forget_what_is_older() {
+    let mut store = Store::default();
+    store.report(&reporter(1), report(1, vec![delta("r", &[5; 10])]), T0);
+    store.report(&reporter(1), report(2, vec![delta("r", &[5; 3])]), T0 + 120_000);
+    let count = |store: &mut Store, window, at| {
+        store.routes(&Filter::default(), Duration::from_secs(window), at).first().map_or(0, |row| row.count)
+    };
+    assert_eq!(count(&mut store, 10, T0 + 120_000), 3);
+    assert_eq!(count(&mut store, 600, T0 + 120_000), 13);
+    assert_eq!(count(&mut store, 3_600, T0 + 1_200_000), 13);
+    assert_eq!(count(&mut store, 600, T0 + 1_200_000), 0);
+    assert_eq!(count(&mut store, 3_600, T0 + 2 * 3_600_000), 0);
+    assert_eq!(store.bytes(), 0);
+}
+
+#[test]
+fn a_histogram_that_would_allocate_much_is_refused() {
+    let mut store = Store::default();
+    let mut lie = delta("r", &[5]);
+    let mut bytes = lie.duration.to_vec();
+    bytes[12..16].copy_from_slice(&5_u32.to_be_bytes());
+    lie.duration = bytes.into();
+    let mut long = delta("r", &[5]);
+    let mut bytes = long.duration.to_vec();
+    bytes[24..32].copy_from_slice(&u64::MAX.to_be_bytes());
+    long.duration = bytes.into();
+    let mut garbage = delta("r", &[5]);
+    garbage.first_byte = vec![7; 41].into();
+    store.report(&reporter(1), report(1, vec![lie, long, garbage]), T0);
+    assert_eq!(store.refused, 3);
+    assert!(store.routes(&Filter::default(), FINE, T0).is_empty());
+}
+
+#[test]
+fn series_edges_and_bytes_are_bounded() {
+    let mut store = Store::default();
+    let values: Vec<u64> = (1..2_000).map(|n| n * 500).collect();
+    let template = delta("r", &values);
+    for n in 0..30_u64 {
+        let routes = (0..1_000).map(|m| pb::RouteDelta { route: format!("{n}-{m}"), ..template.clone() });
+        let edge = |m| pb::Edge { caller_identity: format!("{n}-{m}"), count: 1, ..Default::default() };
+        let mut report = report(n + 1, routes.collect());
+        report.edges = (0..1_000).map(edge).collect();
+        store.report(&reporter(1), report, T0 + n * 10_000);
+    }
+    store.routes(&Filter::default(), FINE, T0 + 400_000);
+    assert!(store.series.keys.len() <= MAX_SERIES + 8, "{}", store.series.keys.len());
+    assert!(store.edges.len() <= MAX_EDGES + 2);
+    assert!(store.bytes() <= MAX_BYTES, "{}", store.bytes());
+    assert!(store.dropped > 0);
+}
+
+#[test]
+fn applied_and_refused_follow_the_sidecars() {
+    let mut store = Store::default();
+    let applied = |version: &str| pb::Applied {
+        type_url: "t".into(),
+        name: "n".into(),
+        version: version.into(),
+        removed: false,
+    };
+    let mut first = report(1, vec![]);
+    first.applied = vec![applied("v1")];
+    store.report(&reporter(1), first, T0);
+    let mut second = report(2, vec![]);
+    second.nacked =
+        vec![pb::Nacked { type_url: "t".into(), name: "n".into(), version: "v2".into(), reason: "no".into() }];
+    store.report(&reporter(1), second, T0);
+    assert_eq!(store.applied("t", "n").into_values().collect::<Vec<_>>(), ["v1"]);
+    assert_eq!(store.nacked().count(), 1);
+    let mut third = report(3, vec![]);
+    third.applied = vec![applied("v3")];
+    store.report(&reporter(1), third, T0);
+    assert_eq!(store.applied("t", "n").into_values().collect::<Vec<_>>(), ["v3"]);
+    assert_eq!(store.nacked().count(), 0);
+    store.forget_gone(T0 + 91_000);
+    assert!(store.applied("t", "n").is_empty());
+}
+
+#[test]
+fn filters_name_a_service_or_a_workload() {
+    let mut store = Store::default();
+    store.report(&reporter(1), report(1, vec![delta("r", &[5])]), T0);
+    let rows = |store: &mut Store, service: Option<&str>, workload: Option<&str>| {
+        let filter = Filter { service: service.map(str::to_owned), workload: workload.map(str::to_owned) };
+        store.routes(&filter, FINE, T0).len()
+    };
+    assert_eq!(rows(&mut store, Some("shop/api"), None), 1);
+    assert_eq!(rows(&mut store, Some("shop/api:80"), None), 1);
+    assert_eq!(rows(&mut store, Some("shop/ap"), None), 0);
+    assert_eq!(rows(&mut store, None, Some("shop")), 1);
+    assert_eq!(rows(&mut store, None, Some("shop/api")), 0);
+}
