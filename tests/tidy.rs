@@ -382,7 +382,7 @@ fn no_locked_version_has_a_known_hole() {
     // Both lists say the same.
     let deny = read("deny.toml");
     for (name, [a, b, c]) in FLOORS {
-        assert!(deny.contains(&format!("\"{name}@<{a}.{b}.{c}\"")), "deny.toml has another floor for {name}");
+        assert!(deny.contains(&format!("\"{name}:<{a}.{b}.{c}\"")), "deny.toml has another floor for {name}");
     }
     for name in BANNED {
         assert!(deny.contains(&format!("crate = \"{name}\"")), "deny.toml does not ban {name}");
