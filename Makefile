@@ -13,7 +13,7 @@ PROFILE ?= dev
 
 # The targets of tests/Cargo.toml, in two heaps: those that need root (elsewhere they skip, and say so) and the rest.
 TARGETS := $(shell sed -n '/^\[\[test\]\]/{n;s/^name = "\(.*\)"/\1/p}' tests/Cargo.toml)
-ROOT_TARGETS := $(filter redirect,$(TARGETS))
+ROOT_TARGETS := $(filter redirect mesh,$(TARGETS))
 OTHER_TARGETS := $(filter-out tidy $(ROOT_TARGETS),$(TARGETS))
 
 .PHONY: help

@@ -1,5 +1,4 @@
-//! What the tests stand on: pods as network namespaces, and the rest of a world in which a mesh can be watched.
+//! What the tests stand on: pods as network namespaces, whole meshes of real binaries, and apps with habits.
 
-#![cfg_attr(test, allow(clippy::unwrap_used))]
-
+pub mod apps;
 pub mod netns;

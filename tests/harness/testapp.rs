@@ -1,0 +1,485 @@
+//! The apps that the tests run behind and in front of sidecars: an HTTP server whose habits can be chosen, and a
+//! client in open loop that keeps the id of every request.
+//!
+//! Why a program and not tasks in the test: an app must be killable, must see SIGTERM, and must live in a pod's
+//! own network namespace, like the real thing.
+
+use std::{
+    collections::BTreeMap,
+    convert::Infallible,
+    io::Write as _,
+    net::SocketAddr,
+    path::PathBuf,
+    pin::Pin,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    task::{Context, Poll},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result};
+use bytes::Bytes;
+use clap::{Parser, ValueEnum};
+use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode};
+use http_body::Frame;
+use http_body_util::{BodyExt as _, Full, combinators::BoxBody};
+use hyper::{body::Incoming, service::service_fn};
+use hyper_util::{
+    rt::{TokioExecutor, TokioIo},
+    server::conn::auto,
+};
+use serde::{Deserialize, Serialize};
+use tokio::{
+    io::AsyncWriteExt as _,
+    net::{TcpListener, TcpStream},
+};
+
+/// Test app: a server with habits, or a client that counts.
+#[derive(Parser)]
+enum Cli {
+    /// HTTP/1.1 and HTTP/2 (prior knowledge) server.
+    Http(Http),
+    /// TCP server that sends back what it gets, after an optional greeting.
+    Tcp(Tcp),
+    /// HTTP/1.1 client in open loop; prints a JSON summary.
+    Load(Load),
+}
+
+#[derive(Parser, Clone)]
+struct Http {
+    #[arg(long)]
+    port: u16,
+    /// Sent back as `x-served-by`.
+    #[arg(long)]
+    name: String,
+    /// Waits so long before each answer.
+    #[arg(long, default_value_t = 0)]
+    delay_ms: u64,
+    /// Answers 503 to this share of requests, at once.
+    #[arg(long, default_value_t = 0)]
+    fail_percent: u64,
+    /// What SIGTERM does.
+    #[arg(long, value_enum, default_value_t = OnTerm::Drain)]
+    on_term: OnTerm,
+    /// The id (`x-test-id`) of each request that was read whole is appended here.
+    #[arg(long)]
+    ids: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum OnTerm {
+    /// Ends at once, whatever is in flight.
+    Exit,
+    /// Stops accepting, finishes what is in flight, then ends.
+    Drain,
+}
+
+#[derive(Parser)]
+struct Tcp {
+    #[arg(long)]
+    port: u16,
+    /// Sent before anything is read, as server-first protocols do.
+    #[arg(long)]
+    greeting: Option<String>,
+}
+
+#[derive(Parser)]
+struct Load {
+    #[arg(long)]
+    url: String,
+    /// Requests per second.
+    #[arg(long)]
+    rate: u64,
+    #[arg(long)]
+    seconds: u64,
+    /// Every second request is a POST with a body.
+    #[arg(long)]
+    half_post: bool,
+    /// Stops early when this file exists.
+    #[arg(long)]
+    until: Option<PathBuf>,
+    /// Ids of what was sent, with their outcome, are appended here.
+    #[arg(long)]
+    ids: Option<PathBuf>,
+    /// Connections; each carries one request at a time.
+    #[arg(long, default_value_t = 32)]
+    connections: usize,
+}
+
+/// What the client saw.
+#[derive(Debug, Default, Serialize, Deserialize)]
+struct Summary {
+    sent: u64,
+    ok: u64,
+    failed: u64,
+    statuses: BTreeMap<String, u64>,
+    served_by: BTreeMap<String, u64>,
+    reasons: BTreeMap<String, u64>,
+    errors: BTreeMap<String, u64>,
+    p50_ms: f64,
+    p99_ms: f64,
+    p999_ms: f64,
+    max_ms: f64,
+}
+
+fn main() -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        match Cli::parse() {
+            Cli::Http(http) => http.serve().await,
+            Cli::Tcp(tcp) => tcp.serve().await,
+            Cli::Load(load) => load.run().await,
+        }
+    })
+}
+
+type Answer = Response<BoxBody<Bytes, Infallible>>;
+
+struct App {
+    settings: Http,
+    ids: Option<Mutex<std::fs::File>>,
+    served: AtomicU64,
+    in_flight: AtomicU64,
+}
+
+impl Http {
+    async fn serve(self) -> Result<()> {
+        let listener = listen(self.port)?;
+        let ids = self.ids.as_ref().map(|path| {
+            std::fs::OpenOptions::new().create(true).append(true).open(path).map(Mutex::new)
+        });
+        let app = Arc::new(App {
+            ids: ids.transpose()?,
+            settings: self.clone(),
+            served: AtomicU64::new(0),
+            in_flight: AtomicU64::new(0),
+        });
+        let mut term = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
+        loop {
+            tokio::select! {
+                _ = term.recv() => break,
+                accepted = listener.accept() => {
+                    let (stream, _) = accepted?;
+                    stream.set_nodelay(true)?;
+                    let app = app.clone();
+                    tokio::spawn(async move {
+                        let service = service_fn(move |request| app.clone().answer(request));
+                        let builder = auto::Builder::new(TokioExecutor::new());
+                        let serving = builder.serve_connection_with_upgrades(TokioIo::new(stream), service);
+                        // How a client leaves is its own business.
+                        let _ = serving.await;
+                    });
+                }
+            }
+        }
+        if self.on_term == OnTerm::Drain {
+            drop(listener);
+            while app.in_flight.load(Ordering::Relaxed) > 0 {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl App {
+    async fn answer(self: Arc<Self>, request: Request<Incoming>) -> Result<Answer, Infallible> {
+        self.in_flight.fetch_add(1, Ordering::Relaxed);
+        let answer = self.answered(request).await;
+        self.in_flight.fetch_sub(1, Ordering::Relaxed);
+        Ok(answer.unwrap_or_else(|error| text(StatusCode::BAD_REQUEST, error.to_string())))
+    }
+
+    async fn answered(&self, request: Request<Incoming>) -> Result<Answer> {
+        let n = self.served.fetch_add(1, Ordering::Relaxed);
+        let (parts, body) = request.into_parts();
+        let path = parts.uri.path().to_owned();
+        if let Some(size) = path.strip_prefix("/bytes/") {
+            let body = Repeat { left: size.parse()? };
+            return Ok(self.named(Response::new(body.boxed())));
+        }
+        if path == "/sink" {
+            let mut body = body;
+            let mut read = 0_u64;
+            while let Some(frame) = body.frame().await {
+                read += frame?.data_ref().map_or(0, |data| data.len() as u64);
+            }
+            return Ok(self.named(text(StatusCode::OK, read.to_string())));
+        }
+        let collected = body.collect().await.context("reading the request's body")?;
+        let trailers = collected.trailers().cloned();
+        let body = collected.to_bytes();
+        if let (Some(ids), Some(id)) = (&self.ids, parts.headers.get("x-test-id")) {
+            let mut file = ids.lock().unwrap_or_else(PoisonError::into_inner);
+            writeln!(file, "{}", id.to_str()?)?;
+        }
+        if n % 100 < self.settings.fail_percent {
+            return Ok(self.named(text(StatusCode::SERVICE_UNAVAILABLE, "as told")));
+        }
+        if self.settings.delay_ms > 0 {
+            tokio::time::sleep(Duration::from_millis(self.settings.delay_ms)).await;
+        }
+        let answer = match path.as_str() {
+            "/echo" => Response::new(Full::new(body).boxed()),
+            "/head" => text(StatusCode::OK, describe(&parts)),
+            "/trailers" => {
+                let sent = trailers.map(|t| format!("{t:?}")).unwrap_or_default();
+                let mut trailers = HeaderMap::new();
+                trailers.insert("x-sum", HeaderValue::from_static("42"));
+                let body = Full::new(Bytes::from(sent)).with_trailers(std::future::ready(Some(Ok(trailers))));
+                let mut answer = Response::new(body.boxed());
+                answer.headers_mut().insert("trailer", HeaderValue::from_static("x-sum"));
+                answer
+            }
+            _ => match path.strip_prefix("/status/") {
+                Some(status) => text(status.parse()?, "as asked"),
+                None => text(StatusCode::OK, "ok"),
+            },
+        };
+        Ok(self.named(answer))
+    }
+
+    fn named(&self, mut answer: Answer) -> Answer {
+        if let Ok(name) = HeaderValue::from_str(&self.settings.name) {
+            answer.headers_mut().insert("x-served-by", name);
+        }
+        answer
+    }
+}
+
+/// The request's head as the app saw it, a line each.
+fn describe(parts: &http::request::Parts) -> String {
+    let mut lines = format!("{} {} {:?}\n", parts.method, parts.uri, parts.version);
+    for (name, value) in &parts.headers {
+        lines.push_str(&format!("{name}: {}\n", String::from_utf8_lossy(value.as_bytes())));
+    }
+    lines
+}
+
+fn text(status: StatusCode, text: impl Into<Bytes>) -> Answer {
+    let mut answer = Response::new(Full::new(text.into()).boxed());
+    *answer.status_mut() = status;
+    answer
+}
+
+/// So many bytes, in pieces of 64 KiB.
+struct Repeat {
+    left: u64,
+}
+
+impl http_body::Body for Repeat {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        static PIECE: [u8; 64 * 1024] = [b'x'; 64 * 1024];
+        if self.left == 0 {
+            return Poll::Ready(None);
+        }
+        let n = self.left.min(PIECE.len() as u64);
+        self.left -= n;
+        Poll::Ready(Some(Ok(Frame::data(Bytes::from_static(&PIECE[..n as usize])))))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.left == 0
+    }
+
+    fn size_hint(&self) -> http_body::SizeHint {
+        http_body::SizeHint::with_exact(self.left)
+    }
+}
+
+impl Tcp {
+    async fn serve(self) -> Result<()> {
+        let listener = listen(self.port)?;
+        loop {
+            let (mut stream, _) = listener.accept().await?;
+            let greeting = self.greeting.clone();
+            tokio::spawn(async move {
+                if let Some(greeting) = greeting {
+                    stream.write_all(greeting.as_bytes()).await?;
+                }
+                let (mut read, mut write) = stream.split();
+                tokio::io::copy(&mut read, &mut write).await?;
+                write.shutdown().await
+            });
+        }
+    }
+}
+
+/// On both families, as most servers do.
+fn listen(port: u16) -> Result<TcpListener> {
+    use socket2::{Domain, Socket, Type};
+    let v6 = Socket::new(Domain::IPV6, Type::STREAM, None).and_then(|socket| {
+        socket.set_only_v6(false)?;
+        Ok(socket)
+    });
+    let (socket, address) = match v6 {
+        Ok(socket) => (socket, SocketAddr::from((std::net::Ipv6Addr::UNSPECIFIED, port))),
+        Err(_) => (
+            Socket::new(Domain::IPV4, Type::STREAM, None)?,
+            SocketAddr::from((std::net::Ipv4Addr::UNSPECIFIED, port)),
+        ),
+    };
+    socket.set_reuse_address(true)?;
+    socket.set_nonblocking(true)?;
+    socket.bind(&address.into())?;
+    socket.listen(1_024)?;
+    Ok(TcpListener::from_std(socket.into())?)
+}
+
+struct Shared {
+    summary: Mutex<Summary>,
+    latencies: Mutex<hdrhistogram::Histogram<u64>>,
+    ids: Option<Mutex<std::io::BufWriter<std::fs::File>>>,
+}
+
+impl Load {
+    async fn run(self) -> Result<()> {
+        let uri: http::Uri = self.url.parse()?;
+        let authority = uri.authority().context("the URL needs a host")?.to_string();
+        let ids = self.ids.as_ref().map(|path| {
+            let file = std::fs::OpenOptions::new().create(true).append(true).open(path);
+            file.map(|file| Mutex::new(std::io::BufWriter::new(file)))
+        });
+        let shared = Arc::new(Shared {
+            summary: Mutex::default(),
+            latencies: Mutex::new(hdrhistogram::Histogram::new(3)?),
+            ids: ids.transpose()?,
+        });
+        let (tell, asked) = async_queue(self.connections);
+        let mut workers = Vec::new();
+        for queue in asked {
+            let (shared, authority, uri) = (shared.clone(), authority.clone(), uri.clone());
+            workers.push(tokio::spawn(client(queue, shared, authority, uri, self.half_post)));
+        }
+        let started = Instant::now();
+        let total = self.rate * self.seconds;
+        for n in 0..total {
+            // Open loop: latency counts from when a request was due, not from when it could be sent.
+            let due = started + Duration::from_nanos(n * 1_000_000_000 / self.rate);
+            tokio::time::sleep_until(due.into()).await;
+            if n % 64 == 0 && self.until.as_ref().is_some_and(|path| path.exists()) {
+                break;
+            }
+            tell.send((n, due)).await?;
+        }
+        drop(tell);
+        for worker in workers {
+            worker.await?;
+        }
+        let mut summary = std::mem::take(&mut *shared.summary.lock().unwrap_or_else(PoisonError::into_inner));
+        let latencies = shared.latencies.lock().unwrap_or_else(PoisonError::into_inner);
+        let ms = |q: f64| latencies.value_at_quantile(q) as f64 / 1_000.0;
+        (summary.p50_ms, summary.p99_ms, summary.p999_ms) = (ms(0.5), ms(0.99), ms(0.999));
+        summary.max_ms = latencies.max() as f64 / 1_000.0;
+        if let Some(ids) = &shared.ids {
+            ids.lock().unwrap_or_else(PoisonError::into_inner).flush()?;
+        }
+        println!("{}", serde_json::to_string(&summary)?);
+        Ok(())
+    }
+}
+
+type Due = (u64, Instant);
+
+/// One sender, many receivers that take turns.
+fn async_queue(n: usize) -> (tokio::sync::mpsc::Sender<Due>, Vec<Arc<tokio::sync::Mutex<tokio::sync::mpsc::Receiver<Due>>>>) {
+    let (tell, asked) = tokio::sync::mpsc::channel(100_000);
+    let asked = Arc::new(tokio::sync::Mutex::new(asked));
+    (tell, vec![asked; n])
+}
+
+async fn client(
+    queue: Arc<tokio::sync::Mutex<tokio::sync::mpsc::Receiver<Due>>>,
+    shared: Arc<Shared>,
+    authority: String,
+    uri: http::Uri,
+    half_post: bool,
+) {
+    let mut connection = None;
+    loop {
+        let due = queue.lock().await.recv().await;
+        let Some((n, due)) = due else { return };
+        let id = format!("{}-{n}", std::process::id());
+        let post = half_post && n % 2 == 1;
+        let outcome = exchange(&mut connection, &authority, &uri, &id, post).await;
+        let mut summary = shared.summary.lock().unwrap_or_else(PoisonError::into_inner);
+        summary.sent += 1;
+        let ok = match &outcome {
+            Ok(answer) => {
+                *summary.statuses.entry(answer.status.as_str().to_owned()).or_default() += 1;
+                *summary.served_by.entry(answer.served_by.clone()).or_default() += 1;
+                if !answer.reason.is_empty() {
+                    *summary.reasons.entry(answer.reason.clone()).or_default() += 1;
+                }
+                answer.status.is_success()
+            }
+            Err(error) => {
+                *summary.errors.entry(format!("{error:#}")).or_default() += 1;
+                connection = None;
+                false
+            }
+        };
+        if ok { summary.ok += 1 } else { summary.failed += 1 }
+        drop(summary);
+        let took = u64::try_from(due.elapsed().as_micros()).unwrap_or(u64::MAX);
+        shared.latencies.lock().unwrap_or_else(PoisonError::into_inner).saturating_record(took);
+        if let Some(ids) = &shared.ids {
+            let kind = if post { "POST" } else { "GET" };
+            let mut ids = ids.lock().unwrap_or_else(PoisonError::into_inner);
+            // A full disk shows in the comparison of ids.
+            let _ = writeln!(ids, "{id} {kind} {}", if ok { "ok" } else { "failed" });
+        }
+    }
+}
+
+struct Seen {
+    status: StatusCode,
+    served_by: String,
+    reason: String,
+}
+
+type Sender = hyper::client::conn::http1::SendRequest<Full<Bytes>>;
+
+async fn exchange(
+    connection: &mut Option<Sender>,
+    authority: &str,
+    uri: &http::Uri,
+    id: &str,
+    post: bool,
+) -> Result<Seen> {
+    if connection.as_ref().is_none_or(Sender::is_closed) {
+        let address = if authority.contains(':') { authority.to_owned() } else { format!("{authority}:80") };
+        let stream = TcpStream::connect(&address).await.context("connecting")?;
+        stream.set_nodelay(true)?;
+        let (sender, driving) =
+            hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.context("handshake")?;
+        tokio::spawn(driving);
+        *connection = Some(sender);
+    }
+    let sender = connection.as_mut().context("a connection")?;
+    sender.ready().await.context("waiting for the connection")?;
+    let path = uri.path_and_query().map_or("/", |path| path.as_str());
+    let mut request = Request::new(Full::new(if post { Bytes::from(vec![b'b'; 1_000]) } else { Bytes::new() }));
+    *request.uri_mut() = path.parse()?;
+    *request.method_mut() = if post { Method::POST } else { Method::GET };
+    request.headers_mut().insert("host", HeaderValue::from_str(authority)?);
+    request.headers_mut().insert("x-test-id", HeaderValue::from_str(id)?);
+    let response = tokio::time::timeout(Duration::from_secs(30), sender.send_request(request))
+        .await
+        .context("no answer in 30 s")?
+        .context("sending")?;
+    let text = |name: &str| {
+        response.headers().get(name).and_then(|v| v.to_str().ok()).unwrap_or_default().to_owned()
+    };
+    let seen = Seen { status: response.status(), served_by: text("x-served-by"), reason: text("weft-reason") };
+    response.into_body().collect().await.context("reading the answer")?;
+    Ok(seen)
+}

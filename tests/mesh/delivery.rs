@@ -1,0 +1,96 @@
+//! Policy delivery: when a change is live, what an outage of the controller changes, and what bad YAML does.
+
+use std::time::{Duration, Instant};
+
+use weft_control_plane::cli::demo::mesh::wait;
+use weft_harness::apps::{curl, start_load};
+
+use crate::{ECHO, pair};
+
+#[test]
+fn the_controller_may_die_and_come_back_and_no_request_fails() {
+    let Some(mut pair) = pair("controller_away", &[]) else { return };
+    assert_eq!(curl(&pair.client.pod, &[ECHO]).unwrap(), "ok");
+    let args = ["--url", ECHO, "--rate", "200", "--seconds", "60", "--half-post"];
+    let loading = start_load(&pair.mesh, &pair.client.pod, &args).unwrap();
+    let away = std::env::var("WEFT_CONTROLLER_AWAY_S").ok().and_then(|s| s.parse().ok()).unwrap_or(5);
+    std::thread::sleep(Duration::from_secs(1));
+    pair.mesh.kill_controller().unwrap();
+    std::thread::sleep(Duration::from_secs(away));
+    pair.mesh.start_controller().unwrap();
+    std::thread::sleep(Duration::from_secs(4));
+    let summary = loading.finish().unwrap();
+    println!("controller killed for {away} s and started cold: {} of {} failed", summary.failed, summary.sent);
+    assert_eq!(summary.failed, 0, "{summary:?}");
+}
+
+#[test]
+fn a_restarted_sidecar_comes_back_by_itself() {
+    let Some(mut pair) = pair("restarted_sidecar", &[]) else { return };
+    assert_eq!(curl(&pair.client.pod, &[ECHO]).unwrap(), "ok");
+    pair.client.proxy.signal(nix::sys::signal::Signal::SIGKILL).unwrap();
+    pair.client.proxy.wait(Duration::from_secs(5)).unwrap();
+    let begun = Instant::now();
+    pair.mesh.restart_proxy(&mut pair.client).unwrap();
+    println!("a restarted sidecar was ready after {} ms", begun.elapsed().as_millis());
+    assert_eq!(curl(&pair.client.pod, &[ECHO]).unwrap(), "ok");
+}
+
+#[test]
+fn a_change_says_where_it_is_applied() {
+    let Some(pair) = pair("applied", &[]) else { return };
+    assert_eq!(curl(&pair.client.pod, &[ECHO]).unwrap(), "ok");
+    let route = serde_json::json!({
+        "apiVersion": "gateway.networking.k8s.io/v1", "kind": "HTTPRoute",
+        "metadata": {"namespace": "shop", "name": "echo"},
+        "spec": {"parentRefs": [{"group": "", "kind": "Service", "name": "echo"}],
+                 "rules": [{"backendRefs": [{"name": "echo", "port": 80}]}]}
+    });
+    let begun = Instant::now();
+    pair.mesh.write("route.yaml", &format!("{route:#}\n")).unwrap();
+    let mut command = pair.mesh.weft(&["wait", "HTTPRoute/shop/echo", "--applied", "--timeout", "10s"]);
+    let said = weft_harness::apps::output(&mut command).unwrap();
+    println!("applied after {} ms: {said}", begun.elapsed().as_millis());
+    let status = weft_harness::apps::output(&mut pair.mesh.weft(&["status"])).unwrap();
+    assert!(status.contains("1/1"), "{status}");
+}
+
+#[test]
+fn bad_documents_are_named_and_change_nothing_else() {
+    let Some(pair) = pair("bad_yaml", &[]) else { return };
+    assert_eq!(curl(&pair.client.pod, &[ECHO]).unwrap(), "ok");
+    let bad = "apiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {namespace: shop, name: bad}\n\
+               spec:\n  parentRefs: [{kind: Service, group: \"\", name: echo}]\n  rules:\n  - timeouts: {request: soon}\n---\n\
+               apiVersion: v1\nkind: Service\nmetadata: {namespace: shop, name: other}\n\
+               spec: {clusterIP: 10.96.0.77, ports: [{port: eighty}]}\n---\n\
+               this: [is not\n---\n\
+               apiVersion: v1\nkind: Service\nmetadata: {namespace: shop, name: good}\n\
+               spec: {clusterIP: 10.96.0.78, clusterIPs: [10.96.0.78], selector: {app: echo}, ports: [{port: 80, targetPort: 8080}]}\n";
+    pair.mesh.write("mixed.yaml", bad).unwrap();
+    wait(Duration::from_secs(10), || Ok(curl(&pair.client.pod, &["http://10.96.0.78/"]).is_ok_and(|a| a == "ok"))).unwrap();
+    assert_eq!(curl(&pair.client.pod, &[ECHO]).unwrap(), "ok");
+    let status = weft_harness::apps::output(&mut pair.mesh.weft(&["status", "-o", "json"])).unwrap();
+    for said in ["mixed.yaml", "ports[0].port"] {
+        assert!(status.contains(said), "{said} in {status}");
+    }
+}
+
+#[test]
+fn certificates_rotate_under_load_and_no_request_fails() {
+    let Some(pair) = pair("rotation", &[]) else { return };
+    assert_eq!(curl(&pair.client.pod, &[ECHO]).unwrap(), "ok");
+    let args = ["--url", ECHO, "--rate", "200", "--seconds", "30", "--half-post"];
+    let loading = start_load(&pair.mesh, &pair.client.pod, &args).unwrap();
+    let renewals = || {
+        pair.client.metric("weft_renewals_total", &[]).unwrap()
+            + pair.server.sidecar.metric("weft_renewals_total", &[]).unwrap()
+    };
+    let before = renewals();
+    let mut rotate = pair.mesh.weft(&["certs", "rotate"]);
+    weft_harness::apps::output(&mut rotate).unwrap();
+    wait(Duration::from_secs(20), || Ok(renewals() >= before + 2.0)).unwrap();
+    std::thread::sleep(Duration::from_secs(1));
+    let summary = loading.finish().unwrap();
+    println!("both certificates rotated: {} of {} failed", summary.failed, summary.sent);
+    assert_eq!(summary.failed, 0, "{summary:?}");
+}

@@ -1,0 +1,251 @@
+//! Who is who: wrong pods, wrong identities and foreign certificates are refused, and another endpoint is tried.
+
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+
+use rcgen::{BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, SanType};
+use rustls::{
+    ClientConfig, DigitallySignedStruct, SignatureScheme,
+    client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
+};
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use weft_control_plane::cli::demo::{
+    mesh::{Workload, wait},
+    netns::Pod,
+};
+use weft_core::ports;
+use weft_harness::apps::{curl, load, serve, start, testapp};
+
+use crate::{ECHO, pair};
+
+#[test]
+fn a_reused_address_is_never_taken_for_the_pod_that_had_it() {
+    let Some(mut pair) = pair("reused_address", &[]) else { return };
+    let second = serve(&pair.mesh, Workload::new("shop", "echo-2"), &[]).unwrap();
+    let by = |pod: &Pod| curl(pod, &["-o", "/dev/null", "-w", "%header{x-served-by}", ECHO]).unwrap();
+    wait(Duration::from_secs(10), || Ok(by(&pair.client.pod) == "echo-2")).unwrap();
+    // echo-1 goes without a word to the controller; a pod of another service gets its address.
+    let ip = pair.server.sidecar.pod.ip;
+    pair.server.app.signal(nix::sys::signal::Signal::SIGKILL).unwrap();
+    pair.mesh.world.remove(&pair.server.sidecar.pod);
+    let mut other = Workload::new("shop", "other-1");
+    other.ip = Some(ip);
+    let _other = serve(&pair.mesh, other, &[]).unwrap();
+    let args = ["--url", ECHO, "--rate", "100", "--seconds", "3", "--half-post"];
+    let summary = load(&pair.mesh, &pair.client.pod, &args).unwrap();
+    println!("{} requests while the endpoint list named a reused address: {:?}", summary.sent, summary.served_by);
+    assert_eq!(summary.failed, 0, "{summary:?}");
+    assert_eq!(summary.served_by.get("other-1"), None, "a request reached the wrong pod");
+    drop(second);
+}
+
+#[test]
+fn an_endpoint_under_another_identity_than_the_list_says_is_not_spoken_to() {
+    let Some(pair) = pair("other_identity", &[]) else { return };
+    assert_eq!(curl(&pair.client.pod, &[ECHO]).unwrap(), "ok");
+    // The list is changed behind the sidecar's back: the pod shall be another service account.
+    let mut claimed = pair.server.sidecar.workload.clone();
+    claimed.service_account = "somebody-else".to_owned();
+    let file = pair.mesh.source().join("pod-echo-1.yaml");
+    let yaml = std::fs::read_to_string(&file).unwrap();
+    std::fs::write(&file, yaml.replace("\"serviceAccountName\": \"echo\"", "\"serviceAccountName\": \"somebody-else\"")).unwrap();
+    wait(Duration::from_secs(10), || {
+        let answer = curl(&pair.client.pod, &["-o", "/dev/null", "-w", "%{http_code} %header{weft-reason}", ECHO])?;
+        Ok(answer == "503 outbound;identity_mismatch")
+    })
+    .unwrap();
+    let mismatches = pair.client.metric("weft_identity_mismatches_total", &[]).unwrap();
+    assert!(mismatches >= 1.0, "{mismatches}");
+}
+
+#[test]
+fn strict_mode_refuses_plaintext_and_authorization_is_by_identity() {
+    let Some(pair) = pair("strict", &[]) else { return };
+    let outsider = pair.mesh.plain(&Workload::new("shop", "legacy-1")).unwrap();
+    let other = pair.mesh.workload(Workload::new("shop", "other-1")).unwrap();
+    let server = format!("http://{}:8080", pair.server.sidecar.pod.ip);
+    assert_eq!(curl(&outsider, &[&server]).unwrap(), "ok");
+    let policy = serde_json::json!({
+        "apiVersion": "weft.dev/v1alpha1", "kind": "AuthorizationPolicy",
+        "metadata": {"namespace": "shop", "name": "echo"},
+        "spec": {
+            "selector": {"matchLabels": {"app": "echo"}}, "mtls": "Strict", "action": "Allow",
+            "rules": [{"from": [{"identities": ["spiffe://cluster.local/ns/shop/sa/client"]}],
+                       "to": [{"methods": ["GET"], "paths": ["/", "/public/*"]}]}]
+        }
+    });
+    pair.mesh.write("authz.yaml", &format!("{policy:#}\n")).unwrap();
+    let code = |pod: &Pod, url: &str, more: &[&str]| {
+        let args = ["-o", "/dev/null", "-w", "%{http_code} %header{weft-reason}", "--path-as-is", url];
+        curl(pod, &[&args[..], more].concat()).unwrap_or_else(|e| e.to_string())
+    };
+    wait(Duration::from_secs(10), || Ok(code(&outsider, &server, &[]) == "403 inbound;plaintext_refused")).unwrap();
+    assert_eq!(code(&pair.client.pod, ECHO, &[]), "200 ");
+    assert_eq!(code(&pair.client.pod, &format!("{ECHO}/public/x"), &[]), "200 ");
+    assert_eq!(code(&pair.client.pod, &format!("{ECHO}/private"), &[]), "403 inbound;denied");
+    assert_eq!(code(&pair.client.pod, ECHO, &["-X", "POST"]), "403 inbound;denied");
+    assert_eq!(code(&other.pod, ECHO, &[]), "403 inbound;denied");
+    // One form is matched and forwarded; the others are refused.
+    for path in ["/public/../private", "/public/%2e%2e/private", "//public/x", "/public/x%2f..%2fprivate"] {
+        assert_eq!(code(&pair.client.pod, &format!("{ECHO}{path}"), &[]), "400 inbound;path_not_canonical", "{path}");
+    }
+}
+
+/// A certificate authority of a test.
+struct Authority {
+    issuer: Issuer<'static, KeyPair>,
+}
+
+impl Authority {
+    fn new(common_name: &str) -> Self {
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::default();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.distinguished_name.push(DnType::CommonName, common_name);
+        Self { issuer: Issuer::new(params, key) }
+    }
+
+    fn leaf(&self, uri: &str, change: impl FnOnce(&mut CertificateParams)) -> (CertificateDer<'static>, KeyPair) {
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::default();
+        params.subject_alt_names.push(SanType::URI(uri.try_into().unwrap()));
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth, ExtendedKeyUsagePurpose::ServerAuth];
+        change(&mut params);
+        let cert = params.signed_by(&key, &self.issuer).unwrap();
+        (cert.der().clone(), key)
+    }
+}
+
+/// A caller that trusts anybody, so that only the server's judgement counts.
+#[derive(Debug)]
+struct TrustsAnyone;
+
+impl ServerCertVerifier for TrustsAnyone {
+    fn verify_server_cert(
+        &self,
+        _: &CertificateDer<'_>,
+        _: &[CertificateDer<'_>],
+        _: &ServerName<'_>,
+        _: &[u8],
+        _: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        Ok(HandshakeSignatureValid::assertion())
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        Ok(HandshakeSignatureValid::assertion())
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        vec![SignatureScheme::ECDSA_NISTP256_SHA256]
+    }
+}
+
+/// Shakes hands as a caller and asks for a byte: `Ok` if the server let it in.
+fn knock(
+    pod: &Pod,
+    to: SocketAddr,
+    server_name: &str,
+    identity: Option<(CertificateDer<'static>, KeyPair)>,
+) -> io::Result<()> {
+    use std::io::{Read as _, Write as _};
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let builder = ClientConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .unwrap()
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(TrustsAnyone));
+    let mut config = match identity {
+        Some((cert, key)) => {
+            let key = PrivateKeyDer::try_from(key.serialize_der()).unwrap();
+            builder.with_client_auth_cert(vec![cert], key).unwrap()
+        }
+        None => builder.with_no_client_auth(),
+    };
+    config.alpn_protocols = vec![b"weft-tcp/1".to_vec()];
+    let name = ServerName::try_from(server_name.to_owned()).unwrap();
+    // As the proxy's user: not captured, as a sidecar's own connections are not.
+    pod.enter_as(ports::PROXY_UID, ports::PROXY_UID, || {
+        let mut tcp = std::net::TcpStream::connect(to)?;
+        tcp.set_read_timeout(Some(Duration::from_secs(5)))?;
+        let mut tls = rustls::ClientConnection::new(Arc::new(config), name).map_err(io::Error::other)?;
+        let mut stream = rustls::Stream::new(&mut tls, &mut tcp);
+        stream.write_all(b"hello")?;
+        let mut byte = [0];
+        let n = stream.read(&mut byte)?;
+        if n == 1 { Ok(()) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
+    })
+    .unwrap()
+}
+
+#[test]
+fn certificates_of_strangers_are_refused_by_the_called_side() {
+    let Some(pair) = pair("strangers", &[]) else { return };
+    let pod = &pair.server.sidecar.pod;
+    let _app = start(&mut testapp(&pair.mesh, pod, &["tcp", "--port", "9100"]), pod, 9100).unwrap();
+    let to = SocketAddr::new(pod.ip.into(), 9100);
+    let name = format!("{}.weft.internal", pair.server.sidecar.uid);
+    let client = &pair.client.pod;
+    let state = pair.mesh.dir().join("state");
+    let ours = issuer_of(&state);
+    let good = "spiffe://cluster.local/ns/shop/sa/client";
+    let now = std::time::SystemTime::now();
+    let day = Duration::from_secs(86_400);
+    knock(client, to, &name, Some(ours.leaf(good, |_| {}))).expect("the control: our own issuer is let in");
+    let stranger = Authority::new("weft");
+    let cases: Vec<(&str, Option<(CertificateDer<'static>, KeyPair)>)> = vec![
+        ("no certificate", None),
+        ("another authority", Some(stranger.leaf(good, |_| {}))),
+        ("expired", Some(ours.leaf(good, |p| {
+            p.not_before = (now - 3 * day).into();
+            p.not_after = (now - day).into();
+        }))),
+        ("not yet valid", Some(ours.leaf(good, |p| p.not_before = (now + day).into()))),
+        ("another trust domain", Some(ours.leaf("spiffe://other.example/ns/shop/sa/client", |_| {}))),
+        ("two identities", Some(ours.leaf(good, |p| {
+            p.subject_alt_names.push(SanType::URI("spiffe://cluster.local/ns/shop/sa/admin".try_into().unwrap()));
+        }))),
+        ("no identity", Some(ours.leaf(good, |p| p.subject_alt_names.clear()))),
+        ("a server's certificate", Some(ours.leaf(good, |p| {
+            p.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
+        }))),
+        ("upper case", Some(ours.leaf("spiffe://Cluster.local/ns/shop/sa/client", |_| {}))),
+        ("a longer path", Some(ours.leaf("spiffe://cluster.local/ns/shop/sa/client/x", |_| {}))),
+    ];
+    for (case, identity) in cases {
+        let result = knock(client, to, &name, identity);
+        assert!(result.is_err(), "{case} was let in");
+    }
+    let wrong_pod = knock(client, to, "another-pod.weft.internal", Some(ours.leaf(good, |_| {})));
+    assert!(wrong_pod.is_err(), "another pod's name was let in");
+}
+
+/// The mesh's own issuer, read from the state directory as an attacker with the key would.
+fn issuer_of(state: &std::path::Path) -> Authority {
+    let pem = |what: &str| {
+        let entries = std::fs::read_dir(state).unwrap().map(|e| e.unwrap().path());
+        let mut found: Vec<_> = entries.filter(|p| p.file_name().unwrap().to_string_lossy().contains(what)).collect();
+        found.sort();
+        found
+    };
+    let read = |paths: Vec<std::path::PathBuf>, marker: &str| {
+        let texts = paths.iter().filter_map(|p| std::fs::read_to_string(p).ok());
+        texts.into_iter().find(|text| text.contains(marker)).unwrap()
+    };
+    let key = KeyPair::from_pem(&read(pem(""), "PRIVATE KEY")).unwrap();
+    let cert = read(pem(""), "BEGIN CERTIFICATE");
+    Authority { issuer: Issuer::from_ca_cert_pem(&cert, key).unwrap() }
+}

@@ -1,0 +1,192 @@
+//! Opaque TCP: half-close, server-first protocols, refusals, and destinations of every kind.
+
+use std::time::Duration;
+
+use weft_control_plane::cli::demo::{mesh::Workload, netns::Process};
+use weft_harness::apps::{curl, output, rss_kib, service, start, testapp};
+
+use crate::{ECHO, Pair, pair};
+
+fn tcp_pair(test: &str, args: &[&str]) -> Option<(Pair, Process)> {
+    let pair = pair(test, &[])?;
+    let pod = &pair.server.sidecar.pod;
+    let mut all = vec!["tcp", "--port", "9100"];
+    all.extend_from_slice(args);
+    let app = start(&mut testapp(&pair.mesh, pod, &all), pod, 9100).unwrap();
+    service(&pair.mesh, "shop", "echo", "10.96.0.1", &[("web", 80, 8080), ("raw", 91, 9100)]).unwrap();
+    Some((pair, app))
+}
+
+#[test]
+fn half_close_reaches_the_server_and_its_answer_comes_back() {
+    let Some((pair, _app)) = tcp_pair("half_close", &[]) else { return };
+    let mut nc = pair.client.app("bash");
+    let said = output(nc.args(["-c", "head -c 300000 /dev/zero | nc -N -w 10 10.96.0.1 91 | wc -c"])).unwrap();
+    assert_eq!(said.trim(), "300000");
+}
+
+#[test]
+fn a_server_that_speaks_first_is_heard_and_learnt() {
+    let Some((pair, _app)) = tcp_pair("server_first", &["--greeting", "220 ready\n"]) else { return };
+    let greet = "exec 3<>/dev/tcp/10.96.0.1/91; s=$(date +%s%N); head -n 1 <&3; e=$(date +%s%N); echo $(((e-s)/1000000))";
+    let mut times = Vec::new();
+    for _ in 0..3 {
+        let said = output(pair.client.app("bash").args(["-c", greet])).unwrap();
+        let (greeting, ms) = said.split_once('\n').unwrap();
+        assert_eq!(greeting, "220 ready");
+        times.push(ms.parse::<u64>().unwrap());
+    }
+    println!("greeting after {times:?} ms: the first pays the detection wait twice at most, later ones do not");
+    assert!(times[0] < 1_500, "{times:?}");
+    assert!(times[2] < times[0].max(400), "{times:?}");
+}
+
+#[test]
+fn a_refused_connection_is_refused_and_not_left_hanging() {
+    let Some((pair, app)) = tcp_pair("refused", &[]) else { return };
+    drop(app);
+    let ask = "exec 3<>/dev/tcp/10.96.0.1/91; echo hi >&3; timeout 5 cat <&3; echo $?";
+    let said = output(pair.client.app("bash").args(["-c", &format!("{ask} 2>&1 || true")])).unwrap();
+    assert!(said.contains("reset") || said.ends_with('1'), "{said}");
+    let refused = pair.server.sidecar.metric("weft_proxy_errors_total", &["connect_refused"]).unwrap();
+    assert!(refused >= 1.0, "{refused}");
+}
+
+#[test]
+fn a_pods_own_addresses_behave_as_without_a_mesh() {
+    let Some(pair) = pair("own_addresses", &[]) else { return };
+    let pod = &pair.server.sidecar.pod;
+    for host in ["127.0.0.1:8080", "localhost:8080", "[::1]:8080", &format!("{}:8080", pod.ip), "10.96.0.1"] {
+        assert_eq!(curl(pod, &[&format!("http://{host}/")]).unwrap(), "ok", "{host}");
+    }
+}
+
+#[test]
+fn a_pod_is_reached_by_its_own_address_with_its_identity() {
+    let Some(pair) = pair("pod_ip", &[]) else { return };
+    let server = &pair.server.sidecar.pod;
+    let head = curl(&pair.client.pod, &[&format!("http://{}:8080/head", server.ip)]).unwrap();
+    assert!(head.contains("weft-client-id: spiffe://cluster.local/ns/shop/sa/client"), "{head}");
+    if pair.mesh.world.has_ipv6() {
+        let head = curl(&pair.client.pod, &[&format!("http://[{}]:8080/head", server.ip6)]).unwrap();
+        assert!(head.contains("weft-client-id: spiffe://cluster.local/ns/shop/sa/client"), "{head}");
+    }
+}
+
+#[test]
+fn pods_without_a_sidecar_are_reached_and_may_call_while_permissive() {
+    let Some(pair) = pair("plain_pods", &[]) else { return };
+    let plain = pair.mesh.plain(&Workload::new("shop", "legacy-1")).unwrap();
+    let _app = start(
+        &mut testapp(&pair.mesh, &plain, &["http", "--port", "8080", "--name", "legacy"]),
+        &plain,
+        8080,
+    )
+    .unwrap();
+    service(&pair.mesh, "shop", "legacy", "10.96.0.2", &[("web", 80, 8080)]).unwrap();
+    assert_eq!(curl(&pair.client.pod, &["http://10.96.0.2/"]).unwrap(), "ok");
+    let server = pair.server.sidecar.pod.ip;
+    let head = curl(&plain, &[&format!("http://{server}:8080/head")]).unwrap();
+    assert!(head.starts_with("GET /head") && !head.contains("weft-client-id"), "{head}");
+}
+
+#[test]
+fn an_address_outside_the_mesh_needs_no_controller() {
+    let Some(mut pair) = pair("outside", &[]) else { return };
+    let outside = pair
+        .mesh
+        .world
+        .pod_at("outside", "192.0.2.10".parse().unwrap(), "2001:db8::10".parse().unwrap())
+        .unwrap();
+    let _app = start(
+        &mut testapp(&pair.mesh, &outside, &["http", "--port", "80", "--name", "outside"]),
+        &outside,
+        80,
+    )
+    .unwrap();
+    pair.mesh.kill_controller().unwrap();
+    assert_eq!(curl(&pair.client.pod, &["http://192.0.2.10/"]).unwrap(), "ok");
+}
+
+#[test]
+fn tls_of_the_apps_own_is_passed_through() {
+    let Some(pair) = pair("own_tls", &[]) else { return };
+    let pod = &pair.server.sidecar.pod;
+    let dir = pair.mesh.dir().to_owned();
+    let (key, cert) = (dir.join("own.key"), dir.join("own.crt"));
+    let made = rcgen::generate_simple_self_signed(vec!["own.example".to_owned()]).unwrap();
+    std::fs::write(&key, made.signing_key.serialize_pem()).unwrap();
+    std::fs::write(&cert, made.cert.pem()).unwrap();
+    let mut server = pod.command("openssl");
+    server.args(["s_server", "-accept", "8443", "-www", "-key"]).arg(&key).arg("-cert").arg(&cert);
+    let _server = start(server.stdin(std::process::Stdio::null()), pod, 8443).unwrap();
+    service(&pair.mesh, "shop", "echo", "10.96.0.1", &[("web", 80, 8080), ("own", 443, 8443)]).unwrap();
+    let resolve = ["--resolve", "own.example:443:10.96.0.1", "--cacert"];
+    let args = [&resolve[..], &[cert.to_str().unwrap(), "https://own.example/"]].concat();
+    assert!(curl(&pair.client.pod, &args).unwrap().contains("s_server"));
+}
+
+#[test]
+fn iperf3_runs_up_and_down() {
+    let Some(pair) = pair("iperf3", &[]) else { return };
+    let pod = &pair.server.sidecar.pod;
+    let mut server = pod.command("iperf3");
+    let _server = start(server.args(["-s", "-p", "5201"]), pod, 5201).unwrap();
+    service(&pair.mesh, "shop", "echo", "10.96.0.1", &[("web", 80, 8080), ("iperf", 5201, 5201)]).unwrap();
+    for more in [&[][..], &["-R"]] {
+        let mut command = pair.client.app("iperf3");
+        command.args(["-c", "10.96.0.1", "-t", "2", "-J"]).args(more);
+        let said: serde_json::Value = serde_json::from_str(&output(&mut command).unwrap()).unwrap();
+        let bits = said["end"]["sum_received"]["bits_per_second"].as_f64().unwrap();
+        println!("iperf3 {more:?}: {:.0} Mbit/s", bits / 1e6);
+        assert!(bits > 1e8, "{bits}");
+    }
+}
+
+#[test]
+fn a_large_transfer_with_a_stalled_reader_costs_no_memory() {
+    let Some(pair) = pair("flat_memory", &[]) else { return };
+    let (near, far) = (pair.client.proxy.id(), pair.server.sidecar.proxy.id());
+    // Warm: pools and buffers of an ordinary transfer exist.
+    curl(&pair.client.pod, &["-o", "/dev/null", &format!("{ECHO}/bytes/50000000")]).unwrap();
+    let before = (rss_kib(near).unwrap(), rss_kib(far).unwrap());
+    let mut stalled = pair.client.app("bash");
+    let script = "exec 3<>/dev/tcp/10.96.0.1/80; printf 'GET /bytes/1000000000 HTTP/1.1\\r\\nHost: a\\r\\nConnection: close\\r\\n\\r\\n' >&3; \
+                  head -c 1000000 <&3 >/dev/null; sleep 4; cat <&3 | wc -c";
+    stalled.args(["-c", script]).stdout(std::process::Stdio::piped());
+    let mut process = Process::spawn(&mut stalled).unwrap();
+    let mut most = (0, 0);
+    while process.running() {
+        most.0 = most.0.max(rss_kib(near).unwrap().saturating_sub(before.0));
+        most.1 = most.1.max(rss_kib(far).unwrap().saturating_sub(before.1));
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let mut rest = String::new();
+    std::io::Read::read_to_string(&mut process.child().stdout.take().unwrap(), &mut rest).unwrap();
+    assert!(rest.trim().parse::<u64>().unwrap() > 999_000_000 - 1_000_000, "{rest}");
+    println!("1 GB with a stalled reader: +{} KiB at the caller, +{} KiB at the server", most.0, most.1);
+    assert!(most.0 <= 4_096 && most.1 <= 4_096, "{most:?}");
+}
+
+#[test]
+fn mariadb_speaks_first_and_is_understood() {
+    let Some(pair) = pair("mariadb", &[]) else { return };
+    let pod = &pair.server.sidecar.pod;
+    let data = pair.mesh.dir().join("mariadb");
+    let data_arg = format!("--datadir={}", data.display());
+    let mut install = std::process::Command::new("mariadb-install-db");
+    install.args(["--no-defaults", "--user=root", "--auth-root-authentication-method=normal", &data_arg]);
+    if let Err(error) = output(install.arg("--skip-test-db")) {
+        return weft_harness::apps::skip("mariadb", &format!("no database: {error}"));
+    }
+    let mut server = pod.command("mariadbd");
+    server.args(["--no-defaults", "--user=root", &data_arg, "--skip-grant-tables", "--bind-address=0.0.0.0"]);
+    server.arg("--port=3306").arg(format!("--socket={}", data.join("sock").display()));
+    let _server = start(server.stderr(std::process::Stdio::null()), pod, 3306).unwrap();
+    service(&pair.mesh, "shop", "echo", "10.96.0.1", &[("web", 80, 8080), ("db", 3306, 3306)]).unwrap();
+    for _ in 0..2 {
+        let mut client = pair.client.app("mariadb");
+        client.args(["--no-defaults", "-h", "10.96.0.1", "-P", "3306", "--protocol=TCP", "-N", "-e", "select 6*7"]);
+        assert_eq!(output(&mut client).unwrap(), "42");
+    }
+}

@@ -1,0 +1,49 @@
+//! Histograms per route: what `weft routes` says is what the clients did.
+
+use std::time::Duration;
+
+use weft_control_plane::cli::demo::mesh::wait;
+use weft_harness::apps::{load, output, rss_kib};
+
+use crate::{ECHO, pair};
+
+#[test]
+fn weft_routes_counts_what_was_sent_and_measures_what_was_seen() {
+    let Some(pair) = pair("weft_routes", &["--delay-ms", "20"]) else { return };
+    let args = ["--url", ECHO, "--rate", "100", "--seconds", "3"];
+    let summary = load(&pair.mesh, &pair.client.pod, &args).unwrap();
+    assert_eq!(summary.failed, 0);
+    let rows = || {
+        let mut command = pair.mesh.weft(&["routes", "shop/echo", "--window", "10m", "-o", "json"]);
+        let text = output(&mut command)?;
+        Ok::<serde_json::Value, anyhow::Error>(serde_json::from_str(&text)?)
+    };
+    let outbound = |said: &serde_json::Value| {
+        let rows = said.as_array().or_else(|| said["routes"].as_array()).unwrap().clone();
+        rows.into_iter().find(|row| row["direction"] == "outbound")
+    };
+    wait(Duration::from_secs(15), || Ok(outbound(&rows()?).is_some_and(|row| row["count"] == summary.sent))).unwrap();
+    let row = outbound(&rows().unwrap()).unwrap();
+    let p50 = row["duration"]["p50_ms"].as_f64().unwrap();
+    println!("p50: {p50} ms by the sidecar, {} ms by the client", summary.p50_ms);
+    assert!((18.0..40.0).contains(&p50), "{row}");
+    assert_eq!(row["success_rate"], 1.0);
+    let text = output(&mut pair.mesh.weft(&["routes", "shop/echo"])).unwrap();
+    assert!(text.contains("shop/echo"), "{text}");
+}
+
+#[test]
+fn each_sidecar_has_prometheus_metrics_and_is_small() {
+    let Some(pair) = pair("metrics", &[]) else { return };
+    let idle = rss_kib(pair.client.proxy.id()).unwrap();
+    let args = ["--url", ECHO, "--rate", "100", "--seconds", "1"];
+    load(&pair.mesh, &pair.client.pod, &args).unwrap();
+    let requests = pair.client.metric("weft_requests_total", &["direction=\"outbound\""]).unwrap();
+    assert_eq!(requests, 100.0);
+    let buckets = pair.client.metric("weft_request_duration_seconds_bucket", &["le=\"+Inf\""]).unwrap();
+    assert_eq!(buckets, 100.0);
+    println!("idle sidecar: {idle} KiB resident");
+    if !cfg!(debug_assertions) {
+        assert!(idle <= 12 * 1024, "{idle} KiB");
+    }
+}
