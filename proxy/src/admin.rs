@@ -425,4 +425,73 @@ mod tests {
         drop(bind_socket(&path).unwrap());
         std::fs::remove_dir_all(&dir).unwrap();
     }
+
+    /// A sidecar whose controller is away, and its two doors.
+    async fn lonely() -> (Arc<Config>, Drain, std::path::PathBuf, u16) {
+        let dir = std::env::temp_dir().join(format!("weft-doors-{}", std::process::id()));
+        let socket = dir.join("admin.sock").display().to_string();
+        let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let address = format!("127.0.0.1:{free}");
+        let config = Arc::new(Config::for_tests(&[
+            ("WEFT_ADMIN_SOCKET", &socket),
+            ("WEFT_ADMIN_ADDR", &address),
+            ("WEFT_CONTROLLER", "127.0.0.1:1"),
+            ("WEFT_LAME_DUCK", "1ms"),
+        ]));
+        let shared = Arc::new(Shared::default());
+        let control = crate::control::start(&config, &shared, Vec::new());
+        let drain = Drain::new();
+        start(&config, &control, &drain, &shared, LogHandle::default()).await.unwrap();
+        (config, drain, dir, free)
+    }
+
+    #[tokio::test]
+    async fn what_each_door_answers() {
+        let (config, drain, dir, port) = lonely().await;
+        let limit = Duration::from_secs(5);
+        let ask = async |method: Method, target: &str| {
+            call(&config.admin_socket, method, target, limit).await.unwrap()
+        };
+        assert_eq!(ask(Method::GET, "/live").await, (200, "live\n".into()));
+        let (status, body) = ask(Method::GET, "/ready").await;
+        assert_eq!((status, body.as_str()), (503, "not ready: certificate, configuration\n"));
+        let (status, body) = ask(Method::GET, "/metrics").await;
+        assert!(status == 200 && body.contains("\nweft_control_connected 0\n"), "{body}");
+        let (status, body) = ask(Method::GET, "/config").await;
+        let config_dump: serde_json::Value = serde_json::from_str(&body).unwrap();
+        assert_eq!(status, 200);
+        assert_eq!(config_dump["settings"]["WEFT_POD_UID"]["value"], "uid-web-1");
+        assert_eq!(config_dump["discovery"]["resources"][0]["state"], "pending");
+        assert_eq!(ask(Method::GET, "/explain").await.0, 400);
+        assert_eq!(ask(Method::POST, "/loglevel?level=loud%3D").await.0, 400);
+        assert_eq!(ask(Method::GET, "/drain").await.0, 405);
+        assert_eq!(drain.phase(), Phase::Serving);
+        assert_eq!(ask(Method::GET, "/nothing").await.0, 404);
+
+        // On the pod's address only three questions are answered.
+        for (target, status) in [
+            ("/live", 200),
+            ("/ready", 503),
+            ("/metrics", 200),
+            ("/config", 404),
+            ("/drain", 404),
+            ("/loglevel", 404),
+        ] {
+            assert_eq!(over_tcp(port, target).await, status, "{target}");
+        }
+
+        assert_eq!(ask(Method::POST, "/drain").await, (200, "drained\n".into()));
+        assert!(ask(Method::GET, "/ready").await.1.contains("draining"));
+        std::fs::remove_dir_all(&dir).unwrap();
+    }
+
+    async fn over_tcp(port: u16, target: &str) -> u16 {
+        use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+        let mut stream = tokio::net::TcpStream::connect(("127.0.0.1", port)).await.unwrap();
+        let request = format!("GET {target} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        answer.split(' ').nth(1).unwrap().parse().unwrap()
+    }
 }

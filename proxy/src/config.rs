@@ -229,14 +229,14 @@ impl Config {
             text.parse::<SocketAddr>().map_err(|_| format!("{text:?} is not <address>:<port>"))
         });
         let admin_socket = env.path("WEFT_ADMIN_SOCKET", ADMIN_SOCKET);
-        if let (Some(outbound), Some(inbound), Some(admin)) = (outbound_port, inbound_port, admin_addr) {
-            if outbound == inbound || outbound == admin.port() || inbound == admin.port() {
-                env.error(format!(
-                    "WEFT_OUTBOUND_PORT ({outbound}), WEFT_INBOUND_PORT ({inbound}) and the port of \
-                     WEFT_ADMIN_ADDR ({}) must differ",
-                    admin.port()
-                ));
-            }
+        if let (Some(outbound), Some(inbound), Some(admin)) = (outbound_port, inbound_port, admin_addr)
+            && (outbound == inbound || outbound == admin.port() || inbound == admin.port())
+        {
+            env.error(format!(
+                "WEFT_OUTBOUND_PORT ({outbound}), WEFT_INBOUND_PORT ({inbound}) and the port of \
+                 WEFT_ADMIN_ADDR ({}) must differ",
+                admin.port()
+            ));
         }
 
         let workers = env.number("WEFT_WORKERS", 1, 1..=256);
@@ -518,9 +518,9 @@ fn parse_duration(text: &str) -> Result<Duration, String> {
 fn show_duration(duration: Duration) -> String {
     let millis = duration.as_millis();
     match millis {
-        _ if millis % 1_000 != 0 => format!("{millis}ms"),
-        _ if millis % 60_000 != 0 => format!("{}s", millis / 1_000),
-        _ if millis % 3_600_000 != 0 => format!("{}m", millis / 60_000),
+        _ if !millis.is_multiple_of(1_000) => format!("{millis}ms"),
+        _ if !millis.is_multiple_of(60_000) => format!("{}s", millis / 1_000),
+        _ if !millis.is_multiple_of(3_600_000) => format!("{}m", millis / 60_000),
         _ => format!("{}h", millis / 3_600_000),
     }
 }

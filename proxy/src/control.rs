@@ -330,7 +330,36 @@ const MAX_PUSHBACK: Duration = Duration::from_secs(60);
 
 #[cfg(test)]
 mod tests {
+    use std::{
+        collections::BTreeMap,
+        pin::Pin,
+        sync::{
+            Mutex,
+            atomic::{AtomicUsize, Ordering},
+        },
+    };
+
+    use hyper_util::{rt::TokioExecutor, service::TowerToHyperService};
+    use tonic::service::Routes;
+    use weft_core::identity::SpiffeId;
+    use weft_proto::{
+        ads::ResourceType,
+        pb::{
+            ads::{
+                DeltaDiscoveryRequest, Resource,
+                aggregated_discovery_service_server::{
+                    AggregatedDiscoveryService, AggregatedDiscoveryServiceServer,
+                },
+            },
+            v1::{self as pb, CertifyResponse},
+        },
+    };
+
     use super::*;
+    use crate::tls::{
+        self,
+        testing::{self, Authority},
+    };
 
     #[test]
     fn pushback_is_taken_within_reason() {
@@ -359,5 +388,378 @@ mod tests {
             dial(&nowhere, tls, limit).await,
             Err(DialError::Resolve(..) | DialError::Timeout(..))
         ));
+    }
+
+    /// A controller in this process: issues certificates, serves resources, takes reports.
+    struct FakeController {
+        authority: Authority,
+        state: Arc<State>,
+        discovery: u16,
+        identity: u16,
+        dir: std::path::PathBuf,
+        tasks: Vec<tokio::task::JoinHandle<()>>,
+    }
+
+    struct State {
+        /// The identity that each ADS stream came with.
+        peers: Mutex<Vec<SpiffeId>>,
+        issued: AtomicUsize,
+        tokens: Mutex<Vec<String>>,
+        resources: watch::Sender<Resources>,
+        reports: Mutex<Vec<pb::ReportRequest>>,
+        /// Grows to end every ADS stream.
+        epoch: watch::Sender<u64>,
+        sign: Sign,
+    }
+
+    /// By name: type, message, version.
+    type Resources = BTreeMap<String, (&'static str, Vec<u8>, u64)>;
+    type Sign = Box<dyn Fn(&[u8]) -> CertifyResponse + Send + Sync>;
+
+    #[derive(Clone)]
+    struct Service(Arc<State>, Option<SpiffeId>);
+
+    type Answers<T> = Pin<Box<dyn tokio_stream::Stream<Item = Result<T, Status>> + Send>>;
+
+    #[tonic::async_trait]
+    impl pb::identity_server::Identity for Service {
+        async fn certify(
+            &self,
+            request: tonic::Request<pb::CertifyRequest>,
+        ) -> Result<tonic::Response<CertifyResponse>, Status> {
+            let request = request.into_inner();
+            self.0.tokens.lock().unwrap().push(request.token);
+            self.0.issued.fetch_add(1, Ordering::SeqCst);
+            Ok(tonic::Response::new((self.0.sign)(&request.csr_der)))
+        }
+    }
+
+    #[tonic::async_trait]
+    impl AggregatedDiscoveryService for Service {
+        type DeltaAggregatedResourcesStream = Answers<DeltaDiscoveryResponse>;
+
+        async fn delta_aggregated_resources(
+            &self,
+            request: tonic::Request<Streaming<DeltaDiscoveryRequest>>,
+        ) -> Result<tonic::Response<Self::DeltaAggregatedResourcesStream>, Status> {
+            let state = Arc::clone(&self.0);
+            state.peers.lock().unwrap().push(self.1.clone().unwrap());
+            let (send, receive) = mpsc::channel(16);
+            let mut requests = request.into_inner();
+            tokio::spawn(async move {
+                let (mut resources, mut epoch) = (state.resources.subscribe(), state.epoch.subscribe());
+                let mut wanted = BTreeMap::new();
+                let mut nonce = 0;
+                loop {
+                    let due: Vec<_> = resources
+                        .borrow_and_update()
+                        .iter()
+                        .filter(|(name, (.., version))| wanted.get(*name).is_some_and(|sent| sent < version))
+                        .map(|(name, (url, body, version))| (name.clone(), *url, body.clone(), *version))
+                        .collect();
+                    for (name, url, body, version) in due {
+                        nonce += 1;
+                        wanted.insert(name.clone(), version);
+                        let any = weft_proto::Any { type_url: url.into(), value: body.into() };
+                        let resource = Resource {
+                            name,
+                            version: version.to_string(),
+                            resource: Some(any),
+                            ..Default::default()
+                        };
+                        let response = DeltaDiscoveryResponse {
+                            type_url: url.into(),
+                            nonce: format!("{nonce}"),
+                            resources: vec![resource],
+                            ..Default::default()
+                        };
+                        if send.send(Ok(response)).await.is_err() {
+                            return;
+                        }
+                    }
+                    tokio::select! {
+                        request = requests.message() => match request {
+                            Ok(Some(request)) => for name in request.resource_names_subscribe {
+                                wanted.insert(name, 0);
+                            },
+                            _ => return,
+                        },
+                        _ = resources.changed() => {}
+                        _ = epoch.changed() => {
+                            let _ = send.send(Err(Status::unavailable("too old"))).await;
+                            return;
+                        }
+                    }
+                }
+            });
+            Ok(tonic::Response::new(Box::pin(ReceiverStream::new(receive))))
+        }
+    }
+
+    #[tonic::async_trait]
+    impl pb::telemetry_server::Telemetry for Service {
+        type ReportStream = Answers<pb::ReportResponse>;
+
+        async fn report(
+            &self,
+            request: tonic::Request<Streaming<pb::ReportRequest>>,
+        ) -> Result<tonic::Response<Self::ReportStream>, Status> {
+            let state = Arc::clone(&self.0);
+            let (send, receive) = mpsc::channel(16);
+            let mut requests = request.into_inner();
+            tokio::spawn(async move {
+                while let Ok(Some(report)) = requests.message().await {
+                    let sequence = report.sequence;
+                    state.reports.lock().unwrap().push(report);
+                    if send.send(Ok(pb::ReportResponse { sequence })).await.is_err() {
+                        return;
+                    }
+                }
+            });
+            Ok(tonic::Response::new(Box::pin(ReceiverStream::new(receive))))
+        }
+    }
+
+    impl FakeController {
+        /// `account` is who it says that it is.
+        async fn start(account: &str) -> Self {
+            static NUMBER: AtomicUsize = AtomicUsize::new(0);
+            let authority = Authority::new("cluster.local");
+            let id = authority.id("weft", account);
+            let dir = std::env::temp_dir().join(format!(
+                "weft-control-{}-{}",
+                std::process::id(),
+                NUMBER.fetch_add(1, Ordering::SeqCst)
+            ));
+            std::fs::create_dir_all(&dir).unwrap();
+            std::fs::write(dir.join("roots.pem"), &authority.pem).unwrap();
+            std::fs::write(dir.join("token"), "the-token\n").unwrap();
+
+            let (signer, root) = (Arc::clone(&authority.issuer), authority.root.clone());
+            let sign = move |csr: &[u8]| {
+                let csr = rcgen::CertificateSigningRequestParams::from_der(&csr.to_vec().into()).unwrap();
+                let params = testing::leaf("spiffe://cluster.local/ns/shop/sa/web");
+                let leaf = params.signed_by(&csr.public_key, &signer).unwrap();
+                let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
+                let now = i64::try_from(now.as_secs()).unwrap();
+                CertifyResponse {
+                    chain_der: vec![leaf.der().to_vec().into()],
+                    roots_der: vec![root.to_vec().into()],
+                    not_after: now + 3_600,
+                    now,
+                }
+            };
+            let state = Arc::new(State {
+                peers: Mutex::default(),
+                issued: AtomicUsize::new(0),
+                tokens: Mutex::default(),
+                resources: watch::Sender::new(BTreeMap::new()),
+                reports: Mutex::default(),
+                epoch: watch::Sender::new(0),
+                sign: Box::new(sign),
+            });
+            let own = authority.material_of(&id);
+            let mut mutual = rustls::ServerConfig::clone(
+                &tls::server_config(&own, std::slice::from_ref(&authority.domain)).unwrap(),
+            );
+            mutual.alpn_protocols = vec![b"h2".to_vec()];
+            let mut plain = testing::server_without_clients(&own);
+            plain.alpn_protocols = vec![b"h2".to_vec()];
+            let (discovery, one) = serve(mutual, Arc::clone(&state), |service| {
+                Routes::new(AggregatedDiscoveryServiceServer::new(service.clone()))
+                    .add_service(pb::telemetry_server::TelemetryServer::new(service))
+            })
+            .await;
+            let (identity, two) = serve(plain, Arc::clone(&state), |service| {
+                Routes::new(pb::identity_server::IdentityServer::new(service))
+            })
+            .await;
+            Self { authority, state, discovery, identity, dir, tasks: vec![one, two] }
+        }
+
+        fn config(&self) -> Arc<Config> {
+            let path = |name: &str| self.dir.join(name).display().to_string();
+            let (anchors, token) = (path("roots.pem"), path("token"));
+            let (discovery, identity) =
+                (format!("127.0.0.1:{}", self.discovery), format!("localhost:{}", self.identity));
+            Arc::new(Config::for_tests(&[
+                ("WEFT_TRUST_ANCHORS", &anchors),
+                ("WEFT_TOKEN_FILE", &token),
+                ("WEFT_CONTROLLER", &discovery),
+                ("WEFT_CONTROLLER_IDENTITY", &identity),
+                ("WEFT_RECONNECT_BASE", "10ms"),
+                ("WEFT_RECONNECT_CAP", "50ms"),
+                ("WEFT_RENEW_SPREAD", "10ms"),
+                ("WEFT_REPORT_INTERVAL", "50ms"),
+            ]))
+        }
+
+        fn put(&self, name: &str, ty: ResourceType, message: &impl prost::Message) {
+            let body = message.encode_to_vec();
+            self.state.resources.send_modify(|resources| {
+                let version = resources.values().map(|(.., version)| *version).max().unwrap_or(0) + 1;
+                resources.insert(name.to_owned(), (ty.type_url(), body, version));
+            });
+        }
+
+        fn configure(&self) {
+            let config = pb::WorkloadConfig {
+                identity: "spiffe://cluster.local/ns/shop/sa/web".into(),
+                default_port: Some(pb::InboundPort {
+                    mtls: pb::inbound_port::MtlsMode::Strict.into(),
+                    authz: "authz/uid-web-1/0".into(),
+                    ..Default::default()
+                }),
+                egress: pb::workload_config::Egress::Allow.into(),
+                trust_domains: vec!["cluster.local".into()],
+                ..Default::default()
+            };
+            self.put("self/uid-web-1", ResourceType::WorkloadConfig, &config);
+            let policy =
+                pb::Authorization { default: pb::authorization::Action::Allow.into(), ..Default::default() };
+            self.put("authz/uid-web-1/0", ResourceType::Authorization, &policy);
+        }
+
+        fn applied(&self) -> Vec<String> {
+            let reports = self.state.reports.lock().unwrap();
+            reports.iter().flat_map(|report| &report.applied).map(|applied| applied.name.clone()).collect()
+        }
+    }
+
+    impl Drop for FakeController {
+        fn drop(&mut self) {
+            self.tasks.iter().for_each(tokio::task::JoinHandle::abort);
+            let _ = std::fs::remove_dir_all(&self.dir);
+        }
+    }
+
+    async fn serve(
+        config: rustls::ServerConfig,
+        state: Arc<State>,
+        routes: impl Fn(Service) -> Routes + Send + 'static,
+    ) -> (u16, tokio::task::JoinHandle<()>) {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(config));
+        let task = tokio::spawn(async move {
+            let mut connections = tokio::task::JoinSet::new();
+            loop {
+                let (stream, _) = listener.accept().await.unwrap();
+                let Ok(stream) = acceptor.accept(stream).await else { continue };
+                let peer = stream.get_ref().1.peer_certificates();
+                let peer = peer.map(|certs| tls::peer_identity(certs).unwrap());
+                let service = TowerToHyperService::new(routes(Service(Arc::clone(&state), peer)).prepare());
+                connections.spawn(async move {
+                    let http2 = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
+                    let _ = http2.serve_connection(TokioIo::new(stream), service).await;
+                });
+            }
+        });
+        (port, task)
+    }
+
+    /// Looks again and again: real sockets have no virtual time.
+    async fn until(what: &str, mut holds: impl FnMut() -> bool) {
+        for _ in 0..500 {
+            if holds() {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        panic!("not in 5 s: {what}");
+    }
+
+    #[tokio::test]
+    async fn from_a_token_to_a_live_configuration() {
+        let controller = FakeController::start("weft-controller").await;
+        let shared = Arc::new(Shared::default());
+        let control = start(&controller.config(), &shared, Vec::new());
+        until("certificate", || control.material.borrow().is_some()).await;
+        assert_eq!(control.lacks(), ["configuration"]);
+        assert_eq!(*controller.state.tokens.lock().unwrap(), ["the-token"]);
+        controller.configure();
+        until("configuration", || control.lacks().is_empty()).await;
+        assert_eq!(
+            controller.state.peers.lock().unwrap()[0].as_str(),
+            "spiffe://cluster.local/ns/shop/sa/web"
+        );
+        until("applied", || {
+            let applied = controller.applied();
+            ["self/uid-web-1", "authz/uid-web-1/0"].iter().all(|name| applied.iter().any(|one| one == name))
+        })
+        .await;
+        tokio::time::timeout(Duration::from_secs(5), control.flush()).await.unwrap();
+        let reports = controller.state.reports.lock().unwrap();
+        for (i, report) in reports.iter().enumerate() {
+            assert_eq!(report.sequence, i as u64 + 1);
+            assert_eq!(report.session, reports[0].session);
+        }
+        assert!(reports.last().unwrap().gauges.as_ref().unwrap().certificate_not_after > 0);
+    }
+
+    #[tokio::test]
+    async fn a_lost_stream_comes_back_and_everything_is_told_again() {
+        let controller = FakeController::start("weft-controller").await;
+        controller.configure();
+        let shared = Arc::new(Shared::default());
+        let control = start(&controller.config(), &shared, Vec::new());
+        until("configuration", || control.lacks().is_empty()).await;
+        let policy = control.discovery.inbound().borrow().clone().unwrap();
+        for n in 2..=4 {
+            controller.state.epoch.send_modify(|epoch| *epoch += 1);
+            until("another stream", || controller.state.peers.lock().unwrap().len() == n).await;
+        }
+        assert_eq!(shared.counter(Counter::Reconnects), 4);
+        assert!(Arc::ptr_eq(&policy, &control.discovery.inbound().borrow().clone().unwrap()));
+        until("told again", || {
+            controller.applied().iter().filter(|name| *name == "self/uid-web-1").count() >= 2
+        })
+        .await;
+        assert_eq!(controller.state.issued.load(Ordering::SeqCst), 1);
+    }
+
+    #[tokio::test]
+    async fn a_change_of_roots_is_live_at_once_and_renews() {
+        let controller = FakeController::start("weft-controller").await;
+        controller.configure();
+        let control = start(&controller.config(), &Arc::default(), Vec::new());
+        until("configuration", || control.lacks().is_empty()).await;
+        let next = Authority::new("cluster.local");
+        let put = |sequence, roots: &[&Authority]| {
+            let bundle = pb::TrustBundle {
+                roots_der: roots.iter().map(|root| root.root.to_vec().into()).collect(),
+                sequence,
+                ..Default::default()
+            };
+            controller.put("trust/cluster.local", ResourceType::TrustBundle, &bundle);
+        };
+        let generation = || control.material.borrow().as_ref().map_or(0, |material| material.generation);
+        let roots = || control.material.borrow().as_ref().map_or(0, |m| m.trust().roots("cluster.local"));
+        let issued = || controller.state.issued.load(Ordering::SeqCst);
+        // The first bundle says what the issuer said already.
+        let before = generation();
+        put(7, &[&controller.authority]);
+        until("first bundle", || generation() > before).await;
+        // Then a root is added.
+        put(8, &[&controller.authority, &next]);
+        until("both roots", || roots() == 2).await;
+        until("renewal", || issued() == 2).await;
+        // The same sequence again is no reason.
+        let before = generation();
+        put(8, &[&next, &controller.authority]);
+        until("the same in other words", || generation() > before).await;
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        assert_eq!(issued(), 2);
+    }
+
+    #[tokio::test]
+    async fn nobody_else_is_the_controller() {
+        let impostor = FakeController::start("web").await;
+        impostor.configure();
+        let shared = Arc::new(Shared::default());
+        let control = start(&impostor.config(), &shared, Vec::new());
+        until("failures", || shared.counter(Counter::RenewalFailures) >= 3).await;
+        assert!(control.material.borrow().is_none());
+        assert!(impostor.state.tokens.lock().unwrap().is_empty(), "the token went to somebody else");
     }
 }

@@ -330,3 +330,54 @@ pub(crate) mod testing {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use weft_core::policy::{
+        Action, Authorization, DETECT_TIMEOUT, MtlsMode, PortPolicy, Protocol, RouteTable, Service,
+    };
+
+    use super::*;
+
+    fn inbound(egress: Egress) -> InboundPolicy {
+        let authorization =
+            Arc::new(Authorization { default: Action::Allow, rules: Vec::new(), generation: 1 });
+        InboundPolicy {
+            identity: "spiffe://a.test/ns/shop/sa/web".parse().unwrap(),
+            ports: std::collections::BTreeMap::new(),
+            default_port: Arc::new(PortPolicy {
+                protocol: Protocol::Detect,
+                detect_timeout: DETECT_TIMEOUT,
+                mtls: MtlsMode::Strict,
+                authorization,
+            }),
+            mesh_ranges: vec!["10.0.0.0/8".parse().unwrap()],
+            egress,
+            trust_domains: Vec::new(),
+        }
+    }
+
+    fn policy(service: &Arc<Service>) -> OutboundPolicy {
+        let routes = RouteTable::to_service(service);
+        OutboundPolicy { service: Arc::clone(service), routes, backends: Vec::new() }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_change_wakes_whoever_holds_it() {
+        let service = store::testing::service("shop/api:80");
+        let address: SocketAddr = ([10, 0, 0, 1], 80).into();
+        let (discovery, known) = Discovery::fixed(inbound(Egress::Deny), vec![(address, policy(&service))]);
+        let Ok(Target::Service(watched)) = discovery.resolve(address).await else { panic!("not known") };
+        let seen = watched.version();
+        let waiting = tokio::spawn({
+            let watched = Arc::clone(&watched);
+            async move { watched.changed().await }
+        });
+        tokio::task::yield_now().await;
+        known[&address].set(policy(&store::testing::service("shop/api:81")));
+        waiting.await.unwrap();
+        watched.changed_since(seen).await;
+        assert_eq!(watched.policy().service.name.port, 81);
+        assert!(matches!(discovery.resolve(([10, 0, 0, 2], 80).into()).await, Ok(Target::Denied)));
+    }
+}

@@ -39,8 +39,9 @@ use crate::{
 pub struct Bundles {
     /// Roots by trust domain; the own domain's once its bundle has arrived.
     pub trust: Trust,
-    /// The own domain's sequence: when it grows, roots have changed and the certificate is renewed at once.
-    pub sequence: u64,
+    /// The own domain's sequence, once there is one: when it grows, roots have changed and the certificate
+    /// is renewed at once.
+    pub sequence: Option<u64>,
 }
 
 /// Why there is no new certificate.
@@ -132,9 +133,17 @@ impl Keeper {
                     if changed.is_err() {
                         return;
                     }
-                    let now = self.bundles.borrow().sequence;
+                    let (now, trust) = {
+                        let bundles = self.bundles.borrow();
+                        (bundles.sequence, bundles.trust.clone())
+                    };
                     self.republish();
-                    if now > sequence && self.issued.is_some() {
+                    // The first bundle is no news, unless it does not know who issued our certificate.
+                    let grown = sequence.is_some() && now > sequence;
+                    let stranger = self.issued.as_ref().is_some_and(|issued| {
+                        now.is_some() && !issued.material.is_trusted_by(&trust)
+                    });
+                    if self.issued.is_some() && (grown || (stranger && now != sequence)) {
                         let spread = self.config.times.renew_spread.mul_f64(rand::rng().random::<f64>());
                         info!(sequence = now, in_ms = spread.as_millis() as u64, "roots changed: renewing");
                         due = due.min(Instant::now() + spread);

@@ -234,6 +234,7 @@ pub fn peer_validity(certs: &[CertificateDer<'_>]) -> Result<Validity, TlsError>
 
 /// Whether a failed handshake says that the peer is not who it must be (or that it says so of us):
 /// nothing was sent, the endpoint failed, and another one may be tried whatever the method.
+#[expect(clippy::wildcard_enum_match_arm, reason = "non-exhaustive; only these are about identity")]
 pub fn is_identity_failure(error: &io::Error) -> bool {
     use rustls::AlertDescription as Alert;
     let Some(error) = error.get_ref().and_then(|e| e.downcast_ref::<rustls::Error>()) else { return false };
@@ -251,7 +252,6 @@ pub fn is_identity_failure(error: &io::Error) -> bool {
                 | Alert::UnrecognisedName
                 | Alert::CertificateRequired
         ),
-        #[expect(clippy::wildcard_enum_match_arm, reason = "non-exhaustive; only these are about identity")]
         _ => false,
     }
 }
@@ -310,6 +310,14 @@ impl Material {
             certified: Arc::clone(&self.certified),
             trust,
         }
+    }
+
+    /// Whether whoever trusts `trust` would believe this certificate.
+    pub(crate) fn is_trusted_by(&self, trust: &Trust) -> bool {
+        let Some((leaf, rest)) = self.certified.cert.split_first() else { return false };
+        // By its own clock: whether it has expired is another question.
+        let since = self.validity.not_before.duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+        verify(trust, leaf, rest, UnixTime::since_unix_epoch(since), Role::Client).is_ok()
     }
 
     /// Whom this workload trusts.
@@ -629,6 +637,7 @@ fn parse<'a>(der: &'a CertificateDer<'_>) -> Result<X509Certificate<'a>, TlsErro
     Ok(cert)
 }
 
+#[expect(clippy::wildcard_enum_match_arm, reason = "every other kind of name is not an identity")]
 fn identity_of(cert: &X509Certificate<'_>) -> Result<SpiffeId, TlsError> {
     let names = cert.subject_alternative_name().map_err(|_| TlsError::Parse("alternative names"))?;
     let names = names.map(|names| names.value.general_names.as_slice()).unwrap_or_default();
@@ -637,7 +646,6 @@ fn identity_of(cert: &X509Certificate<'_>) -> Result<SpiffeId, TlsError> {
     }
     let mut uris = names.iter().filter_map(|name| match name {
         GeneralName::URI(uri) => Some(*uri),
-        #[expect(clippy::wildcard_enum_match_arm, reason = "every other kind of name is not an identity")]
         _ => None,
     });
     let (Some(uri), None) = (uris.next(), uris.next()) else {
@@ -730,8 +738,9 @@ pub(crate) mod testing {
     /// One trust domain's root.
     pub(crate) struct Authority {
         pub(crate) domain: TrustDomain,
-        pub(crate) issuer: Issuer<'static, KeyPair>,
+        pub(crate) issuer: Arc<Issuer<'static, KeyPair>>,
         pub(crate) root: CertificateDer<'static>,
+        pub(crate) pem: String,
     }
 
     impl Authority {
@@ -741,8 +750,13 @@ pub(crate) mod testing {
             params.distinguished_name.push(DnType::CommonName, format!("root of {domain}"));
             params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
             params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
-            let root = params.self_signed(&key).unwrap().der().clone();
-            Self { domain: TrustDomain::new(domain).unwrap(), issuer: Issuer::new(params, key), root }
+            let root = params.self_signed(&key).unwrap();
+            Self {
+                domain: TrustDomain::new(domain).unwrap(),
+                issuer: Arc::new(Issuer::new(params, key)),
+                root: root.der().clone(),
+                pem: root.pem(),
+            }
         }
 
         pub(crate) fn trust(&self) -> Trust {
@@ -763,9 +777,27 @@ pub(crate) mod testing {
             let mut params = leaf(self.id(namespace, account).as_str());
             let name = PodUid::new(uid).unwrap().server_name();
             params.subject_alt_names.push(SanType::DnsName(name.try_into().unwrap()));
-            let chain = vec![self.issue(&key, &params)];
-            Material::new(1, &key, chain, self.trust(), UnixTime::now()).unwrap()
+            self.material_from(&key, &params)
         }
+
+        /// A certificate without a pod.
+        pub(crate) fn material_of(&self, id: &SpiffeId) -> Material {
+            self.material_from(&WorkloadKey::generate().unwrap(), &leaf(id.as_str()))
+        }
+
+        fn material_from(&self, key: &WorkloadKey, params: &CertificateParams) -> Material {
+            let chain = vec![self.issue(key, params)];
+            Material::new(1, key, chain, self.trust(), UnixTime::now()).unwrap()
+        }
+    }
+
+    /// A server that asks no client who it is.
+    pub(crate) fn server_without_clients(material: &Material) -> ServerConfig {
+        ServerConfig::builder_with_provider(crypto())
+            .with_protocol_versions(&[&TLS13])
+            .unwrap()
+            .with_no_client_auth()
+            .with_cert_resolver(Arc::new(SingleCertAndKey::from(Arc::clone(&material.certified))))
     }
 
     /// What a workload certificate says, for any URI.
@@ -831,34 +863,74 @@ mod tests {
         let none = (false, false);
         let cases: Vec<(&str, CertificateParams, (bool, bool))> = vec![
             ("good", leaf(WEB), both),
-            ("a DNS name beside the URI", with(|p| {
-                p.subject_alt_names.push(SanType::DnsName("x.weft.internal".try_into().unwrap()));
-            }), both),
-            ("expired within the skew", with(|p| p.not_after = in_seconds(-200).into()), both),
-            ("expired", with(|p| p.not_after = in_seconds(-400).into()), none),
+            (
+                "a DNS name beside the URI",
+                with(|p| {
+                    p.subject_alt_names.push(SanType::DnsName("x.weft.internal".try_into().unwrap()));
+                }),
+                both,
+            ),
+            (
+                "expired within the skew",
+                with(|p| (p.not_before, p.not_after) = (in_seconds(-9_000).into(), in_seconds(-200).into())),
+                both,
+            ),
+            (
+                "expired",
+                with(|p| (p.not_before, p.not_after) = (in_seconds(-9_000).into(), in_seconds(-400).into())),
+                none,
+            ),
             ("ahead within the skew", with(|p| p.not_before = in_seconds(200).into()), both),
             ("not valid yet", with(|p| p.not_before = in_seconds(400).into()), none),
             ("no digitalSignature", with(|p| p.key_usages = vec![KeyUsagePurpose::KeyAgreement]), none),
-            ("neither usage", with(|p| p.extended_key_usages = vec![ExtendedKeyUsagePurpose::CodeSigning]), none),
-            ("server only", with(|p| p.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth]), (false, true)),
-            ("client only", with(|p| p.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth]), (true, false)),
+            (
+                "neither usage",
+                with(|p| p.extended_key_usages = vec![ExtendedKeyUsagePurpose::CodeSigning]),
+                none,
+            ),
+            (
+                "server only",
+                with(|p| p.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth]),
+                (false, true),
+            ),
+            (
+                "client only",
+                with(|p| p.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth]),
+                (true, false),
+            ),
             ("a certificate authority", with(|p| p.is_ca = IsCa::Ca(BasicConstraints::Unconstrained)), none),
             ("two URIs", with(|p| p.subject_alt_names.push(uri("spiffe://a.test/ns/shop/sa/api"))), none),
             ("the same URI twice", with(|p| p.subject_alt_names.push(uri(WEB))), none),
-            ("a URI of another kind beside it", with(|p| p.subject_alt_names.push(uri("https://a.test/"))), none),
+            (
+                "a URI of another kind beside it",
+                with(|p| p.subject_alt_names.push(uri("https://a.test/"))),
+                none,
+            ),
             ("no names", with(|p| p.subject_alt_names.clear()), none),
-            ("the name in the CN", with(|p| {
-                p.subject_alt_names.clear();
-                p.distinguished_name.push(rcgen::DnType::CommonName, WEB);
-            }), none),
-            ("a DNS name only", with(|p| {
-                p.subject_alt_names = vec![SanType::DnsName("web.shop".try_into().unwrap())];
-            }), none),
-            ("an unknown critical extension", with(|p| {
-                let mut unknown = CustomExtension::from_oid_content(&[1, 2, 3, 4, 5], vec![5, 0]);
-                unknown.set_criticality(true);
-                p.custom_extensions.push(unknown);
-            }), none),
+            (
+                "the name in the CN",
+                with(|p| {
+                    p.subject_alt_names.clear();
+                    p.distinguished_name.push(rcgen::DnType::CommonName, WEB);
+                }),
+                none,
+            ),
+            (
+                "a DNS name only",
+                with(|p| {
+                    p.subject_alt_names = vec![SanType::DnsName("web.shop".try_into().unwrap())];
+                }),
+                none,
+            ),
+            (
+                "an unknown critical extension",
+                with(|p| {
+                    let mut unknown = CustomExtension::from_oid_content(&[1, 2, 3, 4, 5], vec![5, 0]);
+                    unknown.set_criticality(true);
+                    p.custom_extensions.push(unknown);
+                }),
+                none,
+            ),
             ("a longer twin", leaf("spiffe://a.test/ns/shop/sa/web2"), (true, false)),
             ("a shorter twin", leaf("spiffe://a.test/ns/shop/sa/we"), (true, false)),
         ];
@@ -1136,35 +1208,13 @@ mod tests {
     fn anchors_are_read_from_their_file_as_it_stands() {
         let (a, b) = (Authority::new("a.test"), Authority::new("a.test"));
         let path = std::env::temp_dir().join(format!("weft-anchors-{}.pem", std::process::id()));
-        let pem = |der: &CertificateDer<'_>| {
-            use std::fmt::Write as _;
-            let hex = base64(der);
-            let mut text = String::from("-----BEGIN CERTIFICATE-----\n");
-            for line in hex.as_bytes().chunks(64) {
-                let _ = writeln!(text, "{}", std::str::from_utf8(line).unwrap());
-            }
-            text + "-----END CERTIFICATE-----\n"
-        };
-        std::fs::write(&path, pem(&a.root)).unwrap();
+        std::fs::write(&path, &a.pem).unwrap();
         assert_eq!(Trust::from_file(&a.domain, &path).unwrap().roots("a.test"), 1);
-        std::fs::write(&path, pem(&a.root) + &pem(&b.root)).unwrap();
+        std::fs::write(&path, a.pem.clone() + &b.pem).unwrap();
         assert_eq!(Trust::from_file(&a.domain, &path).unwrap().roots("a.test"), 2);
         std::fs::write(&path, "").unwrap();
         assert!(Trust::from_file(&a.domain, &path).is_err());
         std::fs::remove_file(&path).unwrap();
         assert!(matches!(Trust::from_file(&a.domain, &path), Err(TlsError::File(..))));
-    }
-
-    fn base64(bytes: &[u8]) -> String {
-        const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-        let mut text = String::new();
-        for chunk in bytes.chunks(3) {
-            let word = chunk.iter().enumerate().fold(0u32, |word, (i, b)| word | u32::from(*b) << (16 - 8 * i));
-            for i in 0..4 {
-                let digit = ALPHABET[(word >> (18 - 6 * i) & 63) as usize];
-                text.push(if i <= chunk.len() { digit.into() } else { '=' });
-            }
-        }
-        text
     }
 }

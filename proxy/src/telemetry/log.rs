@@ -25,8 +25,8 @@ use tracing_subscriber::{
 use super::metrics::{Counter, Shared};
 use crate::config::LogFormat;
 
-/// Changes the filter while the sidecar runs.
-#[derive(Clone)]
+/// Changes the filter while the sidecar runs. The default one belongs to nobody and changes nothing.
+#[derive(Clone, Default)]
 pub struct LogHandle(Option<reload::Handle<EnvFilter, Registry>>);
 
 /// A request that this sidecar answered itself.

@@ -35,6 +35,7 @@ use weft_core::{
 use weft_proto::pb::v1 as pb;
 
 /// The plain counters: family, fixed labels, help. Variants that share a family stand together.
+#[rustfmt::skip]
 const COUNTERS: [(Counter, &str, &str, &str); Counter::COUNT] = {
     use Counter as C;
     const IN: &str = r#"direction="inbound""#;
@@ -42,51 +43,26 @@ const COUNTERS: [(Counter, &str, &str, &str); Counter::COUNT] = {
     [
         (C::OutboundAccepted, "weft_connections_total", OUT, "Connections accepted"),
         (C::InboundAccepted, "weft_connections_total", IN, ""),
-        (
-            C::OutboundShed,
-            "weft_connections_shed_total",
-            OUT,
-            "Connections closed at once: a limit was reached",
-        ),
+        (C::OutboundShed, "weft_connections_shed_total", OUT, "Connections closed at once: a limit was reached"),
         (C::InboundShed, "weft_connections_shed_total", IN, ""),
         (C::OutboundBytesSent, "weft_tcp_bytes_total", r#"direction="outbound",way="sent""#, "Opaque bytes"),
         (C::OutboundBytesReceived, "weft_tcp_bytes_total", r#"direction="outbound",way="received""#, ""),
         (C::InboundBytesSent, "weft_tcp_bytes_total", r#"direction="inbound",way="sent""#, ""),
         (C::InboundBytesReceived, "weft_tcp_bytes_total", r#"direction="inbound",way="received""#, ""),
         (C::AcceptErrors, "weft_accept_errors_total", "", "accept() failed (descriptors used up)"),
-        (
-            C::LoopsRefused,
-            "weft_loops_refused_total",
-            "",
-            "Connections whose destination was one of our listeners",
-        ),
+        (C::LoopsRefused, "weft_loops_refused_total", "", "Connections whose destination was one of our listeners"),
         (C::DetectTimeouts, "weft_detect_timeouts_total", "", "Connections whose client stayed silent"),
         (C::Connects, "weft_connects_total", r#"result="ok""#, "Connections opened to endpoints and apps"),
         (C::ConnectRefusals, "weft_connects_total", r#"result="refused""#, ""),
         (C::ConnectTimeouts, "weft_connects_total", r#"result="timeout""#, ""),
         (C::ConnectErrors, "weft_connects_total", r#"result="failed""#, ""),
-        (
-            C::IdentityMismatches,
-            "weft_identity_mismatch_total",
-            "",
-            "Handshakes whose peer was not who it must be",
-        ),
+        (C::IdentityMismatches, "weft_identity_mismatch_total", "", "Handshakes whose peer was not who it must be"),
         (C::WrongPod, "weft_wrong_pod_total", "", "Inbound connections that meant another pod"),
         (C::HandshakesFailed, "weft_handshakes_failed_total", "", "Inbound TLS handshakes that failed"),
-        (
-            C::PlaintextRefused,
-            "weft_plaintext_refused_total",
-            "",
-            "Plaintext connections refused in strict mode",
-        ),
+        (C::PlaintextRefused, "weft_plaintext_refused_total", "", "Plaintext connections refused in strict mode"),
         (C::Denied, "weft_denied_total", "", "Requests and connections denied by authorization"),
         (C::PeerExpired, "weft_peer_expired_total", "", "Connections ended with their peer's certificate"),
-        (
-            C::Redispatched,
-            "weft_redispatched_total",
-            "",
-            "Requests sent elsewhere because they were not sent or not processed",
-        ),
+        (C::Redispatched, "weft_redispatched_total", "", "Requests sent elsewhere because they were not sent or not processed"),
         (C::Retries, "weft_retries_total", "", "Attempts beyond the first, by policy"),
         (C::BudgetExhausted, "weft_retry_budget_exhausted_total", "", "Retries that the budget refused"),
         (C::ReplayOverflow, "weft_replay_overflow_total", "", "Request bodies too large to be sent again"),
@@ -94,38 +70,19 @@ const COUNTERS: [(Counter, &str, &str, &str); Counter::COUNT] = {
         (C::RateLimited, "weft_rate_limited_total", "", "Requests refused by a rate limit"),
         (C::RequestsShed, "weft_requests_shed_total", "", "Requests refused because too many were in flight"),
         (C::Panics, "weft_panics_total", "", "Connections that ended in a panic"),
-        (
-            C::DiscoveryTimeouts,
-            "weft_discovery_timeouts_total",
-            "",
-            "Destinations that the control plane did not answer in time",
-        ),
-        (
-            C::DiscoveryShed,
-            "weft_discovery_shed_total",
-            "",
-            "Connections refused because too many waited for discovery",
-        ),
+        (C::DiscoveryTimeouts, "weft_discovery_timeouts_total", "", "Destinations that the control plane did not answer in time"),
+        (C::DiscoveryShed, "weft_discovery_shed_total", "", "Connections refused because too many waited for discovery"),
         (C::Reconnects, "weft_control_reconnects_total", "", "Times the control stream was opened"),
         (C::Nacks, "weft_control_nacks_total", "", "Resources refused"),
         (C::Renewals, "weft_certificate_renewals_total", r#"result="ok""#, "Certificates asked for"),
         (C::RenewalFailures, "weft_certificate_renewals_total", r#"result="failed""#, ""),
-        (
-            C::TelemetryDropped,
-            "weft_telemetry_dropped_total",
-            "",
-            "Telemetry items dropped because a buffer was full",
-        ),
-        (
-            C::LogLinesDropped,
-            "weft_log_lines_dropped_total",
-            "",
-            "Log lines dropped because the pipe was blocked",
-        ),
+        (C::TelemetryDropped, "weft_telemetry_dropped_total", "", "Telemetry items dropped because a buffer was full"),
+        (C::LogLinesDropped, "weft_log_lines_dropped_total", "", "Log lines dropped because the pipe was blocked"),
     ]
 };
 
 /// The gauges: family, fixed labels, help.
+#[rustfmt::skip]
 const GAUGES: [(Gauge, &str, &str, &str); Gauge::COUNT] = {
     use Gauge as G;
     const IN: &str = r#"direction="inbound""#;
@@ -137,26 +94,11 @@ const GAUGES: [(Gauge, &str, &str, &str); Gauge::COUNT] = {
         (G::InboundRequests, "weft_requests_in_flight", IN, ""),
         (G::PooledConnections, "weft_pooled_connections", "", "Connections kept for reuse or in use"),
         (G::Connected, "weft_control_connected", "", "1 while the control stream is up"),
-        (
-            G::LastContact,
-            "weft_control_last_contact_seconds",
-            "",
-            "Seconds since the control plane was last heard",
-        ),
-        (
-            G::NackedResources,
-            "weft_control_nacked_resources",
-            "",
-            "Resources whose newest version was refused",
-        ),
+        (G::LastContact, "weft_control_last_contact_seconds", "", "Seconds since the control plane was last heard"),
+        (G::NackedResources, "weft_control_nacked_resources", "", "Resources whose newest version was refused"),
         (G::Destinations, "weft_discovery_destinations", "", "Destinations subscribed"),
         (G::DiscoveryWaiters, "weft_discovery_waiters", "", "Connections that wait for discovery"),
-        (
-            G::CertificateNotAfter,
-            "weft_certificate_not_after_seconds",
-            "",
-            "End of the workload certificate, Unix time; 0: none",
-        ),
+        (G::CertificateNotAfter, "weft_certificate_not_after_seconds", "", "End of the workload certificate, Unix time; 0: none"),
         (G::TrustRoots, "weft_trust_roots", "", "Roots trusted, over all trust domains"),
     ]
 };
@@ -888,7 +830,7 @@ impl Merged {
             *self.errors.entry(code).or_default() += n;
         }
         for (key, class, sample) in delta.series {
-            let known = self.totals.contains_key(&key) || self.totals.len() < self.limit;
+            let known = self.totals.contains_key(&key) || self.totals.len() < self.limit + OVERFLOWS;
             let key = if known { key } else { key.overflow() };
             if let Some(total) = self.totals.entry(key.clone()).or_default().get_mut(class_index(class)) {
                 total.get_or_insert_default().add(&sample);
@@ -1192,8 +1134,8 @@ fn record(histogram: &mut Option<Histogram<u32>>, sum: &mut u64, value: Duration
             Err(_) => return,
         },
     };
-    histogram.saturating_record(value);
-    debug_assert!(histogram.is_auto_resize());
+    // Cannot fail: it resizes itself, and the value is capped.
+    let _ = histogram.record(value);
 }
 
 fn merge(into: &mut Option<Histogram<u32>>, from: Option<&Histogram<u32>>) {
@@ -1251,9 +1193,11 @@ fn escape(label: &str) -> std::borrow::Cow<'_, str> {
 const CLASSES: [Class; 4] = [Class::Ok, Class::ClientError, Class::ServerError, Class::Proxy];
 /// The name of what did not fit.
 const OVERFLOW: &str = "overflow";
+/// How many series are called so: one a direction and protocol.
+const OVERFLOWS: usize = 8;
 /// Significant digits: values within 1 %.
 const DIGITS: u8 = 2;
-/// Longest recorded time, 35 minutes: the histogram's range ends below the hour that readers accept.
+/// Longest recorded time, 35 minutes: histograms grow by powers of two, and readers accept up to an hour.
 const MAX_MICROS: u64 = (1 << 31) - 1;
 /// Distinct edges between two reports.
 const MAX_EDGES: usize = 1_000;
@@ -1265,3 +1209,219 @@ const MAX_ENDPOINTS: usize = 10_000;
 const IDLE_TAKES: u32 = 60;
 /// A worker that does not answer in this time is left out of one collection.
 const TAKE_TIMEOUT: Duration = Duration::from_secs(1);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn key(route: &str) -> SeriesKey {
+        SeriesKey {
+            direction: Direction::Outbound,
+            parent: "shop/api:80".into(),
+            route: route.into(),
+            backend: "shop/api-v1:80".into(),
+            protocol: "http1",
+        }
+    }
+
+    fn edge(caller: &str) -> EdgeKey {
+        EdgeKey {
+            caller: caller.into(),
+            caller_version: "".into(),
+            service: "80".into(),
+            method: "/".into(),
+            mtls: true,
+        }
+    }
+
+    /// Runs `test` with a registry over two recorders, served as workers serve them.
+    async fn with_two(limit: usize, test: impl AsyncFnOnce(Registry, Recorder, Recorder)) {
+        let local = tokio::task::LocalSet::new();
+        let run = local.run_until(async {
+            let (recorders, askers): (Vec<_>, Vec<_>) = (0..2)
+                .map(|_| {
+                    let (ask, asked) = channel();
+                    let recorder = Recorder::new(limit);
+                    tokio::task::spawn_local(recorder.clone().serve(asked));
+                    (recorder, ask)
+                })
+                .unzip();
+            let registry = Registry::new(askers, Arc::default(), limit);
+            let [one, two] = <[_; 2]>::try_from(recorders).ok().unwrap();
+            test(registry, one, two).await;
+        });
+        run.await;
+    }
+
+    const MS: Duration = Duration::from_millis(1);
+
+    #[test]
+    fn every_counter_and_gauge_stands_at_its_place() {
+        for (i, (counter, ..)) in COUNTERS.iter().enumerate() {
+            assert_eq!(*counter as usize, i, "{counter:?}");
+        }
+        for (i, (gauge, ..)) in GAUGES.iter().enumerate() {
+            assert_eq!(*gauge as usize, i, "{gauge:?}");
+        }
+    }
+
+    #[tokio::test]
+    async fn workers_are_merged_exactly_and_counted_once() {
+        with_two(10, async |registry, one, two| {
+            for (recorder, n) in [(&one, 30), (&two, 70)] {
+                let series = recorder.series(&key("r"));
+                for i in 1..=n {
+                    series.record(Class::Ok, Some(MS), MS * i, 1);
+                }
+                recorder.count(Counter::Retries);
+                recorder.gauge(Gauge::OutboundConnections, 2);
+                recorder.error("no_route");
+                recorder.edge(&edge("spiffe://x"), false);
+            }
+            let text = registry.exposition().await;
+            let labels = r#"direction="outbound",parent="shop/api:80",route="r",backend="shop/api-v1:80",protocol="http1",class="ok""#;
+            for line in [
+                format!("weft_requests_total{{{labels}}} 100"),
+                format!("weft_request_retries_total{{{labels}}} 100"),
+                format!("weft_first_byte_seconds_bucket{{{labels},le=\"0.0005\"}} 0"),
+                format!("weft_first_byte_seconds_bucket{{{labels},le=\"0.001\"}} 100"),
+                format!("weft_request_duration_seconds_bucket{{{labels},le=\"0.01\"}} 20"),
+                format!("weft_request_duration_seconds_bucket{{{labels},le=\"+Inf\"}} 100"),
+                format!("weft_request_duration_seconds_count{{{labels}}} 100"),
+                format!("weft_request_duration_seconds_sum{{{labels}}} 2.95"),
+                "weft_retries_total 2".to_owned(),
+                "weft_connections{direction=\"outbound\"} 4".to_owned(),
+                "weft_proxy_errors_total{code=\"no_route\"} 2".to_owned(),
+            ] {
+                assert!(text.lines().any(|have| have == line), "{line}\nnot in\n{text}");
+            }
+            // A scrape takes nothing from the report, and a report nothing from the next scrape.
+            let report = registry.report().await;
+            assert_eq!(report.routes.len(), 1);
+            assert_eq!((report.routes[0].count, report.routes[0].retries), (100, 100));
+            assert_eq!(report.edges[0].count, 2);
+            assert_eq!(registry.report().await, ReportDelta::default());
+            assert_eq!(registry.exposition().await.matches("} 100").count(), text.matches("} 100").count());
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn histograms_survive_the_wire_within_a_percent_and_below_the_hour() {
+        with_two(10, async |registry, one, two| {
+            let values = [1, 17, 999, 12_345, 1_234_567, 59_000_000, u64::MAX / 2];
+            for (i, micros) in values.into_iter().enumerate() {
+                let recorder = if i % 2 == 0 { &one } else { &two };
+                recorder.series(&key("r")).record(Class::Ok, None, Duration::from_micros(micros), 0);
+            }
+            let report = registry.report().await;
+            assert!(report.routes[0].first_byte.is_empty());
+            let bytes = &report.routes[0].duration;
+            // The header, as a reader checks it before it decodes.
+            assert!(u32::from_be_bytes(bytes[12..16].try_into().unwrap()) <= 2);
+            assert!(u64::from_be_bytes(bytes[24..32].try_into().unwrap()) <= 3_600_000_000);
+            let read: Histogram<u32> =
+                hdrhistogram::serialization::Deserializer::new().deserialize(&mut &bytes[..]).unwrap();
+            assert_eq!(read.len(), values.len() as u64);
+            for micros in values {
+                let kept = micros.min(MAX_MICROS);
+                let found =
+                    read.iter_recorded().any(|step| step.value_iterated_to().abs_diff(kept) * 100 <= kept);
+                assert!(found, "{micros}");
+            }
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn beyond_the_limit_everything_is_one_series() {
+        with_two(3, async |registry, one, _two| {
+            for i in 0..50 {
+                one.series(&key(&format!("r{i}"))).record(Class::Ok, None, MS, 0);
+                one.edge(&edge(&format!("spiffe://{}", i)), i % 2 == 0);
+            }
+            let report = registry.report().await;
+            assert_eq!(report.routes.len(), 4);
+            assert_eq!(report.routes.iter().map(|route| route.count).sum::<u64>(), 50);
+            let overflow = report.routes.iter().find(|route| route.route == OVERFLOW).unwrap();
+            assert_eq!(overflow.count, 47);
+            assert_eq!(report.edges.iter().map(|edge| edge.errors).sum::<u64>(), 25);
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn what_an_asker_gave_up_on_is_not_lost() {
+        let recorder = Recorder::new(10);
+        recorder.series(&key("r")).record(Class::Proxy, Some(MS), MS, 2);
+        recorder.count(Counter::Denied);
+        recorder.edge(&edge("spiffe://x"), true);
+        recorder.decision(pb::DecisionRecord { request_id: "1".into(), ..Default::default() });
+        let delta = recorder.take();
+        recorder.series(&key("r")).record(Class::Proxy, Some(MS), MS, 2);
+        recorder.put_back(delta);
+        let delta = recorder.take();
+        assert_eq!(delta.series[0].2.count, 2);
+        assert_eq!(delta.series[0].2.duration.as_ref().unwrap().len(), 2);
+        assert_eq!(delta.counters[Counter::Denied as usize], 1);
+        assert_eq!((delta.edges.len(), delta.decisions.len()), (1, 1));
+    }
+
+    #[test]
+    fn decisions_are_bounded_and_the_oldest_goes() {
+        let recorder = Recorder::new(10);
+        for i in 0..MAX_DECISIONS + 5 {
+            recorder.decision(pb::DecisionRecord { request_id: i.to_string(), ..Default::default() });
+        }
+        let delta = recorder.take();
+        assert_eq!(delta.decisions.len(), MAX_DECISIONS);
+        assert_eq!(delta.decisions[0].request_id, "5");
+        assert_eq!(delta.dropped, 5);
+    }
+
+    #[test]
+    fn a_quiet_series_nobody_holds_makes_room() {
+        let recorder = Recorder::new(10);
+        let held = recorder.series(&key("held"));
+        drop(recorder.series(&key("dropped")));
+        for _ in 0..=IDLE_TAKES {
+            recorder.take();
+        }
+        assert_eq!(recorder.0.series.borrow().len(), 1);
+        assert_eq!(&*held.key().route, "held");
+    }
+
+    #[test]
+    fn labels_are_escaped() {
+        assert_eq!(escape("a\"b\\c\nd"), r#"a\"b\\c\nd"#);
+        assert_eq!(Seconds(2_950_000).to_string(), "2.95");
+        assert_eq!(Seconds(60_000_000).to_string(), "60");
+        assert_eq!(Seconds(1).to_string(), "0.000001");
+    }
+
+    #[test]
+    fn requests_of_an_endpoint_are_told_as_differences() {
+        let recorder = Recorder::new(10);
+        let so_far = Rc::new(Cell::new(5));
+        let source = Rc::clone(&so_far);
+        recorder.endpoints(move || {
+            vec![EndpointReport {
+                backend: "b".into(),
+                uid: "u".into(),
+                address: SocketAddr::from(([10, 0, 0, 1], 80)),
+                cost: MS,
+                in_flight: 1,
+                weight: 1,
+                state: pb::endpoint_state::State::Healthy,
+                ejected_for: Duration::ZERO,
+                reason: String::new(),
+                requests: source.get(),
+            }]
+        });
+        assert_eq!(recorder.take().endpoints[0].requests, 5);
+        so_far.set(12);
+        assert_eq!(recorder.take().endpoints[0].requests, 7);
+        so_far.set(3); // it was gone and came back
+        assert_eq!(recorder.take().endpoints[0].requests, 3);
+    }
+}

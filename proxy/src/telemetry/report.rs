@@ -182,13 +182,12 @@ pub(crate) async fn run(
     let mut outbox = Outbox::new(session());
     let mut failures = 0;
     loop {
-        let channel = match connection.wait_for(Option::is_some).await {
-            Ok(channel) => channel.clone(),
-            Err(_) => return,
-        };
-        let Some(channel) = channel else { continue };
+        if connection.wait_for(Option::is_some).await.is_err() {
+            return;
+        }
+        let Some(channel) = connection.borrow_and_update().clone() else { continue };
         let started = Instant::now();
-        let ended = stream(&config, &reports, &registry, channel, &mut outbox).await;
+        let ended = stream(&config, &reports, &registry, channel, &mut connection, &mut outbox).await;
         debug!(reason = ?ended, "telemetry stream ended");
         if started.elapsed() >= config.times.reconnect_healthy {
             failures = 0;
@@ -205,6 +204,7 @@ async fn stream(
     reports: &Reports,
     registry: &Registry,
     channel: Channel,
+    connection: &mut watch::Receiver<Option<Channel>>,
     outbox: &mut Outbox,
 ) -> Result<(), tonic::Status> {
     let (send, receive) = mpsc::channel(1);
@@ -253,6 +253,8 @@ async fn stream(
                 }
                 None => return Ok(()),
             },
+            // The control stream has left that connection: so do we, or it would live on for us alone.
+            _ = connection.changed() => return Ok(()),
             _ = tick.tick() => due = true,
             _ = asked.changed() => due = true,
             () = reports.0.changed.notified() => {
