@@ -104,12 +104,12 @@ impl Truth {
                 let members = self.collections.entry(*name).or_default();
                 members.extend((0..*n).map(|n| (uid(n), self.version)));
             }
-            Op::Toggle(name) if is_collection(*name) => {
-                if self.collections.remove(name).is_none() {
-                    self.collections.insert(*name, BTreeMap::new());
-                }
+            Op::Toggle(name) if is_collection(*name) && self.collections.remove(name).is_none() => {
+                self.collections.insert(*name, BTreeMap::new());
             }
-            _ => {}
+            Op::Burst(..) | Op::Toggle(_) => {}
+            Op::Subscribe(_) | Op::Unsubscribe(_) | Op::Sync(_) | Op::Reconnect(_) => {}
+            Op::Restart(_) | Op::Deliver(_) | Op::Wait(_) => {}
         }
     }
 
@@ -132,11 +132,11 @@ fn is_collection(name: usize) -> bool {
 }
 
 fn is_refused(version: u32) -> bool {
-    version % 5 == 0
+    version.is_multiple_of(5)
 }
 
 fn is_urgent(version: u32) -> bool {
-    version % 3 == 0
+    version.is_multiple_of(3)
 }
 
 fn uid(n: usize) -> String {

@@ -543,6 +543,43 @@ mod server {
         );
     }
 
+    /// A source in which the cart changes while the response is being made: when the other collection is
+    /// looked at, the cart's urgent lane has been read and its normal lane has not.
+    struct Racing<'a>(&'a World, Collection);
+
+    impl Source for Racing<'_> {
+        fn lookup(&self, ty: ResourceType, name: &str) -> Option<Versioned> {
+            self.0.lookup(ty, name)
+        }
+
+        fn collection(&self, name: &str) -> Option<Collection> {
+            if name != CART {
+                put(&self.1, 1, "healthy again");
+                put(&self.1, 2, "also");
+            }
+            Source::collection(self.0, name)
+        }
+    }
+
+    #[test]
+    fn what_changes_while_a_response_is_made_waits_for_the_next() {
+        let (world, now) = (World::default(), Instant::now());
+        let cart = world.collection("e");
+        put(&cart, 2, "b");
+        cart.publish(&uid(1), Bytes::from_static(b"drains"), Priority::Urgent);
+        let pay = "ep/shop/pay:80/*";
+        world.collections.borrow_mut().insert(pay.to_owned(), Collection::new("p"));
+        let mut stream = Stream::new(1);
+        stream.receive(subscribe(Endpoint, &[CART, pay])).unwrap();
+        let first = stream.next(&Racing(&world, cart), now).unwrap();
+        assert_eq!(says(&first), ["pod-00001=drains", "head 2 begin", "head 0 begin complete"]);
+        stream.receive(ack(&first)).unwrap();
+        assert_eq!(
+            drain(&mut stream, &world, now),
+            [["pod-00001=healthy again", "pod-00002=also", "head 2 complete"]]
+        );
+    }
+
     #[test]
     fn a_cursor_of_the_same_log_is_told_what_happened_since() {
         let (world, now) = (World::default(), Instant::now());
@@ -987,7 +1024,7 @@ mod client {
         let message = members("1", vec![member("a", "1"), member("b", "bad"), head(&have, true, true)]);
         let receipt = client.receive(message, &mut |c| match c {
             Change::Update { version: "bad", .. } => Err("no".to_owned()),
-            _ => Ok(()),
+            Change::Update { .. } | Change::Removed { .. } | Change::CollectionComplete { .. } => Ok(()),
         });
         assert_eq!(receipt.rejected.len(), 1);
         assert_eq!(client.version(Endpoint, "ep/shop/cart:80/b"), None);

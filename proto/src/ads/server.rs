@@ -389,13 +389,12 @@ impl Type {
         for name in order(&self.plain, self.after.as_ref()) {
             let Some(plain) = self.plain.get_mut(&name) else { continue };
             match source.lookup(ty, &name) {
-                None if plain.answer || plain.told != Told::Gone => {
-                    if !batch.is_full() {
+                None => {
+                    if (plain.answer || plain.told != Told::Gone) && !batch.is_full() {
                         batch.remove(name.to_string());
                         *plain = Plain { told: Told::Gone, answer: false };
                     }
                 }
-                None => {}
                 Some(now) => {
                     let known = matches!(&plain.told, Told::Version(version) if *version == now.version);
                     if (plain.answer || !known) && changed.len() < MAX_BATCH {
