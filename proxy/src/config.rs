@@ -71,72 +71,72 @@ pub struct Config {
 /// What an app or a peer may make grow.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// Connections open at a time, each direction.
+    /// Connections open at a time, each direction (`WEFT_MAX_CONNECTIONS`).
     pub max_connections: usize,
-    /// Inbound connections from one address.
+    /// Inbound connections from one address (`WEFT_MAX_CONNECTIONS_PER_PEER`).
     pub max_connections_per_peer: usize,
-    /// Bytes of a request's or response's head.
+    /// Bytes of a request's or response's head (`WEFT_MAX_HEADER_BYTES`).
     pub header_bytes: usize,
-    /// Headers of a request or response.
+    /// Headers of a request or response (`WEFT_MAX_HEADERS`).
     pub headers: usize,
-    /// Bytes of a ClientHello that is looked at.
+    /// Bytes of a ClientHello that is looked at (`WEFT_MAX_CLIENT_HELLO_BYTES`).
     pub client_hello: usize,
-    /// HTTP/2 streams of one connection from an app or a peer outside the mesh.
+    /// HTTP/2 streams of one connection from an app or a peer outside the mesh (`WEFT_MAX_STREAMS_OUTSIDE`).
     pub streams_outside: u32,
-    /// HTTP/2 streams of one connection between sidecars.
+    /// HTTP/2 streams of one connection between sidecars (`WEFT_MAX_STREAMS_MESH`).
     pub streams_mesh: u32,
-    /// Connections that may wait for discovery.
+    /// Connections that may wait for discovery (`WEFT_DISCOVERY_WAITERS`).
     pub discovery_waiters: usize,
-    /// Destinations that may be subscribed.
+    /// Destinations that may be subscribed (`WEFT_MAX_DESTINATIONS`).
     pub destinations: usize,
-    /// Time series of requests.
+    /// Time series of requests (`WEFT_MAX_SERIES`).
     pub series: usize,
-    /// Lines that may wait for a blocked log pipe.
+    /// Lines that may wait for a blocked log pipe (`WEFT_LOG_BUFFER_LINES`).
     pub log_lines: usize,
 }
 
 /// How long things may take.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Times {
-    /// To open a connection, unless policy says otherwise.
+    /// To open a connection, unless policy says otherwise (`WEFT_CONNECT_TIMEOUT`).
     pub connect: Duration,
-    /// For a request's head, from its first byte.
+    /// For a request's head, from its first byte (`WEFT_HEADER_TIMEOUT`).
     pub header: Duration,
-    /// An idle keep-alive connection of a client.
+    /// An idle keep-alive connection of a client (`WEFT_KEEP_ALIVE_TIMEOUT`).
     pub keep_alive: Duration,
-    /// An idle connection to the app, for reuse (behaviours: HTTP/1 no. 7).
+    /// An idle connection to the app, for reuse (behaviours: HTTP/1 no. 7) (`WEFT_APP_IDLE_TIMEOUT`).
     pub app_idle: Duration,
-    /// An idle connection to another sidecar.
+    /// An idle connection to another sidecar (`WEFT_POOL_IDLE_TIMEOUT`).
     pub pool_idle: Duration,
-    /// For a TLS handshake.
+    /// For a TLS handshake (`WEFT_HANDSHAKE_TIMEOUT`).
     pub handshake: Duration,
-    /// A silent client, before the first policy says otherwise.
+    /// A silent client, before the first policy says otherwise (`WEFT_DETECT_TIMEOUT`).
     pub detect: Duration,
-    /// How long peers are told while requests are still served.
+    /// How long peers are told while requests are still served (`WEFT_LAME_DUCK`).
     pub lame_duck: Duration,
-    /// The whole drain, then connections are cut.
+    /// The whole drain, then connections are cut (`WEFT_DRAIN_TIMEOUT`).
     pub drain: Duration,
-    /// A connection may wait for discovery.
+    /// A connection may wait for discovery (`WEFT_DISCOVERY_HOLD`).
     pub discovery_hold: Duration,
-    /// A destination unused for so long is unsubscribed.
+    /// A destination unused for so long is unsubscribed (`WEFT_DISCOVERY_IDLE`).
     pub discovery_idle: Duration,
-    /// A snapshot that is not whole after this is published with what is there.
+    /// A snapshot that is not whole after this is published with what is there (`WEFT_DISCOVERY_WARM`).
     pub discovery_warm: Duration,
-    /// Reconnects: base of the full jitter.
+    /// Reconnects: base of the full jitter (`WEFT_RECONNECT_BASE`).
     pub reconnect_base: Duration,
-    /// Reconnects: its cap.
+    /// Reconnects: its cap (`WEFT_RECONNECT_CAP`).
     pub reconnect_cap: Duration,
-    /// A stream that lived so long was healthy: the next reconnect starts from the base.
+    /// A stream that lived so long was healthy: the next reconnect starts from the base (`WEFT_RECONNECT_HEALTHY`).
     pub reconnect_healthy: Duration,
-    /// HTTP/2 PING to the controller.
+    /// HTTP/2 PING to the controller (`WEFT_PING_INTERVAL`).
     pub ping: Duration,
-    /// And how long its answer may take.
+    /// And how long its answer may take (`WEFT_PING_TIMEOUT`).
     pub ping_timeout: Duration,
-    /// One exchange with the controller: connect, handshake, certify.
+    /// One exchange with the controller: connect, handshake, certify (`WEFT_CONTROLLER_TIMEOUT`).
     pub controller: Duration,
-    /// Between two telemetry reports.
+    /// Between two telemetry reports (`WEFT_REPORT_INTERVAL`).
     pub report: Duration,
-    /// Spread of renewals after a change of trust, so that a fleet does not renew together.
+    /// Spread of renewals after a change of trust, so that a fleet does not renew together (`WEFT_RENEW_SPREAD`).
     pub renew_spread: Duration,
 }
 

@@ -151,6 +151,8 @@ struct Destination {
     warming: Option<Instant>,
     /// What the published snapshot was made of: compared to see whether anything changed.
     made_of: Option<MadeOf>,
+    /// What was missing when it was published all the same: it is not waited for twice.
+    lacks: BTreeSet<Name>,
     /// Versions that are live in it.
     live: BTreeMap<Name, String>,
 }
@@ -527,6 +529,7 @@ impl State {
                 waiters: Vec::new(),
                 warming: None,
                 made_of: None,
+                lacks: BTreeSet::new(),
                 live: BTreeMap::new(),
             };
             self.destinations.insert(address, destination);
@@ -667,15 +670,17 @@ impl State {
                     watched.remove();
                 }
             }
-            Found::Policy { made_of, whole } => {
+            Found::Policy { made_of, missing } => {
                 let since = *destination.warming.get_or_insert_with(Instant::now);
                 // Without a stream nothing can arrive: what serves is better than what is half there.
                 let waited = self.connected.map_or(Duration::ZERO, |up| since.max(up).elapsed());
+                let whole = missing.is_subset(&destination.lacks);
                 if whole || waited >= self.warm {
                     if !whole {
-                        warn!(%address, service = %made_of.service.name, "published although not whole");
+                        warn!(%address, service = %made_of.service.name, ?missing, "published although not whole");
                     }
                     destination.warming = None;
+                    destination.lacks = missing;
                     self.shrink(user, &mut destination, joined.needs);
                     self.publish(address, &mut destination, made_of);
                 }
@@ -735,7 +740,7 @@ impl State {
             Some(Value::Removed) => return Joined { needs, found: Found::Nothing },
             _ => return Joined { needs, found: Found::Pending },
         };
-        let mut whole = true;
+        let mut missing = BTreeSet::new();
         let mut route = None;
         // A pod by its own address has no routes and no balancing.
         if let Some(name) = service.route.as_ref().filter(|_| service.pod.is_none()) {
@@ -743,7 +748,8 @@ impl State {
                 Ok(name) => {
                     match self.held.get(&name).map(|held| &held.value) {
                         Some(Value::Route(found)) => route = Some(Arc::clone(found)),
-                        _ => whole = false, // on its way; a removed one will be renamed or come back
+                        // On its way; one that is gone will come back, or the service will name it no more.
+                        _ => drop(missing.insert(name.clone())),
                     }
                     needs.insert(name);
                 }
@@ -757,28 +763,32 @@ impl State {
         };
         let mut backends = Vec::with_capacity(names.len());
         for name in names {
-            let (backend, answered) = self.backend(name, &service, &mut needs);
-            whole &= answered;
-            backends.push(backend);
+            backends.push(self.backend(name, &service, &mut needs, &mut missing));
         }
-        Joined { needs, found: Found::Policy { made_of: MadeOf { service, route, backends }, whole } }
+        Joined { needs, found: Found::Policy { made_of: MadeOf { service, route, backends }, missing } }
     }
 
-    /// The newest policy of a backend, and whether everything about it has been answered.
+    /// The newest policy of a backend.
     fn backend(
         &mut self,
         name: &ServiceName,
         parent: &Arc<Service>,
         needs: &mut BTreeSet<Name>,
-    ) -> (Arc<BackendPolicy>, bool) {
-        let (service, resolved, mut answered) = if *name == parent.name {
-            (Arc::clone(parent), true, true)
+        missing: &mut BTreeSet<Name>,
+    ) -> Arc<BackendPolicy> {
+        let (service, resolved) = if *name == parent.name {
+            (Arc::clone(parent), true)
         } else {
             let key = Name::Service(name.clone());
             let found = match self.held.get(&key).map(|held| &held.value) {
-                Some(Value::Service(service)) if service.name == *name => (Arc::clone(service), true, true),
-                Some(Value::Removed | Value::Service(_)) => (nothing(name), false, true),
-                _ => (nothing(name), false, self.refused.contains(&key)),
+                Some(Value::Service(service)) if service.name == *name => (Arc::clone(service), true),
+                Some(Value::Removed | Value::Service(_)) => (nothing(name), false),
+                _ => {
+                    if !self.refused.contains(&key) {
+                        missing.insert(key.clone());
+                    }
+                    (nothing(name), false)
+                }
             };
             needs.insert(key);
             found
@@ -792,12 +802,14 @@ impl State {
                 Ok(key @ Name::Collection(_)) => {
                     match self.held.get_mut(&key).map(|held| &mut held.value) {
                         Some(Value::Endpoints(members)) => {
-                            answered &= members.complete;
+                            if !members.complete {
+                                missing.insert(key.clone());
+                            }
                             endpoints = members.list();
                             version = members.generation;
                         }
                         Some(Value::Removed) => {}
-                        _ => answered = false,
+                        _ => drop(missing.insert(key.clone())),
                     }
                     needs.insert(key);
                 }
@@ -808,13 +820,13 @@ impl State {
             let policy = &built.policy;
             let same = Arc::ptr_eq(&policy.service, &service) || policy.service == service;
             if same && policy.resolved == resolved && built.endpoints == version {
-                return (Arc::clone(policy), answered);
+                return Arc::clone(policy);
             }
         }
         self.generation += 1;
         let policy = Arc::new(BackendPolicy { service, endpoints, generation: self.generation, resolved });
         self.backends.insert(name.clone(), Built { policy: Arc::clone(&policy), endpoints: version });
-        (policy, answered)
+        policy
     }
 
     /// Joins this workload's own policy. A port whose authorization was refused, or does not come, denies.
@@ -1005,8 +1017,8 @@ enum Found {
     Pending,
     /// The control plane said no.
     Nothing,
-    /// A policy; `whole` says that everything in it has been answered.
-    Policy { made_of: MadeOf, whole: bool },
+    /// A policy, and what of it has not been answered yet.
+    Policy { made_of: MadeOf, missing: BTreeSet<Name> },
 }
 
 impl MadeOf {
@@ -1486,6 +1498,9 @@ mod tests {
         world.store.tick();
         let policy = watched.policy();
         assert_eq!(policy.backends.iter().map(|b| b.resolved).collect::<Vec<_>>(), [true, false]);
+        // What is still missing is not waited for again.
+        world.send(&[("ep/shop/api:80/uid-2", endpoint("uid-2", [10, 1, 0, 2]))], &[]);
+        assert_eq!(endpoints(&watched.policy(), 0), ["uid-1", "uid-2"]);
         // And made whole when the rest comes.
         world.send(&[("svc/shop/v2:80", service("v2", false))], &[]);
         world.send_all("shop/v2:80", &[("uid-9", [10, 1, 0, 9])]);
