@@ -24,6 +24,7 @@ pub mod pb {
     /// Envoy's Delta ADS: `envoy.service.discovery.v3`.
     #[allow(
         clippy::all,
+        rustdoc::all,
         clippy::unwrap_used,
         clippy::wildcard_enum_match_arm,
         missing_docs,
@@ -38,6 +39,7 @@ pub mod pb {
     /// Weft's own messages: `weft.v1`.
     #[allow(
         clippy::all,
+        rustdoc::all,
         clippy::unwrap_used,
         clippy::wildcard_enum_match_arm,
         missing_docs,
