@@ -341,10 +341,10 @@ impl Watched {
         let Poll::Ready(frame) = polled else { return Poll::Pending };
         match &frame {
             Some(Ok(frame)) => {
-                if let Some(tail) = &mut self.tail {
-                    if !tail.seen_data {
-                        tail.first_byte();
-                    }
+                if let Some(tail) = &mut self.tail
+                    && !tail.seen_data
+                {
+                    tail.first_byte();
                 }
                 if let Some(trailers) = frame.trailers_ref() {
                     self.end(Some(trailers));
@@ -397,10 +397,10 @@ impl Tail {
         if let Some(lease) = self.lease.take() {
             self.exchange.settled(lease.finish(outcome, now));
         }
-        if let Some(connection) = self.connection.take() {
-            if whole {
-                connection.give_back(now);
-            }
+        if let Some(connection) = self.connection.take()
+            && whole
+        {
+            connection.give_back(now);
         }
         self.exchange.finish(class, now);
     }

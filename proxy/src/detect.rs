@@ -62,7 +62,9 @@ pub(crate) async fn begin(
         }
         match detect::detect(&bytes) {
             Detected::NeedMore => {}
-            detected => return Ok(spoke(bytes, detected)),
+            detected @ (Detected::Http1 | Detected::Http2 | Detected::Tls { .. } | Detected::Opaque) => {
+                return Ok(spoke(bytes, detected));
+            }
         }
     }
 }

@@ -193,14 +193,14 @@ pub(crate) fn remove_connection_headers(headers: &mut HeaderMap) {
     for name in [KEEP_ALIVE, PROXY_CONNECTION, header::TRANSFER_ENCODING, header::UPGRADE] {
         headers.remove(name);
     }
-    if let Some(te) = headers.get(header::TE) {
-        if !te.as_bytes().eq_ignore_ascii_case(b"trailers") {
-            let trailers =
-                te.to_str().is_ok_and(|te| te.split(',').any(|t| t.trim().eq_ignore_ascii_case("trailers")));
-            headers.remove(header::TE);
-            if trailers {
-                headers.insert(header::TE, HeaderValue::from_static("trailers"));
-            }
+    if let Some(te) = headers.get(header::TE)
+        && !te.as_bytes().eq_ignore_ascii_case(b"trailers")
+    {
+        let trailers =
+            te.to_str().is_ok_and(|te| te.split(',').any(|t| t.trim().eq_ignore_ascii_case("trailers")));
+        headers.remove(header::TE);
+        if trailers {
+            headers.insert(header::TE, HeaderValue::from_static("trailers"));
         }
     }
 }
@@ -223,15 +223,11 @@ pub(crate) fn identify(headers: &mut HeaderMap, rng: &mut impl rand::RngCore) {
         text[at] = HEX[usize::from(byte >> 4)];
         text[at + 1] = HEX[usize::from(byte & 15)];
     }
-    if !has_id {
-        if let Ok(id) = HeaderValue::from_bytes(&text[3..35]) {
-            headers.insert(X_REQUEST_ID, id);
-        }
+    if !has_id && let Ok(id) = HeaderValue::from_bytes(&text[3..35]) {
+        headers.insert(X_REQUEST_ID, id);
     }
-    if !has_trace {
-        if let Ok(trace) = HeaderValue::from_bytes(&text) {
-            headers.insert(TRACEPARENT, trace);
-        }
+    if !has_trace && let Ok(trace) = HeaderValue::from_bytes(&text) {
+        headers.insert(TRACEPARENT, trace);
     }
 }
 

@@ -85,9 +85,9 @@ fn listen(address: SocketAddr, shared: bool) -> io::Result<TcpListener> {
 pub(crate) async fn run(worker: Rc<Worker>, listener: TcpListener, side: Component) {
     let limits = Rc::new(Limits {
         open: Cell::new(0),
-        max: worker.config.limits.max_connections as usize,
+        max: worker.config.limits.max_connections,
         per_peer: RefCell::default(),
-        max_per_peer: worker.config.limits.max_connections_per_peer as usize,
+        max_per_peer: worker.config.limits.max_connections_per_peer,
     });
     let (accepted, shed, open) = match side {
         Component::Outbound => (Counter::OutboundAccepted, Counter::OutboundShed, Gauge::OutboundConnections),

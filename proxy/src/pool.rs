@@ -140,8 +140,11 @@ struct Inner {
     recorder: Recorder,
     h2: RefCell<HashMap<Peer, Rc<H2Peer>>>,
     h1: RefCell<HashMap<Peer, Rc<H1Peer>>>,
-    configs: RefCell<HashMap<(SpiffeId, Alpn), (u64, Arc<rustls::ClientConfig>)>>,
+    configs: RefCell<HashMap<(SpiffeId, Alpn), Configured>>,
 }
+
+/// A TLS configuration and the generation of the certificate in it.
+type Configured = (u64, Arc<rustls::ClientConfig>);
 
 type Connecting = Shared<LocalBoxFuture<'static, Result<Rc<H2>, ConnectError>>>;
 
@@ -470,10 +473,13 @@ impl Pool {
     }
 
     fn connect_failed(&self, address: SocketAddr, error: &io::Error) -> ConnectError {
-        let failure = match error.kind() {
-            io::ErrorKind::ConnectionRefused | io::ErrorKind::ConnectionReset => Failure::Refused,
-            io::ErrorKind::TimedOut => Failure::ConnectTimeout,
-            _ => Failure::Unreachable,
+        let refused = [io::ErrorKind::ConnectionRefused, io::ErrorKind::ConnectionReset];
+        let failure = if refused.contains(&error.kind()) {
+            Failure::Refused
+        } else if error.kind() == io::ErrorKind::TimedOut {
+            Failure::ConnectTimeout
+        } else {
+            Failure::Unreachable
         };
         self.0.recorder.count(if failure == Failure::Refused {
             Counter::ConnectRefusals
@@ -534,10 +540,10 @@ impl Pool {
         alpn: Alpn,
     ) -> Result<Arc<rustls::ClientConfig>, tls::TlsError> {
         let mut configs = self.0.configs.borrow_mut();
-        if let Some((generation, config)) = configs.get(&(identity.clone(), alpn)) {
-            if *generation == material.generation {
-                return Ok(config.clone());
-            }
+        if let Some((generation, config)) = configs.get(&(identity.clone(), alpn))
+            && *generation == material.generation
+        {
+            return Ok(config.clone());
         }
         let config = tls::client_config(material, identity, alpn)?;
         configs.retain(|_, (generation, _)| *generation == material.generation);
@@ -566,10 +572,10 @@ impl H2Peer {
     fn usable(&self, generation: u64) -> Option<Rc<H2>> {
         let mut open = self.open.borrow_mut();
         // The common case first: one connection, open, with room.
-        if let Some(first) = open.first() {
-            if first.has_room(generation) {
-                return Some(first.clone());
-            }
+        if let Some(first) = open.first()
+            && first.has_room(generation)
+        {
+            return Some(first.clone());
         }
         // A connection made with an older certificate takes nothing new and ends with its last exchange.
         open.retain(|c| {

@@ -45,11 +45,14 @@ pub(crate) struct Worker {
     pub(crate) drain: LocalDrain,
     pub(crate) rng: RefCell<SmallRng>,
     inbound: RefCell<Option<Arc<InboundPolicy>>>,
-    server_config: RefCell<Option<(u64, Arc<InboundPolicy>, Arc<rustls::ServerConfig>)>>,
+    server_config: RefCell<Option<Configured>>,
     destinations: RefCell<HashMap<SocketAddr, Rc<Destination>>>,
     backends: RefCell<HashMap<ServiceName, Rc<Backend>>>,
     budgets: Budgets,
 }
+
+/// A TLS configuration, and the certificate's generation and the policy that it was made of.
+type Configured = (u64, Arc<InboundPolicy>, Arc<rustls::ServerConfig>);
 
 /// What a worker is made of; everything in it may cross threads.
 #[derive(Clone)]
@@ -185,10 +188,11 @@ impl Worker {
     pub(crate) fn server_config(&self, policy: &Arc<InboundPolicy>) -> Option<Arc<rustls::ServerConfig>> {
         let material = self.material.borrow().clone()?;
         let mut cached = self.server_config.borrow_mut();
-        if let Some((generation, of, config)) = &*cached {
-            if *generation == material.generation && Arc::ptr_eq(of, policy) {
-                return Some(config.clone());
-            }
+        if let Some((generation, of, config)) = &*cached
+            && *generation == material.generation
+            && Arc::ptr_eq(of, policy)
+        {
+            return Some(config.clone());
         }
         match tls::server_config(&material, &policy.trust_domains) {
             Ok(config) => {
@@ -205,11 +209,11 @@ impl Worker {
     /// The destination behind a watched policy; kept, with what was learned of it.
     pub(crate) fn destination(&self, original: SocketAddr, watched: Arc<Watched>) -> Rc<Destination> {
         let mut destinations = self.destinations.borrow_mut();
-        if let Some(known) = destinations.get(&original) {
-            if Arc::ptr_eq(&known.watched, &watched) {
-                known.last_used.set(now());
-                return known.clone();
-            }
+        if let Some(known) = destinations.get(&original)
+            && Arc::ptr_eq(&known.watched, &watched)
+        {
+            known.last_used.set(now());
+            return known.clone();
         }
         let current = RefCell::new(Rc::new(self.resolve(watched.policy())));
         let destination = Rc::new(Destination {
@@ -278,10 +282,10 @@ impl Budgets {
     fn of(&self, policy: &OutboundPolicy, now: Instant) -> Arc<Budget> {
         let params = policy.service.retry.budget;
         let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(budget) = all.get(&policy.service.name).and_then(Weak::upgrade) {
-            if budget.params() == params {
-                return budget;
-            }
+        if let Some(budget) = all.get(&policy.service.name).and_then(Weak::upgrade)
+            && budget.params() == params
+        {
+            return budget;
         }
         all.retain(|_, budget| budget.strong_count() > 0);
         let budget = Arc::new(Budget::new(params, now));

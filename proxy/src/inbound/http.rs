@@ -267,7 +267,9 @@ impl Inner {
                     method = %outgoing.method, path, port = self.original.port(), "denied");
                 match reason {
                     authz::DenyReason::Path(_) => Err(Error::PathNotCanonical),
-                    _ => Err(Error::Denied),
+                    authz::DenyReason::DenyRule
+                    | authz::DenyReason::DenyRuleNeedsHttp
+                    | authz::DenyReason::NoRuleAllows => Err(Error::Denied),
                 }
             }
         }
