@@ -7,11 +7,12 @@
 use std::{
     collections::BTreeMap,
     fs,
-    io::{Read as _, Write as _},
+    io::Read as _,
     net::{Ipv4Addr, SocketAddr, TcpStream},
     os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     process::{Command, Stdio},
+    sync::atomic::{AtomicBool, AtomicU32, Ordering},
     time::{Duration, Instant},
 };
 
@@ -25,6 +26,8 @@ use super::netns::{Pod, Process, World};
 #[derive(Clone, Debug)]
 pub struct Binaries {
     dir: PathBuf,
+    /// A copy, where the proxy's user cannot reach the folder.
+    proxy: Option<PathBuf>,
 }
 
 /// A running mesh. Everything of it is gone when it is dropped.
@@ -98,14 +101,36 @@ impl Binaries {
     /// The programs in a folder.
     pub fn in_dir(dir: &Path) -> Result<Self> {
         for name in ["weft-proxy", "weft-controller", "weft-iptables"] {
-            ensure!(dir.join(name).exists(), "{} is missing: build it with `cargo build --workspace`", dir.join(name).display());
+            ensure!(
+                dir.join(name).exists(),
+                "{} is missing: build it with `cargo build --workspace`",
+                dir.join(name).display()
+            );
         }
-        Ok(Self { dir: dir.to_owned() })
+        Ok(Self { dir: dir.to_owned(), proxy: None })
     }
 
     /// One of them.
     pub fn path(&self, name: &str) -> PathBuf {
-        self.dir.join(name)
+        match (&self.proxy, name) {
+            (Some(proxy), "weft-proxy") => proxy.clone(),
+            _ => self.dir.join(name),
+        }
+    }
+
+    /// Sidecars run as another user, who may not look into the folder (somebody's home) that the programs were
+    /// built in: then that user gets a copy.
+    fn for_the_proxys_user(mut self, dir: &Path) -> Result<Self> {
+        let proxy = self.dir.join("weft-proxy");
+        let open = |path: &Path| fs::metadata(path).is_ok_and(|meta| meta.permissions().mode() & 0o001 != 0);
+        let real = fs::canonicalize(&proxy).with_context(|| format!("looking at {}", proxy.display()))?;
+        if !real.ancestors().all(open) {
+            let copy = dir.join("weft-proxy");
+            fs::copy(&real, &copy).with_context(|| format!("copying {}", proxy.display()))?;
+            fs::set_permissions(&copy, fs::Permissions::from_mode(0o755))?;
+            self.proxy = Some(copy);
+        }
+        Ok(self)
     }
 }
 
@@ -137,13 +162,15 @@ impl Workload {
 impl Mesh {
     /// Makes the network and starts the controller on an empty folder.
     pub fn start(tag: &str, binaries: Binaries, options: Options) -> Result<Self> {
-        let world = World::new(tag)?;
         let dir = std::env::temp_dir().join(format!("weft-{tag}-{}-{}", std::process::id(), next()));
+        let keep = std::env::var_os("WEFT_KEEP").is_some();
+        let world = World::with_folder(tag, (!keep).then_some(dir.as_path()))?;
         for sub in ["mesh", "state", "run", "log"] {
             fs::create_dir_all(dir.join(sub)).with_context(|| format!("making {}", dir.display()))?;
         }
         // Sidecars run as another user and must reach their own folders below.
         fs::set_permissions(&dir, fs::Permissions::from_mode(0o755))?;
+        let binaries = binaries.for_the_proxys_user(&dir)?;
         let controller_pod = world.pod("controller")?;
         let mut mesh = Self { controller: None, controller_pod, world, binaries, dir, options };
         mesh.write(
@@ -174,7 +201,8 @@ impl Mesh {
     pub fn write(&self, file: &str, yaml: &str) -> Result<()> {
         let path = self.source().join(file);
         let temporary = self.dir.join(format!("{file}.tmp"));
-        fs::write(&temporary, yaml).and_then(|()| fs::rename(&temporary, &path))
+        fs::write(&temporary, yaml)
+            .and_then(|()| fs::rename(&temporary, &path))
             .with_context(|| format!("writing {}", path.display()))
     }
 
@@ -204,7 +232,9 @@ impl Mesh {
             controller.running().then_some(()).context("it ended")?;
             Ok(self.controller_pod.enter(|| get(api, "/ready"))?.is_ok_and(|(status, _)| status == 200))
         });
-        ready.with_context(|| format!("the controller did not become ready:\n{}", tail(&self.log("controller"))))?;
+        ready.with_context(|| {
+            format!("the controller did not become ready:\n{}", tail(&self.log("controller")))
+        })?;
         self.controller = Some(controller);
         Ok(())
     }
@@ -225,9 +255,18 @@ impl Mesh {
 
     /// Asks the controller's API.
     pub fn api(&self, path: &str) -> Result<serde_json::Value> {
+        self.ask("GET", path)
+    }
+
+    /// Tells the controller's API to do something.
+    pub fn post(&self, path: &str) -> Result<serde_json::Value> {
+        self.ask("POST", path)
+    }
+
+    fn ask(&self, method: &str, path: &str) -> Result<serde_json::Value> {
         let api = SocketAddr::from((Ipv4Addr::LOCALHOST, ports::API));
-        let (status, body) = self.controller_pod.enter(|| get(api, path))??;
-        ensure!(status == 200, "{path}: {status} {body}");
+        let (status, body) = self.controller_pod.enter(|| request(api, method, path))??;
+        ensure!((200..300).contains(&status), "{path}: {status} {body}");
         serde_json::from_str(&body).with_context(|| format!("{path}: {body}"))
     }
 
@@ -267,7 +306,8 @@ impl Mesh {
 
     /// Starts a sidecar again in its pod, as a restarted container would be.
     pub fn restart_proxy(&self, meshed: &mut Meshed) -> Result<()> {
-        meshed.proxy = self.start_proxy(&meshed.pod, &meshed.workload, &meshed.uid, &meshed.dir, &meshed.log)?;
+        meshed.proxy =
+            self.start_proxy(&meshed.pod, &meshed.workload, &meshed.uid, &meshed.dir, &meshed.log)?;
         meshed.ready(Duration::from_secs(20))
     }
 
@@ -307,7 +347,14 @@ impl Mesh {
         run(&mut command).context("making a join token")
     }
 
-    fn start_proxy(&self, pod: &Pod, workload: &Workload, uid: &str, dir: &Path, log: &Path) -> Result<Process> {
+    fn start_proxy(
+        &self,
+        pod: &Pod,
+        workload: &Workload,
+        uid: &str,
+        dir: &Path,
+        log: &Path,
+    ) -> Result<Process> {
         let log = fs::OpenOptions::new().create(true).append(true).open(log)?;
         let controller = self.controller_pod.ip;
         let mut ips = pod.ip.to_string();
@@ -360,7 +407,9 @@ impl Meshed {
             proxy.running().then_some(()).context("it ended")?;
             Ok(pod.enter(|| get(admin, "/ready"))?.is_ok_and(|(status, _)| status == 200))
         });
-        ready.with_context(|| format!("sidecar {} did not become ready:\n{}", self.workload.name, tail(&self.log)))
+        ready.with_context(|| {
+            format!("sidecar {} did not become ready:\n{}", self.workload.name, tail(&self.log))
+        })
     }
 
     /// The sidecar's metrics.
@@ -388,8 +437,7 @@ impl Meshed {
 
     /// What the pod's preStop hook runs. Returns when nothing is in flight any more.
     pub fn drain(&self) -> Result<()> {
-        let mut command =
-            self.pod.command_as(ports::PROXY_UID, ports::PROXY_UID, &self.proxy_binary);
+        let mut command = self.pod.command_as(ports::PROXY_UID, ports::PROXY_UID, &self.proxy_binary);
         command.arg("drain").arg("--socket").arg(self.dir.join("admin.sock"));
         run(&mut command).map(drop)
     }
@@ -403,13 +451,24 @@ impl Meshed {
 
 /// An HTTP/1.1 GET on a fresh connection.
 pub fn get(address: SocketAddr, path: &str) -> Result<(u16, String)> {
-    let stream = TcpStream::connect_timeout(&address, Duration::from_secs(2))?;
-    stream.set_read_timeout(Some(Duration::from_secs(10)))?;
-    exchange(stream, "GET", path)
+    request(address, "GET", path)
 }
 
-fn exchange(mut stream: impl std::io::Read + std::io::Write, method: &str, path: &str) -> Result<(u16, String)> {
-    write!(stream, "{method} {path} HTTP/1.1\r\nhost: weft\r\nconnection: close\r\ncontent-length: 0\r\n\r\n")?;
+fn request(address: SocketAddr, method: &str, path: &str) -> Result<(u16, String)> {
+    let stream = TcpStream::connect_timeout(&address, Duration::from_secs(2))?;
+    stream.set_read_timeout(Some(Duration::from_secs(10)))?;
+    exchange(stream, method, path)
+}
+
+fn exchange(
+    mut stream: impl std::io::Read + std::io::Write,
+    method: &str,
+    path: &str,
+) -> Result<(u16, String)> {
+    write!(
+        stream,
+        "{method} {path} HTTP/1.1\r\nhost: weft\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+    )?;
     let mut answer = Vec::new();
     stream.read_to_end(&mut answer)?;
     let answer = String::from_utf8_lossy(&answer);
@@ -430,10 +489,23 @@ fn unchunk(mut body: &str) -> String {
     whole
 }
 
+/// From now on whatever waits gives up: the user wants to leave.
+pub fn interrupt() {
+    INTERRUPTED.store(true, Ordering::Relaxed);
+}
+
+/// Whether the user wants to leave.
+pub fn interrupted() -> bool {
+    INTERRUPTED.load(Ordering::Relaxed)
+}
+
+static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+
 /// Asks until the answer is yes.
 pub fn wait(patience: Duration, mut ask: impl FnMut() -> Result<bool>) -> Result<()> {
     let deadline = Instant::now() + patience;
     while !ask()? {
+        ensure!(!interrupted(), "interrupted");
         ensure!(Instant::now() < deadline, "not within {patience:?}");
         std::thread::sleep(Duration::from_millis(10));
     }
@@ -513,6 +585,6 @@ fn v6_of(ip: Ipv4Addr) -> std::net::Ipv6Addr {
 }
 
 fn next() -> u32 {
-    static NEXT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
-    NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed)
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    NEXT.fetch_add(1, Ordering::Relaxed)
 }

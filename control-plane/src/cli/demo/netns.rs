@@ -94,6 +94,11 @@ impl World {
     /// An empty world. `tag` names its kind ("demo", "test"); leftovers of the same kind whose maker is
     /// gone are removed first.
     pub fn new(tag: &str) -> Result<Self> {
+        Self::with_folder(tag, None)
+    }
+
+    /// The same; should this process die without dropping the world, a folder goes with it.
+    pub fn with_folder(tag: &str, folder: Option<&Path>) -> Result<Self> {
         usable()?;
         ensure!(
             !tag.is_empty() && tag.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit()),
@@ -113,7 +118,7 @@ impl World {
         };
         // From here on dropping `world` cleans up, whatever fails below.
         let world = Self {
-            reaper: Some(reaper(&prefix)?),
+            reaper: Some(reaper(&prefix, folder)?),
             prefix,
             bridge,
             ipv6,
@@ -456,9 +461,10 @@ impl Drop for Process {
 }
 
 /// Waits on a pipe from us; when we are gone, however we went, it removes what we made.
-fn reaper(prefix: &str) -> Result<Child> {
+fn reaper(prefix: &str, folder: Option<&Path>) -> Result<Child> {
     Command::new("sh")
         .args(["-c", REAPER, "weft-reaper", prefix])
+        .args(folder)
         // Not our group: Ctrl-C on the terminal must not take it with us.
         .process_group(0)
         .stdin(Stdio::piped())
@@ -596,7 +602,7 @@ const PREFIX_V6: u8 = 64;
 /// The host part of the bridge's own address.
 const GATEWAY: u16 = 1;
 
-/// `read` returns when the other end of the pipe is closed.
+/// `read` returns when the other end of the pipe is closed. Whoever ends well has removed everything before.
 const REAPER: &str = r#"trap '' INT TERM HUP
 read -r _
 for path in /run/netns/"$1"*; do
@@ -604,4 +610,5 @@ for path in /run/netns/"$1"*; do
   ns=${path#/run/netns/}
   for pid in $(ip netns pids "$ns"); do kill -9 "$pid"; done
   ip netns del "$ns"
-done"#;
+done
+[ -z "$2" ] || rm -rf "$2""#;

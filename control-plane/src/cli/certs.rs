@@ -1,0 +1,130 @@
+//! `weft certs`: what the mesh's trust stands on, and when it ends.
+//!
+//! Why the first line is a date: the commonest total outage of a mesh is a certificate that nobody renewed.
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::Args;
+
+use super::{
+    Asking, Output,
+    client::Api,
+    json,
+    output::{Cell, Column, Screen, Table, Tone, span},
+    status::unix_now,
+    text,
+};
+use crate::api::types::Certs;
+
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Examples:\n  weft certs\n  weft certs -o json | jq '.workloads[] | {pod, serial, not_after}'"
+)]
+pub(super) struct CertsArgs {
+    #[command(flatten)]
+    asking: Asking,
+}
+
+pub(super) async fn main(args: &CertsArgs) -> Result<ExitCode> {
+    let api = Api::new(&args.asking.api)?;
+    let certs: Certs = api.get("/api/v1/certs").await?;
+    match args.asking.format.output {
+        Output::Json => json(&certs)?,
+        Output::Text => text(&lines(&certs, unix_now(), &Screen::stdout()))?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn lines(certs: &Certs, now: i64, screen: &Screen) -> Vec<String> {
+    let ends = certs.anchors.iter().map(|anchor| anchor.not_after).max();
+    let first = certs.workloads.iter().map(|certificate| certificate.not_after).min();
+    let mut lines = vec![
+        screen.paint(Tone::Bold, &format!("trust domain {}, bundle {}", certs.trust_domain, certs.sequence)),
+    ];
+    if let Some(end) = ends {
+        lines.push(format!("without a new trust anchor the mesh stops in {}", left(end, now)));
+    }
+    if let Some(first) = first {
+        lines.push(format!(
+            "the next workload certificate ends in {}, and is renewed from half of its life",
+            left(first, now)
+        ));
+    }
+    lines.push(String::new());
+    let mut anchors = Table::new(vec![
+        Column::text("TRUST ANCHOR").cut(16),
+        Column::number("ENDS IN"),
+        Column::text("SIGNS"),
+    ]);
+    for anchor in &certs.anchors {
+        anchors.row(vec![
+            anchor.serial.as_str().into(),
+            left(anchor.not_after, now).into(),
+            if anchor.signing { Cell::toned(Tone::Good, "yes") } else { Cell::toned(Tone::Dim, "no") },
+        ]);
+    }
+    lines.extend(anchors.lines(screen));
+    lines.push(String::new());
+    let mut workloads = Table::new(vec![
+        Column::text("POD").cut(12),
+        Column::text("IDENTITY").drop(1),
+        Column::text("SERIAL").drop(2),
+        Column::number("AGE").drop(3),
+        Column::number("ENDS IN"),
+    ]);
+    for certificate in &certs.workloads {
+        let soon = certificate.not_after - now < 3_600;
+        workloads.row(vec![
+            certificate.pod.as_str().into(),
+            Cell::toned(Tone::Dim, &certificate.identity),
+            Cell::toned(Tone::Dim, &certificate.serial),
+            left(now, certificate.not_before).into(),
+            Cell::toned(if soon { Tone::Warn } else { Tone::Plain }, left(certificate.not_after, now)),
+        ]);
+    }
+    lines.extend(workloads.lines(screen));
+    lines
+}
+
+fn left(end: i64, now: i64) -> String {
+    match u64::try_from(end - now) {
+        Ok(seconds) => span(seconds),
+        Err(_) => "the past".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::api::types::{Anchor, WorkloadCertificate};
+
+    #[test]
+    fn the_first_end_is_the_first_thing_said() {
+        let certs = Certs {
+            trust_domain: "cluster.local".into(),
+            sequence: 3,
+            anchors: vec![Anchor {
+                serial: "0a".into(),
+                not_after: 100_000,
+                signing: true,
+                ..Anchor::default()
+            }],
+            workloads: vec![
+                WorkloadCertificate {
+                    pod: "shop/web-1".into(),
+                    not_after: 8_000,
+                    ..WorkloadCertificate::default()
+                },
+                WorkloadCertificate {
+                    pod: "shop/web-2".into(),
+                    not_after: 900,
+                    ..WorkloadCertificate::default()
+                },
+            ],
+        };
+        let text = lines(&certs, 1_000, &Screen::plain(usize::MAX)).join("\n");
+        assert!(text.contains("the mesh stops in 1d03h"), "{text}");
+        assert!(text.contains("certificate ends in the past"), "{text}");
+    }
+}
