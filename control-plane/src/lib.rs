@@ -12,6 +12,16 @@
 #![forbid(unsafe_code)]
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+pub mod api;
+pub mod ca;
+pub mod cli;
+pub mod config;
+pub mod controller;
 pub mod index;
+pub mod metrics;
 pub mod resources;
+pub mod serve;
 pub mod source;
+pub mod telemetry;
+
+pub use controller::{Controller, run};

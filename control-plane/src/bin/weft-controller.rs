@@ -1,2 +1,63 @@
-//! x
-fn main() {}
+//! Weft's controller: flags → configuration → controller, until it is told to stop.
+
+#![forbid(unsafe_code)]
+
+use std::{process::ExitCode, time::SystemTime};
+
+use anyhow::Context as _;
+use clap::Parser as _;
+use tokio::signal::unix::{SignalKind, signal};
+use tracing_subscriber::EnvFilter;
+use weft_control_plane::{
+    ca::JoinKey,
+    config::{Cli, Command, Config, LogFormat, ServeArgs, TokenArgs},
+};
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let done = match &cli.command {
+        Some(Command::Token(args)) => token(args),
+        None => serve(&cli.serve),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("weft-controller: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn token(args: &TokenArgs) -> anyhow::Result<()> {
+    let claims = args.claims(SystemTime::now())?;
+    println!("{}", JoinKey::open(&args.state_dir)?.sign(&claims));
+    Ok(())
+}
+
+fn serve(args: &ServeArgs) -> anyhow::Result<()> {
+    let config = Config::new(args)?;
+    log(args)?;
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().context("starting the runtime")?;
+    runtime.block_on(async {
+        let mut terminate = signal(SignalKind::terminate()).context("SIGTERM")?;
+        let mut interrupt = signal(SignalKind::interrupt()).context("SIGINT")?;
+        let stop = async {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+        };
+        weft_control_plane::run(config, stop).await
+    })
+}
+
+fn log(args: &ServeArgs) -> anyhow::Result<()> {
+    let filter = EnvFilter::try_new(&args.log).with_context(|| format!("--log {}", args.log))?;
+    let logs = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let set = match args.log_format {
+        LogFormat::Text => logs.try_init(),
+        LogFormat::Json => logs.json().try_init(),
+    };
+    set.map_err(|error| anyhow::anyhow!("logging: {error}"))
+}

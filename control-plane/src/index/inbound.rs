@@ -98,7 +98,11 @@ impl Index {
     }
 
     /// Ports of a pod that services send to.
-    fn service_targets<'a>(&'a self, name: &'a Name, pod: &'a PodEntry) -> impl Iterator<Item = u16> + 'a {
+    pub(crate) fn service_targets<'a>(
+        &'a self,
+        name: &'a Name,
+        pod: &'a PodEntry,
+    ) -> impl Iterator<Item = u16> + 'a {
         in_namespace(&self.services, &name.0)
             .filter(move |(service_name, service)| self.is_pod_of(service_name, service, name, pod))
             .flat_map(move |(_, service)| service.ports.iter().filter_map(|port| port.target_on(pod)))

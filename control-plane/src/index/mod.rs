@@ -97,7 +97,14 @@ pub struct Index {
     slices_of: BTreeMap<Name, BTreeSet<Name>>,
     by_uid: BTreeMap<PodUid, Name>,
     by_ip: BTreeMap<IpAddr, Name>,
-    origins: BTreeMap<ObjectKey, Origin>,
+    origins: BTreeMap<ObjectKey, Placed>,
+}
+
+/// Where an object stands, and what tells one text of it from another.
+#[derive(Clone, Debug)]
+struct Placed {
+    origin: Origin,
+    version: String,
 }
 
 /// What versions and precedence need of an object's metadata.
@@ -217,7 +224,9 @@ impl Index {
         let mut dirty = self.affected_by(&key);
         match event {
             Event::Apply { object, origin } => {
-                self.origins.insert(key.clone(), origin);
+                // Debug text shows every field, in a fixed order.
+                let version = Meta::new(object.metadata()).version(hash(format!("{object:?}").as_bytes()));
+                self.origins.insert(key.clone(), Placed { origin, version });
                 self.insert(&key, *object);
             }
             Event::Delete(_) => {
@@ -234,12 +243,12 @@ impl Index {
 
     /// Where an object stands.
     pub fn origin(&self, key: &ObjectKey) -> Option<&Origin> {
-        self.origins.get(key)
+        self.origins.get(key).map(|placed| &placed.origin)
     }
 
-    /// Every object, with its origin.
-    pub fn objects(&self) -> impl Iterator<Item = (&ObjectKey, &Origin)> {
-        self.origins.iter()
+    /// Every object, with its origin and version.
+    pub fn objects(&self) -> impl Iterator<Item = (&ObjectKey, &Origin, &str)> {
+        self.origins.iter().map(|(key, placed)| (key, &placed.origin, &*placed.version))
     }
 
     /// Every port of every service that callers can name.

@@ -6,7 +6,12 @@
 //!
 //! Order among rules is not decided here: precedence is one derived `Ord` in `weft_core::route`.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
 
 use http::{HeaderName, HeaderValue, Method};
 use weft_core::{
@@ -21,7 +26,8 @@ use weft_core::{
 };
 
 use super::{
-    Index, Meta, Name, RouteEntry, ServiceEntry, ServiceKind, ServicePort, in_namespace, parent_service,
+    Index, Meta, Name, PodEntry, RouteEntry, ServiceEntry, ServiceKind, ServicePort, in_namespace,
+    parent_service,
 };
 use crate::resources::{
     Kind,
@@ -37,6 +43,42 @@ pub struct CompiledRoute {
     pub rules: Vec<Rule>,
     /// Objects whose rules these are.
     pub objects: Vec<ObjectRef>,
+}
+
+/// A pod as callers of its own address see it. Any port may be dialled, so the port comes last.
+#[derive(Clone, Debug)]
+pub struct PodAddress {
+    ip: IpAddr,
+    name: Name,
+    pod: PodEntry,
+    protocols: BTreeMap<u16, Protocol>,
+}
+
+impl PodAddress {
+    /// One port, as a service of one endpoint: no route, no balancing.
+    pub fn service(&self, port: u16) -> Service {
+        Service {
+            name: ServiceName { namespace: self.name.0.clone(), name: self.name.1.clone(), port },
+            vips: vec![self.ip],
+            protocol: self.protocols.get(&port).copied().unwrap_or_default(),
+            detect_timeout: DETECT_TIMEOUT,
+            route: None,
+            endpoints: None,
+            pod: Some(Arc::new(self.pod.endpoint(SocketAddr::new(self.ip, port)))),
+            load_balancing: LoadBalancing::default(),
+            health: HealthPolicy::default(),
+            limits: Limits::default(),
+            accepted_identities: Vec::new(),
+            mtls_required: false,
+            timeouts: Timeouts::default(),
+            retry: RetryPolicy::default(),
+        }
+    }
+
+    /// What versions of it begin with.
+    pub fn meta(&self) -> &Meta {
+        &self.pod.meta
+    }
 }
 
 impl Index {
@@ -69,26 +111,13 @@ impl Index {
         Some((service, entry.meta.clone()))
     }
 
-    /// One pod by its own address, as a service of one endpoint: no route, no balancing.
-    pub fn pod_service(&self, address: std::net::SocketAddr) -> Option<(Service, Meta)> {
-        let (name, pod) = self.pod_by_ip(address.ip())?;
-        let service = Service {
-            name: ServiceName { namespace: name.0.clone(), name: name.1.clone(), port: address.port() },
-            vips: vec![address.ip()],
-            protocol: self.port_protocol(name, pod, address.port()),
-            detect_timeout: DETECT_TIMEOUT,
-            route: None,
-            endpoints: None,
-            pod: Some(Arc::new(pod.endpoint(address))),
-            load_balancing: LoadBalancing::default(),
-            health: HealthPolicy::default(),
-            limits: Limits::default(),
-            accepted_identities: Vec::new(),
-            mtls_required: false,
-            timeouts: Timeouts::default(),
-            retry: RetryPolicy::default(),
-        };
-        Some((service, pod.meta.clone()))
+    /// Whatever listens at a pod's own address; `None` if no pod has it.
+    pub fn pod_address(&self, ip: IpAddr) -> Option<PodAddress> {
+        let (name, pod) = self.pod_by_ip(ip)?;
+        let mut ports: BTreeSet<u16> = pod.ports.iter().map(|(_, port)| *port).collect();
+        ports.extend(self.service_targets(name, pod));
+        let protocols = ports.into_iter().map(|port| (port, self.port_protocol(name, pod, port))).collect();
+        Some(PodAddress { ip, name: name.clone(), pod: pod.clone(), protocols })
     }
 
     /// The rules of one service port; `None` without routes: everything goes to the service itself.

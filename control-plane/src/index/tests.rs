@@ -158,11 +158,13 @@ fn services_declare_protocols() {
         assert_eq!(super::declared_protocol(app, name), protocol, "{app:?} {name}");
     }
     // The pod's own port, by what its services declare.
-    let (pod, _) = index.pod_service("10.0.0.1:8080".parse().unwrap()).unwrap();
-    assert_eq!(pod.protocol, Protocol::Http1);
-    assert_eq!(pod.pod.unwrap().uid, uid("cart-1-uid"));
-    assert!(index.pod_service("[fd00::1]:1".parse().unwrap()).is_some());
-    assert!(index.pod_service("10.0.0.9:1".parse().unwrap()).is_none());
+    let pod = index.pod_address("10.0.0.1".parse().unwrap()).unwrap();
+    assert_eq!(pod.service(8080).protocol, Protocol::Http1);
+    assert_eq!(pod.service(1).protocol, Protocol::Detect);
+    assert_eq!(pod.service(8080).pod.unwrap().uid, uid("cart-1-uid"));
+    assert_eq!(pod.service(9090).pod.unwrap().tunnel, Tunnel::None);
+    assert!(index.pod_address("fd00::1".parse().unwrap()).is_some());
+    assert!(index.pod_address("10.0.0.9".parse().unwrap()).is_none());
 }
 
 const ROUTE: &str = r#"
@@ -411,8 +413,8 @@ fn a_pod_touches_its_services_and_nothing_else() {
     let moved = "apiVersion: v1\nkind: Pod\nmetadata: {name: n, namespace: shop, uid: n-uid}\nstatus: {podIP: 10.0.0.1}\n";
     apply(&mut index, moved);
     delete(&mut index, Kind::Pod, "cart-1");
-    let (service, _) = index.pod_service("10.0.0.1:1".parse().unwrap()).unwrap();
-    assert_eq!(service.pod.unwrap().uid, uid("n-uid"));
+    let address = index.pod_address("10.0.0.1".parse().unwrap()).unwrap();
+    assert_eq!(address.service(1).pod.unwrap().uid, uid("n-uid"));
 }
 
 #[test]

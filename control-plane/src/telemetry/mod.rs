@@ -245,6 +245,12 @@ impl Store {
         live.filter_map(|(uid, sidecar)| Some((uid.clone(), sidecar.applied.get(&key)?.clone()))).collect()
     }
 
+    /// The version of one resource that is live in one sidecar.
+    pub fn live(&self, uid: &PodUid, type_url: &str, name: &str) -> Option<&str> {
+        let key = (type_url.to_owned(), name.to_owned());
+        self.sidecars.get(uid)?.applied.get(&key).map(String::as_str)
+    }
+
     /// What sidecars refuse: (pod, type URL, name, version, reason).
     pub fn nacked(&self) -> impl Iterator<Item = (&PodUid, &str, &str, &str, &str)> {
         self.sidecars.iter().flat_map(|(uid, sidecar)| {
@@ -469,7 +475,8 @@ impl Ring {
         let start = now_ms - now_ms % self.step_ms;
         // A clock that went back leaves the open step open.
         if start > self.open_start_ms {
-            let samples: HashMap<u32, Sample> = self.open.drain().map(|(id, open)| (id, open.close())).collect();
+            let samples: HashMap<u32, Sample> =
+                self.open.drain().map(|(id, open)| (id, open.close())).collect();
             if !samples.is_empty() {
                 let bytes = samples.values().map(Sample::bytes).sum();
                 self.bytes += bytes;

@@ -131,8 +131,12 @@ fn applied_and_refused_follow_the_sidecars() {
     first.applied = vec![applied("v1")];
     store.report(&reporter(1), first, T0);
     let mut second = report(2, vec![]);
-    second.nacked =
-        vec![pb::Nacked { type_url: "t".into(), name: "n".into(), version: "v2".into(), reason: "no".into() }];
+    second.nacked = vec![pb::Nacked {
+        type_url: "t".into(),
+        name: "n".into(),
+        version: "v2".into(),
+        reason: "no".into(),
+    }];
     store.report(&reporter(1), second, T0);
     assert_eq!(store.applied("t", "n").into_values().collect::<Vec<_>>(), ["v1"]);
     assert_eq!(store.nacked().count(), 1);

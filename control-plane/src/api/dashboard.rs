@@ -1,0 +1,360 @@
+//! HTTP/1 on loopback: `/api/v1/…` in JSON, `/live`, `/ready`, `/metrics`.
+//!
+//! Why it is bounded: it shows the whole mesh and merges histograms to do so. At most 16 questions are
+//! worked on at a time, each for at most ten seconds, off the threads that serve sidecars.
+
+use std::{
+    collections::BTreeMap,
+    convert::Infallible,
+    sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard},
+    time::{Duration, SystemTime},
+};
+
+use bytes::Bytes;
+use http::{Method, Request, Response, StatusCode, header};
+use http_body_util::Full;
+use hyper::{body::Incoming, service::service_fn};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use serde::Serialize;
+use tokio::{net::TcpListener, sync::Semaphore, sync::watch};
+use tower::{ServiceBuilder, ServiceExt as _};
+use weft_core::identity::PodUid;
+
+use super::{
+    status::{Facts, pod_name},
+    types::{Anchor, Certs, Endpoints, Refusal, Rotated, Routes},
+};
+use crate::{
+    ca::{Ca, RotateRoot},
+    metrics::{Metrics, Sample},
+    resources::values::GatewayDuration,
+    serve::{
+        closed,
+        identity::Certify,
+        published::Published,
+        publisher::{State, now_ms},
+        telemetry::Reports,
+    },
+    telemetry::{Filter, Store},
+};
+
+/// What the API reads.
+pub struct Api {
+    /// The authority.
+    pub ca: Arc<Ca>,
+    /// What it issued.
+    pub certify: Certify,
+    /// What is published.
+    pub published: Arc<Published>,
+    /// Objects and problems.
+    pub state: Arc<RwLock<State>>,
+    /// What sidecars said.
+    pub store: Arc<Mutex<Store>>,
+    /// When they said that something is live.
+    pub reports: Reports,
+    /// Own metrics.
+    pub metrics: Arc<Metrics>,
+    /// The source, for people.
+    pub source: String,
+}
+
+/// An answer that is not 2xx.
+struct Refused(StatusCode, String);
+
+type Answer = Result<Response<Full<Bytes>>, Refused>;
+
+/// Serves until `closing` says so.
+pub async fn serve(listener: TcpListener, api: Arc<Api>, mut closing: watch::Receiver<bool>) {
+    let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let work = ServiceBuilder::new()
+        .load_shed()
+        .concurrency_limit(MAX_REQUESTS)
+        .timeout(REQUEST_TIMEOUT)
+        .service_fn(move |request: Request<Incoming>| {
+            let api = api.clone();
+            async move {
+                let (head, _) = request.into_parts();
+                // Merging is work: not on the threads that serve sidecars.
+                let answered = tokio::task::spawn_blocking(move || api.answer(&head)).await;
+                answered.map_err(std::io::Error::other)
+            }
+        });
+    loop {
+        let Ok(slot) = connections.clone().acquire_owned().await else { return };
+        let accepted = tokio::select! {
+            biased;
+            () = closed(&mut closing) => return,
+            accepted = listener.accept() => accepted,
+        };
+        let Ok((stream, _)) = accepted else {
+            tokio::time::sleep(Duration::from_millis(200)).await;
+            continue;
+        };
+        let (work, mut closing) = (work.clone(), closing.clone());
+        tokio::spawn(async move {
+            let _slot = slot;
+            let service = service_fn(move |request| {
+                let work = work.clone();
+                async move {
+                    let answer = work.oneshot(request).await.unwrap_or_else(|error| {
+                        Refused(StatusCode::SERVICE_UNAVAILABLE, format!("try again: {error}")).response()
+                    });
+                    Ok::<_, Infallible>(answer)
+                }
+            });
+            let connection = hyper::server::conn::http1::Builder::new()
+                .timer(TokioTimer::new())
+                .header_read_timeout(HEADER_TIMEOUT)
+                .max_buf_size(16 * 1024)
+                .serve_connection(TokioIo::new(stream), service);
+            tokio::pin!(connection);
+            tokio::select! {
+                _ = connection.as_mut() => return,
+                () = closed(&mut closing) => connection.as_mut().graceful_shutdown(),
+            }
+            let _ = tokio::time::timeout(Duration::from_secs(2), connection).await;
+        });
+    }
+}
+
+impl Api {
+    fn answer(&self, head: &http::request::Parts) -> Response<Full<Bytes>> {
+        self.try_answer(head).unwrap_or_else(Refused::response)
+    }
+
+    fn try_answer(&self, head: &http::request::Parts) -> Answer {
+        let query = query(head.uri.query().unwrap_or_default());
+        let get = head.method == Method::GET || head.method == Method::HEAD;
+        match head.uri.path() {
+            "/live" if get => Ok(text(StatusCode::OK, "live\n")),
+            "/ready" if get => Ok(self.ready()),
+            "/metrics" if get => Ok(text(StatusCode::OK, self.render_metrics())),
+            "/api/v1/routes" if get => self.routes(&query),
+            "/api/v1/status" if get => {
+                let (state, store) = (self.state(), self.store());
+                let facts = Facts {
+                    state: &state,
+                    published: &self.published,
+                    store: &store,
+                    reports: &self.reports,
+                };
+                json(&facts.status(&self.source))
+            }
+            "/api/v1/endpoints" if get => self.endpoints(&query),
+            "/api/v1/edges" if get => json(&self.store().edges()),
+            "/api/v1/certs" if get => json(&self.certs()),
+            "/api/v1/certs/rotate" if head.method == Method::POST => {
+                // Only a browser sends it, and no page of ours does.
+                if head.headers.contains_key(header::ORIGIN) {
+                    return Err(Refused(StatusCode::FORBIDDEN, "not for browsers".to_owned()));
+                }
+                self.rotate(&query)
+            }
+            path @ ("/live"
+            | "/ready"
+            | "/metrics"
+            | "/api/v1/routes"
+            | "/api/v1/status"
+            | "/api/v1/endpoints"
+            | "/api/v1/edges"
+            | "/api/v1/certs"
+            | "/api/v1/certs/rotate") => {
+                Err(Refused(StatusCode::METHOD_NOT_ALLOWED, format!("{} is not for {path}", head.method)))
+            }
+            path => Err(Refused(StatusCode::NOT_FOUND, format!("there is no {path}"))),
+        }
+    }
+
+    fn ready(&self) -> Response<Full<Bytes>> {
+        match *self.published.synced().borrow() {
+            true => text(StatusCode::OK, "ready\n"),
+            false => text(StatusCode::SERVICE_UNAVAILABLE, "the source has not been read yet\n"),
+        }
+    }
+
+    fn routes(&self, query: &BTreeMap<String, String>) -> Answer {
+        let window = match query.get("window") {
+            None => DEFAULT_WINDOW,
+            Some(text) => match text.parse::<GatewayDuration>() {
+                Ok(window) if (MIN_WINDOW..=MAX_WINDOW).contains(&window.0) => window.0,
+                Ok(_) | Err(_) => {
+                    return Err(Refused(StatusCode::BAD_REQUEST, format!("window {text:?}: write 1s to 1h")));
+                }
+            },
+        };
+        let filter =
+            Filter { service: query.get("service").cloned(), workload: query.get("workload").cloned() };
+        let rows = self.store().routes(&filter, window, now_ms());
+        json(&Routes { window_s: window.as_secs(), rows })
+    }
+
+    fn endpoints(&self, query: &BTreeMap<String, String>) -> Answer {
+        let mut rows = self.store().endpoints();
+        if let Some(service) = query.get("service") {
+            rows.retain(|row| {
+                let rest = row.backend.strip_prefix(service.as_str());
+                rest.is_some_and(|rest| rest.is_empty() || rest.starts_with(':'))
+            });
+        }
+        let state = self.state();
+        let uids = rows.iter().flat_map(|row| [&row.uid, &row.seen_by]);
+        let pods =
+            uids.filter_map(|uid| Some((uid.clone(), pod_name(&state.index, &PodUid::new(uid).ok()?))));
+        let pods = pods.collect();
+        json(&Endpoints { rows, pods })
+    }
+
+    fn certs(&self) -> Certs {
+        let anchor = |root: crate::ca::root::RootInfo| Anchor {
+            serial: root.serial,
+            not_before: seconds(root.not_before),
+            not_after: seconds(root.not_after),
+            signing: root.signs,
+        };
+        let mut workloads = self.certify.issued();
+        let state = self.state();
+        for workload in &mut workloads {
+            if let Ok(uid) = PodUid::new(&workload.uid)
+                && state.index.workload_name(&uid).is_some()
+            {
+                workload.pod = pod_name(&state.index, &uid);
+            }
+        }
+        Certs {
+            trust_domain: self.ca.trust_domain().to_string(),
+            sequence: self.ca.bundle().borrow().sequence,
+            anchors: self.ca.describe().into_iter().map(anchor).collect(),
+            workloads,
+        }
+    }
+
+    fn rotate(&self, query: &BTreeMap<String, String>) -> Answer {
+        let done = match query.get("root").map(String::as_str) {
+            None => self.ca.rotate_leaves(),
+            Some("add") => self.ca.rotate_root(RotateRoot::Add),
+            Some("activate") => self.ca.rotate_root(RotateRoot::Activate),
+            Some("retire") => self.ca.rotate_root(RotateRoot::Retire),
+            Some(other) => {
+                let reason = format!("root {other:?}: write add, then activate, then retire");
+                return Err(Refused(StatusCode::BAD_REQUEST, reason));
+            }
+        };
+        let bundle = done.map_err(|error| Refused(StatusCode::CONFLICT, error.to_string()))?;
+        tracing::info!(sequence = bundle.sequence, roots = bundle.roots.len(), "certificates rotate");
+        json(&Rotated { sequence: bundle.sequence })
+    }
+
+    fn render_metrics(&self) -> String {
+        let (state, store) = (self.state(), self.store());
+        let n = |n: usize| u64::try_from(n).unwrap_or(u64::MAX);
+        let sample = |name, help, value| Sample { name, help, value };
+        let samples = [
+            sample("ready", "Whether the source was read", u64::from(*self.published.synced().borrow())),
+            sample("resources", "Published resources", n(self.published.len())),
+            sample("objects", "Objects of the source", n(state.index.objects().count())),
+            sample("problems", "What could not be used", n(state.problems.len() + state.unpublished.len())),
+            sample("sidecars", "Sidecars that report", n(store.sidecars(now_ms()).len())),
+            sample("refused_resources", "Resources that sidecars refuse", n(store.nacked().count())),
+            sample("telemetry_bytes", "Histograms kept", n(store.bytes())),
+            sample("telemetry_dropped_total", "Telemetry left out", store.dropped),
+            sample("telemetry_repeated_total", "Reports that came twice", store.repeated),
+            sample("telemetry_refused_total", "Histograms refused", store.refused),
+        ];
+        self.metrics.render(&samples)
+    }
+
+    fn state(&self) -> RwLockReadGuard<'_, State> {
+        self.state.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn store(&self) -> MutexGuard<'_, Store> {
+        self.store.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Refused {
+    fn response(self) -> Response<Full<Bytes>> {
+        let body = serde_json::json!(Refusal { error: self.1 }).to_string();
+        respond(self.0, "application/json", body)
+    }
+}
+
+fn json(value: &impl Serialize) -> Answer {
+    let body = serde_json::to_vec(value)
+        .map_err(|error| Refused(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()))?;
+    Ok(respond(StatusCode::OK, "application/json", body))
+}
+
+fn text(status: StatusCode, body: impl Into<Bytes>) -> Response<Full<Bytes>> {
+    respond(status, "text/plain; version=0.0.4; charset=utf-8", body)
+}
+
+fn respond(status: StatusCode, content_type: &'static str, body: impl Into<Bytes>) -> Response<Full<Bytes>> {
+    let mut response = Response::new(Full::new(body.into()));
+    *response.status_mut() = status;
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, http::HeaderValue::from_static(content_type));
+    headers.insert(header::CACHE_CONTROL, http::HeaderValue::from_static("no-store"));
+    response
+}
+
+/// `a=b&c=d`, percent-decoded; of equal names the last counts.
+fn query(text: &str) -> BTreeMap<String, String> {
+    let pairs = text.split('&').filter(|pair| !pair.is_empty());
+    pairs
+        .map(|pair| {
+            let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
+            (decode(name), decode(value))
+        })
+        .collect()
+}
+
+fn decode(text: &str) -> String {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
+    while let [first, tail @ ..] = rest {
+        let hex = |at: usize| tail.get(at).and_then(|b| char::from(*b).to_digit(16));
+        match (first, hex(0), hex(1)) {
+            (b'%', Some(high), Some(low)) => {
+                bytes.push(u8::try_from(high * 16 + low).unwrap_or(b'?'));
+                rest = &tail[2..];
+            }
+            (b'+', ..) => {
+                bytes.push(b' ');
+                rest = tail;
+            }
+            _ => {
+                bytes.push(*first);
+                rest = tail;
+            }
+        }
+    }
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+fn seconds(at: SystemTime) -> i64 {
+    let since = at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or(Duration::ZERO);
+    i64::try_from(since.as_secs()).unwrap_or(i64::MAX)
+}
+
+const MAX_CONNECTIONS: usize = 64;
+const MAX_REQUESTS: usize = 16;
+const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
+const HEADER_TIMEOUT: Duration = Duration::from_secs(5);
+const DEFAULT_WINDOW: Duration = Duration::from_secs(30);
+const MIN_WINDOW: Duration = Duration::from_secs(1);
+const MAX_WINDOW: Duration = Duration::from_secs(3_600);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn queries_are_decoded() {
+        let query = query("service=shop%2Fapi%3A80&window=30s&empty&bad=%zz%4");
+        assert_eq!(query["service"], "shop/api:80");
+        assert_eq!(query["window"], "30s");
+        assert_eq!(query["empty"], "");
+        assert_eq!(query["bad"], "%zz%4");
+    }
+}

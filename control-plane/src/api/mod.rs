@@ -1,0 +1,5 @@
+//! The controller's HTTP API: JSON for `weft` and scripts, metrics and readiness for machines.
+
+pub mod dashboard;
+pub mod status;
+pub mod types;

@@ -1,0 +1,194 @@
+//! The certificate authority: who is who in the mesh.
+//!
+//! Why the controller writes every name: a workload sends only a public key. What the certificate says
+//! comes from the authenticated token, so nothing that a workload puts into its request can become a name.
+//!
+//! Why one type in front of the files: keys never leave this folder of modules; others get certificates.
+
+use std::{
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, SystemTime},
+};
+
+use rustls_pki_types::{CertificateDer, PrivateKeyDer};
+use tokio::sync::watch;
+use weft_core::identity::{PodUid, SpiffeId, TrustDomain};
+
+pub mod csr;
+pub mod issuer;
+pub mod root;
+pub mod token;
+
+pub use issuer::{Issued, Subject};
+pub use root::{Roots, RotateRoot};
+pub use token::{Claims, JoinKey, TokenError};
+
+/// Why the authority cannot do what it is asked.
+#[derive(Debug, thiserror::Error)]
+pub enum CaError {
+    /// A file of the state folder.
+    #[error("{}: {error}", .path.display())]
+    File {
+        /// Which.
+        path: PathBuf,
+        /// What happened.
+        error: std::io::Error,
+    },
+    /// A file says something that it must not.
+    #[error("{}: {reason}", .path.display())]
+    Content {
+        /// Which.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A signing request that is refused.
+    #[error("the signing request is refused: {0}")]
+    Csr(#[from] csr::CsrError),
+    /// Making a key or certificate failed.
+    #[error("signing failed: {0}")]
+    Signing(String),
+    /// A rotation step that does not fit the state.
+    #[error("{0}")]
+    Rotation(String),
+}
+
+/// What every sidecar should trust now.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Bundle {
+    /// Trust anchors, oldest first.
+    pub roots: Vec<CertificateDer<'static>>,
+    /// Grows with every rotation: a sidecar that sees it grow renews its certificate at once.
+    pub sequence: u64,
+}
+
+/// The authority.
+#[derive(Debug)]
+pub struct Ca {
+    trust_domain: TrustDomain,
+    lifetime: Duration,
+    join_key: JoinKey,
+    roots: Mutex<Roots>,
+    bundle: watch::Sender<Bundle>,
+}
+
+impl Ca {
+    /// Loads the authority of a state folder, or makes one.
+    ///
+    /// # Errors
+    /// Files that cannot be read, written or used.
+    pub fn open(state: &Path, trust_domain: TrustDomain, lifetime: Duration) -> Result<Self, CaError> {
+        root::make_folder(state)?;
+        let join_key = JoinKey::open(state)?;
+        let roots = Roots::open(state, &trust_domain)?;
+        let (bundle, _) = watch::channel(roots.bundle());
+        Ok(Self { trust_domain, lifetime, join_key, roots: Mutex::new(roots), bundle })
+    }
+
+    /// Signs a workload's key under the names that its token says.
+    ///
+    /// # Errors
+    /// A refused request.
+    pub fn issue(&self, csr_der: &[u8], subject: &Subject) -> Result<Issued, CaError> {
+        let key = csr::public_key(csr_der)?;
+        self.roots().sign(&key, subject, self.lifetime, SystemTime::now())
+    }
+
+    /// A key and certificate for the controller's own servers.
+    ///
+    /// # Errors
+    /// Signing.
+    pub fn own_certificate(&self) -> Result<(Issued, PrivateKeyDer<'static>), CaError> {
+        let subject =
+            Subject { identity: controller_identity(&self.trust_domain)?, name: SERVER_NAME.to_owned() };
+        self.roots().sign_own(&subject, self.lifetime, SystemTime::now())
+    }
+
+    /// Checks a join token.
+    ///
+    /// # Errors
+    /// See [`TokenError`].
+    pub fn check_token(&self, token: &str, now: SystemTime) -> Result<Claims, TokenError> {
+        self.join_key.check(token, now)
+    }
+
+    /// The key of join tokens.
+    pub fn join_key(&self) -> &JoinKey {
+        &self.join_key
+    }
+
+    /// What sidecars should trust; changes are seen on the channel.
+    pub fn bundle(&self) -> watch::Receiver<Bundle> {
+        self.bundle.subscribe()
+    }
+
+    /// The mesh's trust domain.
+    pub fn trust_domain(&self) -> &TrustDomain {
+        &self.trust_domain
+    }
+
+    /// How long workload certificates live.
+    pub fn lifetime(&self) -> Duration {
+        self.lifetime
+    }
+
+    /// The roots, for reports: name, whether it signs, subject key id, end of validity.
+    pub fn describe(&self) -> Vec<root::RootInfo> {
+        self.roots().describe()
+    }
+
+    /// Makes every sidecar renew its certificate now.
+    ///
+    /// # Errors
+    /// The state folder cannot be written.
+    pub fn rotate_leaves(&self) -> Result<Bundle, CaError> {
+        self.change(Roots::next_sequence)
+    }
+
+    /// Takes one step of a root's rotation: A → A+B → B.
+    ///
+    /// # Errors
+    /// The step does not fit the state, or the state folder cannot be written.
+    pub fn rotate_root(&self, step: RotateRoot) -> Result<Bundle, CaError> {
+        let domain = self.trust_domain.clone();
+        self.change(|roots| roots.rotate(step, &domain))
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Roots) -> Result<(), CaError>) -> Result<Bundle, CaError> {
+        let mut roots = self.roots();
+        change(&mut roots)?;
+        let bundle = roots.bundle();
+        self.bundle.send_replace(bundle.clone());
+        Ok(bundle)
+    }
+
+    fn roots(&self) -> MutexGuard<'_, Roots> {
+        // Every change is written to disk before it is taken, so a panic leaves a state that is whole.
+        self.roots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Who the controller is to its sidecars.
+///
+/// # Errors
+/// None for a valid trust domain.
+pub fn controller_identity(trust_domain: &TrustDomain) -> Result<SpiffeId, CaError> {
+    SpiffeId::new(trust_domain, "weft", "weft-controller").map_err(|e| CaError::Signing(e.to_string()))
+}
+
+/// The subject of a workload's certificate.
+///
+/// # Errors
+/// A namespace or service account that is none.
+pub fn workload_subject(trust_domain: &TrustDomain, claims: &Claims) -> Result<Subject, TokenError> {
+    let identity = SpiffeId::new(trust_domain, &claims.ns, &claims.sa).map_err(|_| TokenError::Claims)?;
+    let uid = PodUid::new(&claims.uid).map_err(|_| TokenError::Claims)?;
+    Ok(Subject { identity, name: uid.server_name() })
+}
+
+/// The name that sidecars ask the controller for.
+pub const SERVER_NAME: &str = "weft-controller.weft.internal";
+
+/// Shared by all who serve.
+pub type SharedCa = Arc<Ca>;

@@ -1,0 +1,420 @@
+//! Trust anchors on disk: made, loaded, and replaced in three steps that nobody notices.
+//!
+//! Why three steps: A → A+B (everybody trusts both, A signs) → A+B with B signing (everybody renews) → B.
+//! A missed or rushed rotation is the commonest total outage of meshes; each step here is refused until
+//! the one before it was taken, and the caller decides when everybody has followed.
+//!
+//! Files of the state folder, all 0600 but the anchors: `root-<n>.pem` (certificate and key), `roots.json`
+//! (which sign, which are trusted, the sequence), `join.key`, `trust-anchors.pem` (for sidecars).
+
+use std::{
+    fs,
+    io::Write,
+    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
+    path::{Path, PathBuf},
+    time::{Duration, SystemTime},
+};
+
+use rcgen::{
+    BasicConstraints, CertificateParams, DistinguishedName, DnType, IsCa, Issuer, KeyPair, KeyUsagePurpose,
+    PublicKeyData,
+};
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, pem::PemObject};
+use serde::{Deserialize, Serialize};
+use weft_core::identity::TrustDomain;
+use x509_parser::prelude::{FromDer, X509Certificate};
+use zeroize::Zeroizing;
+
+use super::{Bundle, CaError, issuer, issuer::Issued, issuer::Subject};
+
+/// One step of a root's rotation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RotateRoot {
+    /// Make B; both are trusted, A signs.
+    Add,
+    /// B signs; everybody renews.
+    Activate,
+    /// A is no longer trusted.
+    Retire,
+}
+
+/// The roots of one state folder.
+#[derive(Debug)]
+pub struct Roots {
+    state: PathBuf,
+    register: Register,
+    roots: Vec<Root>,
+}
+
+/// One root, for reports.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RootInfo {
+    /// Its file's name.
+    pub name: String,
+    /// Whether it signs.
+    pub signs: bool,
+    /// End of validity.
+    pub not_after: SystemTime,
+    /// Start of validity.
+    pub not_before: SystemTime,
+    /// Serial number, in hexadecimal.
+    pub serial: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Register {
+    active: String,
+    trusted: Vec<String>,
+    sequence: u64,
+}
+
+struct Root {
+    name: String,
+    certificate: CertificateDer<'static>,
+    key: KeyPair,
+    not_before: SystemTime,
+    not_after: SystemTime,
+    serial: String,
+}
+
+impl std::fmt::Debug for Root {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Root").field("name", &self.name).finish_non_exhaustive()
+    }
+}
+
+impl Roots {
+    /// Loads the roots, or makes the first one.
+    ///
+    /// # Errors
+    /// Files that cannot be read, written or used.
+    pub fn open(state: &Path, trust_domain: &TrustDomain) -> Result<Self, CaError> {
+        let path = state.join(REGISTER);
+        let mut roots = match fs::read(&path) {
+            Ok(bytes) => {
+                let register: Register = serde_json::from_slice(&bytes)
+                    .map_err(|e| CaError::Content { path: path.clone(), reason: e.to_string() })?;
+                let loaded =
+                    register.trusted.iter().map(|name| load(state, name)).collect::<Result<Vec<_>, _>>()?;
+                if !register.trusted.contains(&register.active) {
+                    return Err(CaError::Content {
+                        path,
+                        reason: "the active root is not a trusted one".to_owned(),
+                    });
+                }
+                Self { state: state.to_owned(), register, roots: loaded }
+            }
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                let root = create(state, "root-1", trust_domain)?;
+                let name = root.name.clone();
+                let register = Register { active: name.clone(), trusted: vec![name], sequence: 1 };
+                Self { state: state.to_owned(), register, roots: vec![root] }
+            }
+            Err(error) => return Err(CaError::File { path, error }),
+        };
+        roots.save(roots.register.clone())?;
+        Ok(roots)
+    }
+
+    /// What sidecars should trust.
+    pub fn bundle(&self) -> Bundle {
+        Bundle {
+            roots: self.roots.iter().map(|root| root.certificate.clone()).collect(),
+            sequence: self.register.sequence,
+        }
+    }
+
+    /// Everybody renews.
+    ///
+    /// # Errors
+    /// The state folder cannot be written.
+    pub fn next_sequence(&mut self) -> Result<(), CaError> {
+        let mut register = self.register.clone();
+        register.sequence += 1;
+        self.save(register)
+    }
+
+    /// Takes one step.
+    ///
+    /// # Errors
+    /// It does not fit the state, or the state folder cannot be written.
+    pub fn rotate(&mut self, step: RotateRoot, trust_domain: &TrustDomain) -> Result<(), CaError> {
+        let refuse = |reason: &str| Err(CaError::Rotation(reason.to_owned()));
+        let mut register = self.register.clone();
+        register.sequence += 1;
+        let newest_signs = self.roots.last().is_some_and(|root| root.name == self.register.active);
+        match step {
+            RotateRoot::Add => {
+                if self.roots.len() > 1 {
+                    return refuse("a rotation is under way: activate the new root, then retire the old one");
+                }
+                let root = create(&self.state, &self.next_name(), trust_domain)?;
+                register.trusted.push(root.name.clone());
+                self.roots.push(root);
+                if let Err(error) = self.save(register) {
+                    self.roots.pop();
+                    return Err(error);
+                }
+                Ok(())
+            }
+            RotateRoot::Activate => {
+                let Some(newest) = self.roots.last().filter(|_| self.roots.len() > 1 && !newest_signs) else {
+                    return refuse("there is no new root to activate: add one first");
+                };
+                register.active = newest.name.clone();
+                self.save(register)
+            }
+            RotateRoot::Retire => {
+                if self.roots.len() < 2 || !newest_signs {
+                    return refuse("there is no old root to retire: add and activate a new one first");
+                }
+                register.trusted = vec![self.register.active.clone()];
+                self.save(register)?;
+                let active = self.register.active.clone();
+                self.roots.retain(|root| root.name == active);
+                Ok(())
+            }
+        }
+    }
+
+    /// Signs a workload's key.
+    ///
+    /// # Errors
+    /// Signing.
+    pub fn sign(
+        &self,
+        key: &impl PublicKeyData,
+        subject: &Subject,
+        lifetime: Duration,
+        now: SystemTime,
+    ) -> Result<Issued, CaError> {
+        let root = self.active()?;
+        let issuer = Issuer::from_ca_cert_der(&root.certificate, &root.key)
+            .map_err(|e| CaError::Signing(e.to_string()))?;
+        issuer::sign(key, subject, lifetime, now, &issuer, root.not_after)
+    }
+
+    /// Makes a key and signs it, for the controller itself.
+    ///
+    /// # Errors
+    /// Signing.
+    pub fn sign_own(
+        &self,
+        subject: &Subject,
+        lifetime: Duration,
+        now: SystemTime,
+    ) -> Result<(Issued, PrivateKeyDer<'static>), CaError> {
+        let key = KeyPair::generate().map_err(|e| CaError::Signing(e.to_string()))?;
+        let issued = self.sign(&key, subject, lifetime, now)?;
+        Ok((issued, PrivatePkcs8KeyDer::from(key.serialize_der()).into()))
+    }
+
+    /// For reports.
+    pub fn describe(&self) -> Vec<RootInfo> {
+        let info = |root: &Root| RootInfo {
+            name: root.name.clone(),
+            signs: root.name == self.register.active,
+            not_after: root.not_after,
+            not_before: root.not_before,
+            serial: root.serial.clone(),
+        };
+        self.roots.iter().map(info).collect()
+    }
+
+    fn active(&self) -> Result<&Root, CaError> {
+        let active = self.roots.iter().find(|root| root.name == self.register.active);
+        active.ok_or_else(|| CaError::Signing("there is no active root".to_owned()))
+    }
+
+    fn next_name(&self) -> String {
+        // Names of retired roots are not used again: their files stay, for whoever has to look back.
+        let taken = |n: &usize| self.state.join(format!("root-{n}.pem")).exists();
+        format!("root-{}", (1..).find(|n| !taken(n)).unwrap_or(1))
+    }
+
+    /// Anchors first: nobody signs with a root that sidecars cannot find.
+    fn save(&mut self, register: Register) -> Result<(), CaError> {
+        let trusted = self.roots.iter().filter(|root| register.trusted.contains(&root.name));
+        let anchors: String = trusted.map(|root| pem("CERTIFICATE", &root.certificate)).collect();
+        write(&self.state.join(ANCHORS), anchors.as_bytes(), 0o644)?;
+        let text = serde_json::to_vec_pretty(&register).map_err(|e| CaError::Signing(e.to_string()))?;
+        write(&self.state.join(REGISTER), &text, 0o600)?;
+        self.register = register;
+        Ok(())
+    }
+}
+
+fn create(state: &Path, name: &str, trust_domain: &TrustDomain) -> Result<Root, CaError> {
+    let failed = |e: rcgen::Error| CaError::Signing(e.to_string());
+    let key = KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256).map_err(failed)?;
+    let now = SystemTime::now();
+    let mut params = CertificateParams::default();
+    params.distinguished_name = DistinguishedName::new();
+    params.distinguished_name.push(DnType::CommonName, format!("weft {name} {trust_domain}"));
+    params.not_before = (now - Duration::from_secs(3_600)).into();
+    params.not_after = (now + ROOT_LIFETIME).into();
+    params.serial_number = Some(issuer::serial());
+    // It signs workloads and no other authority. No name constraints: rustls refuses URI ones outright.
+    params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+    params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+    let certificate = params.self_signed(&key).map_err(failed)?;
+    let mut text = Zeroizing::new(certificate.pem());
+    text.push_str(&Zeroizing::new(key.serialize_pem()));
+    write(&state.join(format!("{name}.pem")), text.as_bytes(), 0o600)?;
+    load(state, name)
+}
+
+fn load(state: &Path, name: &str) -> Result<Root, CaError> {
+    let path = state.join(format!("{name}.pem"));
+    let text =
+        fs::read(&path).map(Zeroizing::new).map_err(|error| CaError::File { path: path.clone(), error })?;
+    let bad = |reason: String| CaError::Content { path: path.clone(), reason };
+    let certificate =
+        CertificateDer::from_pem_slice(&text).map_err(|e| bad(format!("no certificate: {e}")))?;
+    let key = PrivateKeyDer::from_pem_slice(&text).map_err(|e| bad(format!("no private key: {e}")))?;
+    let key = KeyPair::try_from(&key).map_err(|e| bad(format!("private key: {e}")))?;
+    let (_, parsed) =
+        X509Certificate::from_der(&certificate).map_err(|e| bad(format!("certificate: {e}")))?;
+    if !parsed.is_ca() {
+        return Err(bad("the certificate is not that of an authority".to_owned()));
+    }
+    if parsed.public_key().subject_public_key.data.as_ref() != key.public_key_raw() {
+        return Err(bad("key and certificate do not belong together".to_owned()));
+    }
+    let at = |seconds: i64| SystemTime::UNIX_EPOCH + Duration::from_secs(u64::try_from(seconds).unwrap_or(0));
+    let not_before = at(parsed.validity().not_before.timestamp());
+    let not_after = at(parsed.validity().not_after.timestamp());
+    let serial = hex(parsed.raw_serial());
+    if not_after <= SystemTime::now() {
+        return Err(bad("the certificate has expired".to_owned()));
+    }
+    Ok(Root { name: name.to_owned(), certificate, key, not_before, not_after, serial })
+}
+
+/// Makes the state folder. Others may enter it: sidecars read the anchors there; keys are 0600 each.
+pub(super) fn make_folder(state: &Path) -> Result<(), CaError> {
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o755)
+        .create(state)
+        .map_err(|error| CaError::File { path: state.to_owned(), error })
+}
+
+/// Writes a file whole or not at all.
+pub(crate) fn write(path: &Path, bytes: &[u8], mode: u32) -> Result<(), CaError> {
+    let failed = |error| CaError::File { path: path.to_owned(), error };
+    let temporary = path.with_extension("new");
+    let _ = fs::remove_file(&temporary);
+    let mut file =
+        fs::OpenOptions::new().write(true).create_new(true).mode(mode).open(&temporary).map_err(failed)?;
+    file.write_all(bytes).and_then(|()| file.sync_all()).map_err(failed)?;
+    fs::rename(&temporary, path).map_err(failed)
+}
+
+/// RFC 7468.
+pub fn pem(label: &str, der: &[u8]) -> String {
+    use base64::Engine as _;
+    let text = base64::engine::general_purpose::STANDARD.encode(der);
+    let mut pem = format!("-----BEGIN {label}-----\n");
+    for line in text.as_bytes().chunks(64) {
+        pem.push_str(&String::from_utf8_lossy(line));
+        pem.push('\n');
+    }
+    pem.push_str(&format!("-----END {label}-----\n"));
+    pem
+}
+
+/// In hexadecimal.
+pub(super) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// The file that sidecars read.
+pub const ANCHORS: &str = "trust-anchors.pem";
+const REGISTER: &str = "roots.json";
+/// 10 years: a root is replaced by rotation, not by expiry.
+const ROOT_LIFETIME: Duration = Duration::from_secs(10 * 365 * 24 * 3_600);
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    pub(crate) struct StateDir(pub(crate) PathBuf);
+
+    impl StateDir {
+        pub(crate) fn new(name: &str) -> Self {
+            let path = std::env::temp_dir().join(format!("weft-state-{name}-{}", std::process::id()));
+            let _ = fs::remove_dir_all(&path);
+            fs::create_dir_all(&path).unwrap();
+            Self(path)
+        }
+    }
+
+    impl Drop for StateDir {
+        fn drop(&mut self) {
+            let _ = fs::remove_dir_all(&self.0);
+        }
+    }
+
+    fn domain() -> TrustDomain {
+        TrustDomain::new("cluster.local").unwrap()
+    }
+
+    fn anchors(state: &StateDir) -> usize {
+        fs::read_to_string(state.0.join(ANCHORS)).unwrap().matches("BEGIN").count()
+    }
+
+    #[test]
+    fn a_root_is_made_once_and_private() {
+        let state = StateDir::new("root");
+        let first = Roots::open(&state.0, &domain()).unwrap();
+        let again = Roots::open(&state.0, &domain()).unwrap();
+        assert_eq!(first.bundle(), again.bundle());
+        for private in ["root-1.pem", REGISTER] {
+            let mode = fs::metadata(state.0.join(private)).unwrap().permissions().mode();
+            assert_eq!(mode & 0o777, 0o600, "{private}");
+        }
+        assert_eq!(anchors(&state), 1);
+        assert!(first.describe()[0].signs);
+    }
+
+    #[test]
+    fn a_rotation_takes_its_steps_in_order_and_survives_restarts() {
+        let state = StateDir::new("rotate");
+        let mut roots = Roots::open(&state.0, &domain()).unwrap();
+        let refused = |roots: &mut Roots, step| {
+            assert!(matches!(roots.rotate(step, &domain()), Err(CaError::Rotation(_))))
+        };
+        refused(&mut roots, RotateRoot::Activate);
+        refused(&mut roots, RotateRoot::Retire);
+        let old = roots.bundle();
+        roots.rotate(RotateRoot::Add, &domain()).unwrap();
+        refused(&mut roots, RotateRoot::Add);
+        refused(&mut roots, RotateRoot::Retire);
+        assert_eq!((roots.bundle().roots.len(), anchors(&state)), (2, 2));
+        assert!(roots.bundle().sequence > old.sequence);
+        assert_eq!(roots.active().unwrap().name, "root-1");
+
+        let mut roots = Roots::open(&state.0, &domain()).unwrap();
+        roots.rotate(RotateRoot::Activate, &domain()).unwrap();
+        assert_eq!(roots.active().unwrap().name, "root-2");
+        let mut roots = Roots::open(&state.0, &domain()).unwrap();
+        roots.rotate(RotateRoot::Retire, &domain()).unwrap();
+        assert_eq!((roots.bundle().roots.len(), anchors(&state)), (1, 1));
+        assert_ne!(roots.bundle().roots, old.roots);
+        roots.rotate(RotateRoot::Add, &domain()).unwrap();
+        assert_eq!(roots.describe()[1].name, "root-3");
+    }
+
+    #[test]
+    fn a_damaged_state_is_named() {
+        let state = StateDir::new("damaged");
+        Roots::open(&state.0, &domain()).unwrap();
+        fs::write(state.0.join("root-1.pem"), "nothing").unwrap();
+        let error = Roots::open(&state.0, &domain()).unwrap_err().to_string();
+        assert!(error.contains("root-1.pem") && error.contains("no certificate"), "{error}");
+    }
+}

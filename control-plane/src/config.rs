@@ -1,0 +1,300 @@
+//! Flags → what the controller uses. Two stages: what the user typed, then what was checked, with every
+//! error reported at once.
+
+use std::{
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    path::PathBuf,
+    time::{Duration, SystemTime},
+};
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use weft_core::{
+    identity::{PodUid, SpiffeId, TrustDomain},
+    ports,
+};
+
+use crate::resources::values::GatewayDuration;
+
+/// Weft's controller: reads the mesh's objects, tells every sidecar its policy, issues its certificate.
+#[derive(Clone, Debug, Parser)]
+#[command(
+    version,
+    args_conflicts_with_subcommands = true,
+    after_help = "Example, without Kubernetes:\n  \
+        weft-controller --source dir ./mesh --state-dir ./state\n  \
+        weft-controller token --state-dir ./state --namespace shop --service-account cart --uid cart-1\n\n\
+        Sidecars trust STATE-DIR/trust-anchors.pem and bring such a token.\n\
+        `weft status` shows what was read, what is wrong with it, and where it is live."
+)]
+pub struct Cli {
+    /// Another thing to do than to serve.
+    #[command(subcommand)]
+    pub command: Option<Command>,
+    /// Flags of the server.
+    #[command(flatten)]
+    pub serve: ServeArgs,
+}
+
+/// Other things to do.
+#[derive(Clone, Debug, Subcommand)]
+pub enum Command {
+    /// Make a join token for one workload, and print it.
+    Token(TokenArgs),
+}
+
+/// Flags of the server.
+#[derive(Clone, Debug, Args)]
+pub struct ServeArgs {
+    /// Where the mesh's objects are: `dir PATH`, a folder of YAML and JSON, watched.
+    #[arg(long, num_args = 2, value_names = ["KIND", "PATH"], env = "WEFT_SOURCE", value_delimiter = ':')]
+    pub source: Vec<String>,
+    /// Roots, join key and trust anchors; made if missing.
+    #[arg(long, value_name = "PATH", env = "WEFT_STATE_DIR", default_value = "./state")]
+    pub state_dir: PathBuf,
+    /// Address of the ports that sidecars connect to.
+    #[arg(long, value_name = "ADDRESS", env = "WEFT_LISTEN", default_value_t = IpAddr::V4(Ipv4Addr::UNSPECIFIED))]
+    pub listen: IpAddr,
+    /// Port of policy and telemetry (mTLS).
+    #[arg(long, value_name = "PORT", env = "WEFT_DISCOVERY_PORT", default_value_t = ports::DISCOVERY)]
+    pub discovery_port: u16,
+    /// Port of certificates (TLS and a token).
+    #[arg(long, value_name = "PORT", env = "WEFT_IDENTITY_PORT", default_value_t = ports::IDENTITY)]
+    pub identity_port: u16,
+    /// Address of the JSON API, metrics and readiness. It shows the whole mesh: keep it on loopback.
+    #[arg(long, value_name = "ADDRESS", env = "WEFT_API_LISTEN",
+        default_value_t = SocketAddr::from((Ipv4Addr::LOCALHOST, ports::API)))]
+    pub api_listen: SocketAddr,
+    /// The mesh's trust domain.
+    #[arg(long, value_name = "NAME", env = "WEFT_TRUST_DOMAIN", default_value = "cluster.local")]
+    pub trust_domain: String,
+    /// How long workload certificates live: 10s to 24h.
+    #[arg(long, value_name = "DURATION", env = "WEFT_CERTIFICATE_LIFETIME", default_value = "24h")]
+    pub certificate_lifetime: String,
+    /// How long a sidecar's connection lives before it is asked to come back, ± 20 %.
+    #[arg(long, value_name = "DURATION", env = "WEFT_MAX_CONNECTION_AGE", default_value = "30m")]
+    pub max_connection_age: String,
+    /// What is logged, such as `info` or `weft_control_plane=debug`.
+    #[arg(long, value_name = "FILTER", env = "WEFT_LOG", default_value = "info")]
+    pub log: String,
+    /// How it is logged.
+    #[arg(long, value_enum, env = "WEFT_LOG_FORMAT", default_value_t = LogFormat::Text)]
+    pub log_format: LogFormat,
+}
+
+/// How logs are written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// For machines.
+    Json,
+}
+
+/// Flags of `token`.
+#[derive(Clone, Debug, Args)]
+pub struct TokenArgs {
+    /// The controller's state folder.
+    #[arg(long, value_name = "PATH", env = "WEFT_STATE_DIR", default_value = "./state")]
+    pub state_dir: PathBuf,
+    /// The workload's namespace.
+    #[arg(long)]
+    pub namespace: String,
+    /// Its service account.
+    #[arg(long)]
+    pub service_account: String,
+    /// Its pod's uid.
+    #[arg(long)]
+    pub uid: String,
+    /// Its pod's name.
+    #[arg(long, default_value = "")]
+    pub pod: String,
+    /// How long the token can be used. A sidecar uses it at every renewal.
+    #[arg(long, value_name = "DURATION", default_value = "720h")]
+    pub ttl: String,
+}
+
+/// What the controller uses.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// The folder of objects.
+    pub source: PathBuf,
+    /// The state folder.
+    pub state_dir: PathBuf,
+    /// Policy and telemetry. Port 0 takes a free one.
+    pub discovery: SocketAddr,
+    /// Certificates.
+    pub identity: SocketAddr,
+    /// JSON API.
+    pub api: SocketAddr,
+    /// The mesh's trust domain.
+    pub trust_domain: TrustDomain,
+    /// Of workload certificates.
+    pub certificate_lifetime: Duration,
+    /// Of sidecars' connections.
+    pub max_connection_age: Duration,
+}
+
+/// Everything that is wrong with the flags.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{}", .0.join("\n"))]
+pub struct ConfigErrors(pub Vec<String>);
+
+impl Config {
+    /// A controller of `source` and `state_dir` on free loopback ports.
+    ///
+    /// # Errors
+    /// None today; the trust domain is a constant.
+    pub fn loopback(source: PathBuf, state_dir: PathBuf) -> Result<Self, ConfigErrors> {
+        let free = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+        let trust_domain =
+            TrustDomain::new("cluster.local").map_err(|e| ConfigErrors(vec![e.to_string()]))?;
+        Ok(Self {
+            source,
+            state_dir,
+            discovery: free,
+            identity: free,
+            api: free,
+            trust_domain,
+            certificate_lifetime: MAX_LIFETIME,
+            max_connection_age: Duration::from_secs(30 * 60),
+        })
+    }
+
+    /// Checks the flags.
+    ///
+    /// # Errors
+    /// Everything that is wrong with them.
+    pub fn new(args: &ServeArgs) -> Result<Self, ConfigErrors> {
+        let mut errors = Vec::new();
+        let source = match args.source.as_slice() {
+            [kind, path] if kind == "dir" => {
+                let path = PathBuf::from(path);
+                if !path.is_dir() {
+                    errors.push(format!("--source dir {}: there is no such folder", path.display()));
+                }
+                path
+            }
+            [] => {
+                errors.push("--source is missing: write --source dir PATH".to_owned());
+                PathBuf::new()
+            }
+            other => {
+                errors.push(format!("--source {}: only `dir PATH` is known", other.join(" ")));
+                PathBuf::new()
+            }
+        };
+        let trust_domain = TrustDomain::new(&args.trust_domain);
+        if let Err(error) = &trust_domain {
+            errors.push(format!("--trust-domain: {error}"));
+        }
+        let mut duration = |flag: &str, text: &str, range: std::ops::RangeInclusive<Duration>| {
+            let parsed = text.parse::<GatewayDuration>().map(|d| d.0).unwrap_or_default();
+            if !range.contains(&parsed) {
+                let (least, most) = (GatewayDuration(*range.start()), GatewayDuration(*range.end()));
+                errors.push(format!("{flag} {text}: write a duration from {least} to {most}"));
+            }
+            parsed
+        };
+        let certificate_lifetime =
+            duration("--certificate-lifetime", &args.certificate_lifetime, MIN_LIFETIME..=MAX_LIFETIME);
+        let max_connection_age = duration(
+            "--max-connection-age",
+            &args.max_connection_age,
+            Duration::from_secs(1)..=Duration::from_secs(24 * 3_600),
+        );
+        let mut listening = [args.discovery_port, args.identity_port, args.api_listen.port()];
+        listening.sort_unstable();
+        if listening.windows(2).any(|pair| pair[0] == pair[1] && pair[0] != 0) {
+            errors.push("--discovery-port, --identity-port and --api-listen must differ".to_owned());
+        }
+        match trust_domain {
+            Ok(trust_domain) if errors.is_empty() => Ok(Self {
+                source,
+                state_dir: args.state_dir.clone(),
+                discovery: (args.listen, args.discovery_port).into(),
+                identity: (args.listen, args.identity_port).into(),
+                api: args.api_listen,
+                trust_domain,
+                certificate_lifetime,
+                max_connection_age,
+            }),
+            _ => Err(ConfigErrors(errors)),
+        }
+    }
+}
+
+impl TokenArgs {
+    /// The token's claims.
+    ///
+    /// # Errors
+    /// Everything that is wrong with the flags.
+    pub fn claims(&self, now: SystemTime) -> Result<crate::ca::Claims, ConfigErrors> {
+        let mut errors = Vec::new();
+        let ttl = self.ttl.parse::<GatewayDuration>().map(|d| d.0).unwrap_or_default();
+        if ttl.is_zero() {
+            errors.push(format!("--ttl {}: write a duration such as 24h", self.ttl));
+        }
+        if let Err(error) = PodUid::new(&self.uid) {
+            errors.push(format!("--uid: {error}"));
+        }
+        // Any trust domain will do: only namespace and service account are looked at.
+        let named =
+            TrustDomain::new("x").and_then(|td| SpiffeId::new(&td, &self.namespace, &self.service_account));
+        if let Err(error) = named {
+            errors.push(format!("--namespace, --service-account: {error}"));
+        }
+        if !errors.is_empty() {
+            return Err(ConfigErrors(errors));
+        }
+        Ok(crate::ca::Claims::new(&self.namespace, &self.service_account, &self.uid, &self.pod, now + ttl))
+    }
+}
+
+const MIN_LIFETIME: Duration = Duration::from_secs(10);
+const MAX_LIFETIME: Duration = Duration::from_secs(24 * 3_600);
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    fn parse(line: &str) -> Cli {
+        Cli::try_parse_from(line.split(' ')).unwrap()
+    }
+
+    #[test]
+    fn flags_fit_together() {
+        Cli::command().debug_assert();
+        let cli = parse(
+            "weft-controller --source dir /tmp --state-dir /s --listen 127.0.0.1 --certificate-lifetime 1m30s",
+        );
+        let config = Config::new(&cli.serve).unwrap();
+        assert_eq!(config.discovery, "127.0.0.1:14010".parse().unwrap());
+        assert_eq!(config.api, "127.0.0.1:14080".parse().unwrap());
+        assert_eq!(config.certificate_lifetime, Duration::from_secs(90));
+    }
+
+    #[test]
+    fn everything_wrong_is_said_at_once() {
+        let cli = parse(
+            "weft-controller --source etcd x --trust-domain UPPER --certificate-lifetime 48h --identity-port 14010",
+        );
+        let ConfigErrors(errors) = Config::new(&cli.serve).unwrap_err();
+        assert_eq!(errors.len(), 4, "{errors:?}");
+        let cli = parse("weft-controller --source dir /does/not/exist");
+        assert!(Config::new(&cli.serve).unwrap_err().to_string().contains("no such folder"));
+    }
+
+    #[test]
+    fn tokens_need_no_other_flags() {
+        let cli = parse(
+            "weft-controller token --state-dir /s --namespace shop --service-account cart --uid u-1 --ttl 1h",
+        );
+        let Some(Command::Token(args)) = cli.command else { panic!("no token") };
+        let claims = args.claims(SystemTime::UNIX_EPOCH).unwrap();
+        assert_eq!((claims.exp, &*claims.uid), (3_600, "u-1"));
+        let bad = TokenArgs { uid: "A".to_owned(), ttl: "soon".to_owned(), ..args };
+        assert_eq!(bad.claims(SystemTime::UNIX_EPOCH).unwrap_err().0.len(), 2);
+    }
+}

@@ -1,0 +1,325 @@
+//! The controller as one value: tests run it in their own process, `weft-controller` runs it as a program.
+//!
+//! Everything listens before anything is announced, so that a port in use is an error at start and not a
+//! line in a log.
+
+use std::{
+    net::SocketAddr,
+    path::Path,
+    sync::{Arc, Mutex},
+    time::{Duration, SystemTime},
+};
+
+use anyhow::Context as _;
+use arc_swap::ArcSwap;
+use tokio::{
+    net::TcpListener,
+    sync::{mpsc, watch},
+    task::JoinSet,
+    time::{Instant, sleep, sleep_until},
+};
+use tonic::service::Routes;
+use weft_proto::{
+    ads::MAX_MESSAGE_LEN,
+    pb::{
+        ads::aggregated_discovery_service_server::AggregatedDiscoveryServiceServer,
+        v1::{identity_server::IdentityServer, telemetry_server::TelemetryServer},
+    },
+};
+
+use crate::{
+    api::dashboard::{self, Api},
+    ca::{Bundle, Ca},
+    config::Config,
+    index::Index,
+    metrics::Metrics,
+    serve::{
+        Server,
+        discovery::Discovery,
+        identity::Certify,
+        published::Published,
+        publisher::Publisher,
+        telemetry::Reports,
+        tls::{self, Configs},
+    },
+    source::{Batch, dir},
+    telemetry::Store,
+};
+
+/// A running controller.
+#[derive(Debug)]
+pub struct Controller {
+    discovery: SocketAddr,
+    identity: SocketAddr,
+    api: SocketAddr,
+    ca: Arc<Ca>,
+    published: Arc<Published>,
+    closing: watch::Sender<bool>,
+    tasks: JoinSet<()>,
+}
+
+/// Runs a controller until `stop` ends, then until its connections have ended.
+///
+/// # Errors
+/// What keeps it from starting, or a part of it that failed.
+pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
+    let mut controller = Controller::start(config).await?;
+    tokio::select! {
+        () = stop => {}
+        failed = controller.failed() => return Err(failed),
+    }
+    controller.stop().await;
+    Ok(())
+}
+
+impl Controller {
+    /// Starts everything.
+    ///
+    /// # Errors
+    /// The state folder, a port, or a certificate.
+    pub async fn start(config: Config) -> anyhow::Result<Self> {
+        let ca = Ca::open(&config.state_dir, config.trust_domain.clone(), config.certificate_lifetime);
+        let ca = Arc::new(ca.context("the certificate authority cannot be opened")?);
+        let listen = async |address: SocketAddr| {
+            TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address}"))
+        };
+        let (discovery_port, identity_port) =
+            (listen(config.discovery).await?, listen(config.identity).await?);
+        let api_port = listen(config.api).await?;
+        let addresses = [&discovery_port, &identity_port, &api_port].map(TcpListener::local_addr);
+        let [discovery, identity, api] = addresses;
+        let (discovery, identity, api) = (discovery?, identity?, api?);
+
+        let metrics = Arc::new(Metrics::default());
+        let published = Arc::new(Published::new(config.trust_domain.clone()));
+        let mut publisher = Publisher::new(published.clone(), Index::new(config.trust_domain.clone()));
+        let bundle = ca.bundle();
+        publisher.trust(&bundle.borrow());
+        let state = publisher.state();
+        let certify = Certify::new(ca.clone(), published.clone(), metrics.clone());
+        let store = Arc::new(Mutex::new(Store::default()));
+        let reports = Reports::new(store.clone(), published.clone(), metrics.clone());
+
+        let first = bundle.borrow().clone();
+        let configs = tls::configs(&ca, &first).context("the controller's own certificate")?;
+        let discovery_tls = Arc::new(ArcSwap::new(configs.discovery.clone()));
+        let identity_tls = Arc::new(ArcSwap::new(configs.identity.clone()));
+
+        let (closing, closing_seen) = watch::channel(false);
+        let mut tasks = JoinSet::new();
+        let routes = Routes::new(
+            AggregatedDiscoveryServiceServer::new(Discovery::new(published.clone(), metrics.clone()))
+                .max_decoding_message_size(MAX_MESSAGE_LEN)
+                .max_encoding_message_size(MAX_MESSAGE_LEN),
+        )
+        .add_service(TelemetryServer::new(reports.clone()).max_decoding_message_size(MAX_MESSAGE_LEN));
+        let server = Server {
+            listener: discovery_port,
+            tls: discovery_tls.clone(),
+            routes: routes.prepare(),
+            client_auth: true,
+            max_age: config.max_connection_age,
+            metrics: metrics.clone(),
+        };
+        tasks.spawn(server.run(closing_seen.clone()));
+        let server = Server {
+            listener: identity_port,
+            tls: identity_tls.clone(),
+            routes: Routes::new(IdentityServer::new(certify.clone()).max_decoding_message_size(MAX_CERTIFY))
+                .prepare(),
+            client_auth: false,
+            // One call a connection.
+            max_age: Duration::from_secs(30),
+            metrics: metrics.clone(),
+        };
+        tasks.spawn(server.run(closing_seen.clone()));
+        let server = Api {
+            ca: ca.clone(),
+            certify,
+            published: published.clone(),
+            state,
+            store,
+            reports: reports.clone(),
+            metrics: metrics.clone(),
+            source: format!("dir {}", config.source.display()),
+        };
+        tasks.spawn(dashboard::serve(api_port, Arc::new(server), closing_seen.clone()));
+
+        let (batches, batches_seen) = mpsc::channel(1);
+        tasks.spawn(dir::watch(config.source.clone(), batches));
+        let last_good = LastGood::load(&config.state_dir);
+        tasks.spawn(publish(publisher, batches_seen, ca.bundle(), metrics, published.clone(), last_good));
+        tasks.spawn(keep_certified(ca.clone(), configs, discovery_tls, identity_tls));
+        tasks.spawn(async move {
+            loop {
+                sleep(TIDY_EVERY).await;
+                reports.tidy();
+            }
+        });
+        tracing::info!(%discovery, %identity, %api, trust_domain = %config.trust_domain,
+            source = %config.source.display(), state = %config.state_dir.display(), "listening");
+        Ok(Self { discovery, identity, api, ca, published, closing, tasks })
+    }
+
+    /// Where policy and telemetry are served.
+    pub fn discovery(&self) -> SocketAddr {
+        self.discovery
+    }
+
+    /// Where certificates are served.
+    pub fn identity(&self) -> SocketAddr {
+        self.identity
+    }
+
+    /// Where the JSON API is served.
+    pub fn api(&self) -> SocketAddr {
+        self.api
+    }
+
+    /// The authority.
+    pub fn ca(&self) -> &Arc<Ca> {
+        &self.ca
+    }
+
+    /// Waits until the source has been read once.
+    pub async fn synced(&self) {
+        // Ends with the controller only.
+        let _ = self.published.synced().wait_for(|synced| *synced).await;
+    }
+
+    /// Waits until a part ends that should not.
+    pub async fn failed(&mut self) -> anyhow::Error {
+        match self.tasks.join_next().await {
+            Some(Err(error)) => anyhow::anyhow!("a part of the controller failed: {error}"),
+            Some(Ok(())) | None => anyhow::anyhow!("a part of the controller ended"),
+        }
+    }
+
+    /// Asks every sidecar to go elsewhere (GOAWAY), waits for a moment, and ends.
+    pub async fn stop(mut self) {
+        tracing::info!("draining");
+        self.closing.send_replace(true);
+        let deadline = Instant::now() + STOP;
+        // The servers are the only ones that end by themselves.
+        for _ in 0..SERVERS {
+            let _ = tokio::time::timeout_at(deadline, self.tasks.join_next()).await;
+        }
+        self.tasks.abort_all();
+        tracing::info!("stopped");
+    }
+}
+
+/// The one task that writes.
+async fn publish(
+    mut publisher: Publisher,
+    mut batches: mpsc::Receiver<Batch>,
+    mut bundle: watch::Receiver<Bundle>,
+    metrics: Arc<Metrics>,
+    published: Arc<Published>,
+    mut last_good: LastGood,
+) {
+    let mut held: Option<Instant> = None;
+    let mut synced = false;
+    loop {
+        tokio::select! {
+            batch = batches.recv() => {
+                let Some(batch) = batch else { return };
+                for problem in &batch.problems {
+                    let object = problem.object.as_ref().map(ToString::to_string).unwrap_or_default();
+                    tracing::warn!(at = %problem.origin, %object, field = %problem.path, reason = %problem.reason,
+                        kept_last_good = problem.kept_last_good, "not usable");
+                }
+                metrics.batches.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                publisher.apply(batch);
+                if !synced {
+                    let wait = if last_good.lacks_most(publisher.counts()) { COLD_START_HOLD } else { Duration::ZERO };
+                    if !wait.is_zero() && held.is_none() {
+                        tracing::error!(was = ?last_good.0, now = ?publisher.counts(),
+                            "most of what was there before the restart is gone: nothing is answered for 60 s unless it comes back");
+                    }
+                    held = Some(held.filter(|_| !wait.is_zero()).unwrap_or_else(|| Instant::now() + wait));
+                }
+            }
+            changed = bundle.changed() => {
+                if changed.is_err() {
+                    return;
+                }
+                let now = bundle.borrow_and_update().clone();
+                publisher.trust(&now);
+            }
+            () = sleep_until(held.unwrap_or_else(Instant::now)), if held.is_some() => {
+                held = None;
+                synced = true;
+                published.set_synced();
+                tracing::info!(counts = ?publisher.counts(), "synced");
+            }
+        }
+        if synced {
+            last_good.save(publisher.counts());
+        }
+    }
+}
+
+/// How much there was when all was well. A controller that starts with an empty source and answers
+/// "removed" to everybody is an outage.
+#[derive(Debug)]
+struct LastGood((usize, usize), std::path::PathBuf);
+
+impl LastGood {
+    fn load(state: &Path) -> Self {
+        let path = state.join("last-good.json");
+        let counts = std::fs::read(&path).ok().and_then(|text| serde_json::from_slice(&text).ok());
+        Self(counts.unwrap_or_default(), path)
+    }
+
+    fn lacks_most(&self, now: (usize, usize)) -> bool {
+        let lacks = |was: usize, is: usize| was > HOLD_ABOVE && is * 2 < was;
+        lacks(self.0.0, now.0) || lacks(self.0.1, now.1)
+    }
+
+    fn save(&mut self, now: (usize, usize)) {
+        if now == self.0 {
+            return;
+        }
+        self.0 = now;
+        let text = serde_json::json!([now.0, now.1]).to_string();
+        if let Err(error) = crate::ca::root::write(&self.1, text.as_bytes(), 0o600) {
+            tracing::warn!(%error, "the state folder cannot be written");
+        }
+    }
+}
+
+/// Keeps both servers' certificates fresh, and their trust in step with the roots.
+async fn keep_certified(
+    ca: Arc<Ca>,
+    mut configs: Configs,
+    discovery: Arc<ArcSwap<rustls::ServerConfig>>,
+    identity: Arc<ArcSwap<rustls::ServerConfig>>,
+) {
+    let mut bundle = ca.bundle();
+    loop {
+        let wait = configs.renew_at.duration_since(SystemTime::now()).unwrap_or(RENEW_RETRY);
+        tokio::select! {
+            () = sleep(wait.max(RENEW_RETRY)) => {}
+            changed = bundle.changed() => if changed.is_err() { return },
+        }
+        let now = bundle.borrow_and_update().clone();
+        match tls::configs(&ca, &now) {
+            Ok(new) => {
+                discovery.store(new.discovery.clone());
+                identity.store(new.identity.clone());
+                configs = new;
+            }
+            Err(error) => tracing::error!(%error, "the controller's own certificate could not be renewed"),
+        }
+    }
+}
+
+const SERVERS: usize = 3;
+const STOP: Duration = Duration::from_secs(6);
+const TIDY_EVERY: Duration = Duration::from_secs(10);
+const RENEW_RETRY: Duration = Duration::from_secs(1);
+/// A signing request and a token.
+const MAX_CERTIFY: usize = 64 * 1024;
+const HOLD_ABOVE: usize = 20;
+const COLD_START_HOLD: Duration = Duration::from_secs(60);

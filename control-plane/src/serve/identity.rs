@@ -1,0 +1,152 @@
+//! `Certify`: a token and a public key in, a certificate out. The only way to the authority.
+//!
+//! Why rate limits here: a certificate costs a signature and this port needs no certificate to reach. One
+//! workload that asks in a loop must not keep the others from renewing.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError, atomic::Ordering},
+    time::{Duration, SystemTime},
+};
+
+use tokio::time::Instant;
+use tonic::{Request, Response, Status};
+use weft_core::identity::PodUid;
+use weft_proto::pb::v1::{CertifyRequest, CertifyResponse, identity_server::Identity};
+
+use super::{Bucket, published::Published};
+use crate::{
+    api::types::WorkloadCertificate,
+    ca::{Ca, workload_subject},
+    metrics::Metrics,
+};
+
+/// The service.
+#[derive(Clone, Debug)]
+pub struct Certify {
+    ca: Arc<Ca>,
+    published: Arc<Published>,
+    metrics: Arc<Metrics>,
+    limits: Arc<Mutex<Limits>>,
+    issued: Arc<Mutex<HashMap<PodUid, WorkloadCertificate>>>,
+}
+
+#[derive(Debug)]
+struct Limits {
+    all: Bucket,
+    by_pod: HashMap<PodUid, Bucket>,
+}
+
+impl Certify {
+    /// Signs by `ca`.
+    pub fn new(ca: Arc<Ca>, published: Arc<Published>, metrics: Arc<Metrics>) -> Self {
+        let limits = Limits { all: Bucket::new(RATE, RATE), by_pod: HashMap::new() };
+        Self { ca, published, metrics, limits: Arc::new(Mutex::new(limits)), issued: Arc::default() }
+    }
+
+    /// The newest certificate of every workload.
+    pub fn issued(&self) -> Vec<WorkloadCertificate> {
+        let issued = self.issued.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut all: Vec<_> = issued.values().cloned().collect();
+        all.sort_by(|a, b| a.uid.cmp(&b.uid));
+        all
+    }
+
+    fn certify_now(&self, request: &CertifyRequest) -> Result<CertifyResponse, Status> {
+        let now = SystemTime::now();
+        // Whoever has no good token hears no more than that.
+        let refused = || Status::unauthenticated("the token is refused");
+        let claims = self.ca.check_token(&request.token, now).map_err(|error| {
+            tracing::warn!(%error, "token refused");
+            refused()
+        })?;
+        let subject = workload_subject(self.ca.trust_domain(), &claims).map_err(|_| refused())?;
+        let uid = PodUid::new(&claims.uid).map_err(|_| refused())?;
+        // A token says who; where the pod is known, both must agree.
+        if let Some(known) = self.published.workload(&uid)
+            && known != subject.identity
+        {
+            tracing::warn!(%uid, token = %subject.identity, pod = %known, "token and pod disagree");
+            return Err(Status::permission_denied("the token is for another service account than the pod's"));
+        }
+        self.admit(&uid)?;
+        let issued = self.ca.issue(&request.csr_der, &subject).map_err(|error| {
+            tracing::warn!(%uid, %error, "not certified");
+            Status::invalid_argument(error.to_string())
+        })?;
+        let certificate = WorkloadCertificate {
+            pod: format!("{}/{}", claims.ns, if claims.pod.is_empty() { &claims.uid } else { &claims.pod }),
+            uid: claims.uid,
+            identity: subject.identity.to_string(),
+            serial: issued.serial.clone(),
+            not_before: seconds(issued.validity.not_before),
+            not_after: seconds(issued.validity.not_after),
+        };
+        tracing::info!(pod = %certificate.pod, %uid, identity = %certificate.identity, "certified");
+        let response = CertifyResponse {
+            chain_der: issued.chain.iter().map(|c| c.to_vec().into()).collect(),
+            roots_der: self.ca.bundle().borrow().roots.iter().map(|r| r.to_vec().into()).collect(),
+            not_after: certificate.not_after,
+            now: seconds(now),
+        };
+        self.remember(uid, certificate, now);
+        Ok(response)
+    }
+
+    fn admit(&self, uid: &PodUid) -> Result<(), Status> {
+        let now = Instant::now();
+        let mut limits = self.limits.lock().unwrap_or_else(PoisonError::into_inner);
+        if limits.by_pod.len() >= MAX_PODS {
+            limits.by_pod.retain(|_, bucket| !bucket.is_full(now));
+        }
+        let wait = limits
+            .by_pod
+            .entry(uid.clone())
+            .or_insert_with(|| Bucket::new(POD_RATE, POD_BURST))
+            .take(now)
+            .or_else(|| limits.all.take(now));
+        match wait {
+            None => Ok(()),
+            Some(wait) => {
+                Err(Status::resource_exhausted(format!("too many requests: try again in {wait:?}")))
+            }
+        }
+    }
+
+    fn remember(&self, uid: PodUid, certificate: WorkloadCertificate, now: SystemTime) {
+        let mut issued = self.issued.lock().unwrap_or_else(PoisonError::into_inner);
+        if issued.len() >= MAX_PODS {
+            let now = seconds(now);
+            issued.retain(|_, certificate| certificate.not_after > now);
+        }
+        if issued.len() < MAX_PODS {
+            issued.insert(uid, certificate);
+        }
+    }
+}
+
+#[tonic::async_trait]
+impl Identity for Certify {
+    async fn certify(&self, request: Request<CertifyRequest>) -> Result<Response<CertifyResponse>, Status> {
+        let result = self.certify_now(&request.into_inner());
+        let counter = match result {
+            Ok(_) => &self.metrics.certificates_issued,
+            Err(_) => &self.metrics.certificates_refused,
+        };
+        counter.fetch_add(1, Ordering::Relaxed);
+        result.map(Response::new)
+    }
+}
+
+fn seconds(at: SystemTime) -> i64 {
+    let since = at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or(Duration::ZERO);
+    i64::try_from(since.as_secs()).unwrap_or(i64::MAX)
+}
+
+/// Certificates a second, all together: ten thousand sidecars come back within 20 s.
+const RATE: f64 = 500.0;
+/// Certificates a second for one pod, and at once: restarts, rotations, not a loop.
+const POD_RATE: f64 = 0.5;
+const POD_BURST: f64 = 20.0;
+/// Pods that are remembered.
+const MAX_PODS: usize = 100_000;

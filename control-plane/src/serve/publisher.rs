@@ -1,0 +1,348 @@
+//! The one writer: takes what the source saw, compiles what it touched, publishes what differs.
+//!
+//! Why the version is a hash of what is sent: replicas that saw the same objects say the same version
+//! without talking to each other, and a change that changes nothing is sent to nobody.
+//!
+//! Why it reads its own writing: a policy that our own reader would refuse is not published. The last good
+//! one stays and the reason is reported here, not by ten thousand sidecars.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    net::IpAddr,
+    sync::{Arc, RwLock},
+    time::{Instant, SystemTime},
+};
+
+use bytes::Bytes;
+use weft_core::{
+    identity::PodUid,
+    policy::{EndpointHealth, Service, ServiceName},
+};
+use weft_proto::{
+    ads::{Collection, Priority, Versioned},
+    convert::{self, trust::TrustResource},
+    names::Name,
+    pb::v1,
+};
+
+use super::published::{Published, Resource};
+use crate::{
+    ca::Bundle,
+    index::{Index, Key, hash},
+    source::{Batch, Problem},
+};
+
+/// What the API reads beside what is published.
+#[derive(Debug)]
+pub struct State {
+    /// The objects.
+    pub index: Index,
+    /// What the source could not use.
+    pub problems: Vec<Problem>,
+    /// Objects that are nothing to the mesh.
+    pub foreign: usize,
+    /// Resources that could not be published: name and reason.
+    pub unpublished: BTreeMap<Arc<str>, String>,
+    /// Names that each key is published under.
+    pub names: HashMap<Key, Vec<Arc<str>>>,
+}
+
+/// The writer.
+#[derive(Debug)]
+pub struct Publisher {
+    published: Arc<Published>,
+    state: Arc<RwLock<State>>,
+    /// Whose a name is: two services may claim one address.
+    owners: HashMap<Arc<str>, Key>,
+    epoch: u64,
+    generation: u64,
+}
+
+impl Publisher {
+    /// A writer to `published`.
+    pub fn new(published: Arc<Published>, index: Index) -> Self {
+        let started = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let state = State {
+            index,
+            problems: Vec::new(),
+            foreign: 0,
+            unpublished: BTreeMap::new(),
+            names: HashMap::new(),
+        };
+        Self {
+            published,
+            state: Arc::new(RwLock::new(state)),
+            owners: HashMap::new(),
+            // Differs from run to run and from replica to replica.
+            epoch: rand::random(),
+            // Grows over restarts, too.
+            generation: started.as_secs() << 16,
+        }
+    }
+
+    /// What the API reads.
+    pub fn state(&self) -> Arc<RwLock<State>> {
+        self.state.clone()
+    }
+
+    /// How many service ports and endpoints there are.
+    pub fn counts(&self) -> (usize, usize) {
+        let endpoints = self.published.collections.values().iter().map(Collection::len).sum();
+        (self.read().index.service_names().count(), endpoints)
+    }
+
+    /// Takes one batch of the source.
+    pub fn apply(&mut self, batch: Batch) {
+        let mut dirty = BTreeSet::new();
+        {
+            let mut state = self.write();
+            state.problems = batch.problems;
+            state.foreign = batch.foreign;
+            for event in batch.events {
+                dirty.append(&mut state.index.apply(event));
+            }
+        }
+        self.publish(dirty);
+    }
+
+    /// Publishes the trust anchors.
+    pub fn trust(&mut self, bundle: &Bundle) {
+        let resource = TrustResource {
+            roots: bundle.roots.iter().map(|root| Bytes::copy_from_slice(root)).collect(),
+            crls: Vec::new(),
+            sequence: bundle.sequence,
+            refresh_hint: std::time::Duration::ZERO,
+        };
+        let body = encode(&v1::TrustBundle::from(&resource));
+        let domain = self.read().index.trust_domain().clone();
+        let version = format!("{}.{:016x}", bundle.sequence, hash(&body));
+        self.set(&Name::TrustBundle(domain).to_string().into(), version, body, true);
+    }
+
+    fn publish(&mut self, dirty: BTreeSet<Key>) {
+        // Endpoints first, then what names them; who may call before the settings that name it.
+        let mut ordered: Vec<Key> = dirty.into_iter().collect();
+        ordered.sort_by_key(|key| match key {
+            Key::Workload(_) => 0,
+            Key::Endpoints(_) => 1,
+            Key::Address(_) => 2,
+            Key::Service(_) => 3,
+            Key::Route(_) => 4,
+        });
+        for key in ordered {
+            match &key {
+                Key::Service(name) => self.service(&key, name),
+                Key::Route(name) => self.route(&key, name),
+                Key::Endpoints(name) => self.endpoints(&key, name),
+                Key::Address(ip) => self.address(*ip),
+                Key::Workload(uid) => self.workload(&key, uid),
+            }
+        }
+    }
+
+    fn service(&mut self, key: &Key, name: &ServiceName) {
+        let compiled = self.read().index.service(name);
+        let Some((service, meta)) = compiled else { return self.names(key, Vec::new()) };
+        let (body, hash) = encode_service(&service);
+        let mut names: Vec<Arc<str>> = vec![Name::Service(name.clone()).to_string().into()];
+        for vip in &service.vips {
+            names.push(Name::address((*vip, name.port).into()).to_string().into());
+        }
+        if self.refused(&names[0], convert::service::parse(&body).err()) {
+            return;
+        }
+        let version = meta.version(hash);
+        for name in &names {
+            self.set(name, version.clone(), body.clone(), false);
+        }
+        self.names(key, names);
+    }
+
+    fn route(&mut self, key: &Key, service: &ServiceName) {
+        let compiled = self.read().index.route(service);
+        let Some((route, meta)) = compiled else { return self.names(key, Vec::new()) };
+        let name: Arc<str> = Name::Route(service.clone()).to_string().into();
+        let body = encode(&convert::route::to_pb(&route.rules));
+        if self.refused(&name, convert::route::parse(&body).err()) {
+            return;
+        }
+        let version = meta.version(hash(&body));
+        self.set(&name, version, body, false);
+        self.names(key, vec![name]);
+    }
+
+    fn endpoints(&mut self, key: &Key, service: &ServiceName) {
+        let compiled = self.read().index.endpoints(service);
+        let name: Arc<str> = Name::Collection(service.clone()).to_string().into();
+        let Some(endpoints) = compiled else {
+            self.published.collections.update([(name.clone(), None)]);
+            self.write().names.remove(key);
+            return self.published.subscribers.wake(&name, true);
+        };
+        let mut urgent = false;
+        let members: Vec<_> = endpoints
+            .values()
+            .map(|endpoint| {
+                let priority = match endpoint.health {
+                    EndpointHealth::Healthy => Priority::Normal,
+                    EndpointHealth::Draining | EndpointHealth::Unhealthy => Priority::Urgent,
+                };
+                urgent |= priority == Priority::Urgent;
+                (endpoint.uid.clone(), encode(&convert::endpoint::to_pb(endpoint)), priority)
+            })
+            .collect();
+        let collection = self.published.collections.get(&*name).unwrap_or_else(|| {
+            self.epoch = self.epoch.wrapping_add(1);
+            let new = Collection::new(&format!("{:x}", self.epoch));
+            self.published.collections.update([(name.clone(), Some(new.clone()))]);
+            new
+        });
+        let before = collection.len();
+        if collection.replace(members, Instant::now()) > 0 || before == 0 {
+            // Fewer than before, or some that take nothing new: nobody may wait for that.
+            urgent |= collection.len() < before;
+            self.published.subscribers.wake(&name, urgent);
+        }
+        self.write().names.insert(key.clone(), vec![name]);
+    }
+
+    fn address(&mut self, ip: IpAddr) {
+        let address = self.read().index.pod_address(ip).map(Arc::new);
+        self.published.addresses.update([(ip, address)]);
+        let name = match ip {
+            IpAddr::V4(v4) => format!("ip/{v4}"),
+            IpAddr::V6(v6) => format!("ip/[{v6}]"),
+        };
+        self.published.subscribers.wake(&name, true);
+    }
+
+    fn workload(&mut self, key: &Key, uid: &PodUid) {
+        let compiled = self.read().index.workload(uid);
+        let Some((policy, meta)) = compiled else {
+            self.published.workloads.update([(uid.clone(), None)]);
+            return self.names(key, Vec::new());
+        };
+        let (resource, authorizations) = convert::workload::split(&policy, uid);
+        let mut names = Vec::new();
+        for (name, authorization) in authorizations {
+            let name: Arc<str> = name.into();
+            let mut message = v1::Authorization::from(&*authorization);
+            // The version says nothing of the generation: a change that changes nothing has the same.
+            let version = meta.version(hash(&encode(&message)));
+            let known = self.published.resource(&name).is_some_and(|r| *r.versioned.version == *version);
+            if !known {
+                self.generation += 1;
+                message.generation = self.generation;
+                let body = encode(&message);
+                if !self.refused(&name, convert::authz::parse(&body).err()) {
+                    self.set(&name, version, body, true);
+                }
+            }
+            names.push(name);
+        }
+        self.published.workloads.update([(uid.clone(), Some(policy.identity.clone()))]);
+        let body = encode(&v1::WorkloadConfig::from(&resource));
+        let name: Arc<str> = Name::Workload(uid.clone()).to_string().into();
+        if !self.refused(&name, convert::workload::parse(&body).err()) {
+            self.set(&name, meta.version(hash(&body)), body, true);
+        }
+        names.push(name);
+        self.names(key, names);
+    }
+
+    /// Publishes one version, if it differs, and wakes whom it concerns.
+    fn set(&self, name: &Arc<str>, version: String, body: Bytes, urgent: bool) {
+        if self.published.resource(name).is_some_and(|old| *old.versioned.version == *version) {
+            return;
+        }
+        let versioned = Versioned { version: version.into(), body };
+        let resource = Resource { versioned, since_ms: now_ms() };
+        self.published.resources.update([(name.clone(), Some(resource))]);
+        self.wake(name, urgent);
+    }
+
+    /// A key is published under exactly these names now; those that it had before are gone.
+    fn names(&mut self, key: &Key, names: Vec<Arc<str>>) {
+        let mut state = self.state.write().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let before = match names.is_empty() {
+            true => state.names.remove(key),
+            false => state.names.insert(key.clone(), names.clone()),
+        };
+        for name in &names {
+            self.owners.insert(name.clone(), key.clone());
+        }
+        let gone: Vec<_> =
+            before.unwrap_or_default().into_iter().filter(|name| !names.contains(name)).collect();
+        for name in &gone {
+            state.unpublished.remove(name);
+        }
+        drop(state);
+        for name in gone {
+            // Somebody else may have taken the name since.
+            if self.owners.get(&name) == Some(key) {
+                self.owners.remove(&name);
+                self.published.resources.update([(name.clone(), None)]);
+                self.wake(&name, true);
+            }
+        }
+    }
+
+    fn wake(&self, name: &str, urgent: bool) {
+        self.published.subscribers.wake(name, urgent);
+        // The other spellings under which a service may be subscribed.
+        if let Some(service) = name.strip_prefix("svc/")
+            && let Some((namespace, rest)) = service.split_once('/')
+            && let Some((service, port)) = rest.split_once(':')
+        {
+            let domain = self.read().index.trust_domain().clone();
+            for suffix in [String::new(), ".svc".to_owned(), format!(".svc.{domain}")] {
+                let host = format!("host/{service}.{namespace}{suffix}");
+                self.published.subscribers.wake(&format!("{host}:{port}"), urgent);
+                if port == "80" {
+                    self.published.subscribers.wake(&host, urgent);
+                }
+            }
+        }
+    }
+
+    /// Notes what our own reader would refuse.
+    fn refused(&self, name: &Arc<str>, error: Option<convert::Invalid>) -> bool {
+        let mut state = self.write();
+        match error {
+            None => {
+                state.unpublished.remove(name);
+                false
+            }
+            Some(error) => {
+                tracing::error!(%name, %error, "not published: the last good version stays");
+                state.unpublished.insert(name.clone(), error.to_string());
+                true
+            }
+        }
+    }
+
+    fn read(&self) -> std::sync::RwLockReadGuard<'_, State> {
+        self.state.read().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    fn write(&self) -> std::sync::RwLockWriteGuard<'_, State> {
+        self.state.write().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+}
+
+/// A service's encoding and what its version is made of.
+pub(super) fn encode_service(service: &Service) -> (Bytes, u64) {
+    let body = encode(&v1::Service::from(service));
+    let hash = hash(&body);
+    (body, hash)
+}
+
+fn encode(message: &impl prost::Message) -> Bytes {
+    message.encode_to_vec().into()
+}
+
+/// Milliseconds since 1970.
+pub fn now_ms() -> u64 {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(now.as_millis()).unwrap_or(u64::MAX)
+}

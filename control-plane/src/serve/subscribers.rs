@@ -1,0 +1,147 @@
+//! Who is subscribed to what: the way from a changed name to the streams that must look.
+//!
+//! Sharded, so that a mass of subscriptions and a publish hardly ever meet; each lock is held for one map
+//! operation.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use weft_core::identity::PodUid;
+
+use super::{Wake, tls::Peer};
+use crate::index::hash;
+
+/// One open stream.
+#[derive(Clone, Debug)]
+pub struct Subscriber {
+    /// Of the stream.
+    pub id: u64,
+    /// Who is at its other end.
+    pub peer: Peer,
+    /// Its task.
+    pub wake: Arc<Wake>,
+}
+
+/// All subscriptions of all streams.
+#[derive(Debug)]
+pub struct Subscribers {
+    shards: Vec<Mutex<HashMap<Arc<str>, Vec<Subscriber>>>>,
+    streams: Mutex<HashMap<u64, Peer>>,
+}
+
+impl Default for Subscribers {
+    fn default() -> Self {
+        Self { shards: (0..SHARDS).map(|_| Mutex::default()).collect(), streams: Mutex::default() }
+    }
+}
+
+impl Subscribers {
+    /// A stream is open.
+    pub fn open(&self, subscriber: &Subscriber) {
+        lock(&self.streams).insert(subscriber.id, subscriber.peer.clone());
+    }
+
+    /// A stream has ended; its subscriptions were removed one by one.
+    pub fn close(&self, id: u64) {
+        lock(&self.streams).remove(&id);
+    }
+
+    /// Adds one subscription.
+    pub fn add(&self, name: &str, subscriber: &Subscriber) {
+        for name in watched(name) {
+            lock(self.shard(name)).entry(name.into()).or_default().push(subscriber.clone());
+        }
+    }
+
+    /// Removes it.
+    pub fn remove(&self, name: &str, id: u64) {
+        for name in watched(name) {
+            let mut shard = lock(self.shard(name));
+            if let Some(subscribers) = shard.get_mut(name) {
+                subscribers.retain(|subscriber| subscriber.id != id);
+                if subscribers.is_empty() {
+                    shard.remove(name);
+                }
+            }
+        }
+    }
+
+    /// Wakes the streams that are subscribed to a name. A bare `ip/<address>` means any port of it.
+    pub fn wake(&self, name: &str, urgent: bool) {
+        let wakes: Vec<_> = match lock(self.shard(name)).get(name) {
+            Some(subscribers) => subscribers.iter().map(|s| s.wake.clone()).collect(),
+            None => return,
+        };
+        for wake in wakes {
+            wake.wake(urgent);
+        }
+    }
+
+    /// Pods that are subscribed to a name, each once.
+    pub fn pods(&self, name: &str) -> Vec<PodUid> {
+        let shard = lock(self.shard(name));
+        let mut pods: Vec<_> = shard.get(name).into_iter().flatten().map(|s| s.peer.uid.clone()).collect();
+        pods.sort();
+        pods.dedup();
+        pods
+    }
+
+    /// Every name with the pods that are subscribed to it.
+    pub fn all(&self) -> Vec<(Arc<str>, Vec<PodUid>)> {
+        let mut all = Vec::new();
+        for shard in &self.shards {
+            for (name, subscribers) in &*lock(shard) {
+                let is_alias = watched(name).len() == 1 && is_bare_address(name);
+                if !is_alias {
+                    all.push((name.clone(), subscribers.iter().map(|s| s.peer.uid.clone()).collect()));
+                }
+            }
+        }
+        all
+    }
+
+    /// Every open stream's other end.
+    pub fn streams(&self) -> Vec<Peer> {
+        lock(&self.streams).values().cloned().collect()
+    }
+
+    fn shard(&self, name: &str) -> &Mutex<HashMap<Arc<str>, Vec<Subscriber>>> {
+        // Cannot overflow: the remainder is below the number of shards.
+        &self.shards[usize::try_from(hash(name.as_bytes()) % SHARDS).unwrap_or(0)]
+    }
+}
+
+/// The names whose changes concern a subscription: `ip/10.0.0.1:80` may be a service's address or a pod's.
+fn watched(name: &str) -> Vec<&str> {
+    match name.strip_prefix("ip/").and_then(|rest| rest.rsplit_once(':')) {
+        Some((address, port)) if !port.ends_with(']') => vec![name, &name[.."ip/".len() + address.len()]],
+        _ => vec![name],
+    }
+}
+
+fn is_bare_address(name: &str) -> bool {
+    name.strip_prefix("ip/").is_some_and(|rest| rest.ends_with(']') || !rest.contains(':'))
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // What is guarded is whole after every statement.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+const SHARDS: u64 = 64;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_are_watched_with_and_without_port() {
+        assert_eq!(watched("ip/10.0.0.1:80"), ["ip/10.0.0.1:80", "ip/10.0.0.1"]);
+        assert_eq!(watched("ip/[fd00::1]:80"), ["ip/[fd00::1]:80", "ip/[fd00::1]"]);
+        assert_eq!(watched("svc/a/b:80"), ["svc/a/b:80"]);
+        assert!(is_bare_address("ip/[fd00::1]") && is_bare_address("ip/10.0.0.1"));
+        assert!(!is_bare_address("ip/[fd00::1]:80") && !is_bare_address("svc/a/b:80"));
+    }
+}
