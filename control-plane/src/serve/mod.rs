@@ -41,6 +41,9 @@ pub mod subscribers;
 pub mod telemetry;
 pub mod tls;
 
+#[cfg(test)]
+mod wire_tests;
+
 /// Tells the streams of one connection that it is about to end.
 #[derive(Clone, Debug)]
 pub struct Closing(pub watch::Receiver<bool>);
