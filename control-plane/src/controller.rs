@@ -143,7 +143,7 @@ impl Controller {
             metrics: metrics.clone(),
             source: format!("dir {}", config.source.display()),
         };
-        tasks.spawn(dashboard::serve(api_port, Arc::new(server), closing_seen.clone()));
+        tasks.spawn(dashboard::serve(api_port, Arc::new(server), closing_seen));
 
         let (batches, batches_seen) = mpsc::channel(1);
         tasks.spawn(dir::watch(config.source.clone(), batches));

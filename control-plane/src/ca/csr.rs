@@ -109,7 +109,7 @@ mod tests {
         let mut trailing = good.clone();
         trailing.push(0);
         assert_eq!(public_key(&trailing), Err(CsrError::Syntax));
-        let mut forged = good.clone();
+        let mut forged = good;
         if let Some(last) = forged.last_mut() {
             *last ^= 1;
         }

@@ -26,14 +26,14 @@ impl Index {
         let port = entry.port(service.port)?;
         let mut found = BTreeMap::new();
         if self.slices_of(&name).next().is_some() {
-            self.from_slices(&name, port, &mut found);
+            self.add_slices(&name, port, &mut found);
         } else {
-            self.from_pods(&name, entry, port, &mut found);
+            self.add_pods(&name, entry, port, &mut found);
         }
         Some(found)
     }
 
-    fn from_slices(&self, service: &Name, port: &ServicePort, found: &mut BTreeMap<PodUid, Endpoint>) {
+    fn add_slices(&self, service: &Name, port: &ServicePort, found: &mut BTreeMap<PodUid, Endpoint>) {
         for slice in self.slices_of(service) {
             let named = slice.ports.iter().find(|(name, _)| *name == port.name);
             // A service's only port may be unnamed on one side.
@@ -41,7 +41,7 @@ impl Index {
             let Some((_, target)) = named.or(only) else { continue };
             for endpoint in &slice.endpoints {
                 for address in &endpoint.addresses {
-                    let endpoint = self.from_slice(service, endpoint, *address, *target);
+                    let endpoint = self.of_slice(service, endpoint, *address, *target);
                     // One entry a pod: its first address family, as the pod itself lists them.
                     let keep_old =
                         found.get(&endpoint.uid).is_some_and(|old: &Endpoint| self.prefers(old, &endpoint));
@@ -53,7 +53,7 @@ impl Index {
         }
     }
 
-    fn from_slice(&self, service: &Name, from: &SliceEndpoint, address: IpAddr, target: u16) -> Endpoint {
+    fn of_slice(&self, service: &Name, from: &SliceEndpoint, address: IpAddr, target: u16) -> Endpoint {
         let by_ref = match (&from.pod_uid, &from.pod_name) {
             (Some(uid), _) => self.pod_by_uid(uid),
             (None, Some(name)) => self.pods.get_key_value(name),
@@ -89,7 +89,7 @@ impl Index {
         }
     }
 
-    fn from_pods(
+    fn add_pods(
         &self,
         name: &Name,
         service: &ServiceEntry,

@@ -19,9 +19,9 @@ use crate::{
     },
 };
 
-pub(crate) fn objects(text: &str) -> Vec<Box<Object>> {
+pub(crate) fn objects(text: &str) -> Vec<Object> {
     let read = |document| match document {
-        Document::Object { object, .. } => object,
+        Document::Object { object, .. } => *object,
         Document::Foreign | Document::Bad { .. } => panic!("{document:?}"),
     };
     yaml::read(&"test.yaml".into(), text).into_iter().map(read).collect()
@@ -29,7 +29,9 @@ pub(crate) fn objects(text: &str) -> Vec<Box<Object>> {
 
 pub(crate) fn apply(index: &mut Index, text: &str) -> BTreeSet<Key> {
     let origin = Origin { file: "test.yaml".into(), line: 1 };
-    let events = objects(text).into_iter().map(|object| Event::Apply { object, origin: origin.clone() });
+    let events = objects(text)
+        .into_iter()
+        .map(|object| Event::Apply { object: Box::new(object), origin: origin.clone() });
     events.flat_map(|event| index.apply(event)).collect()
 }
 

@@ -240,7 +240,7 @@ impl Publisher {
             }
             names.push(name);
         }
-        self.published.workloads.update([(uid.clone(), Some(policy.identity.clone()))]);
+        self.published.workloads.update([(uid.clone(), Some(policy.identity))]);
         let body = encode(&v1::WorkloadConfig::from(&resource));
         let name: Arc<str> = Name::Workload(uid.clone()).to_string().into();
         if !self.refused(&name, convert::workload::parse(&body).err()) {

@@ -17,14 +17,17 @@ use crate::{
     telemetry::{Reporter, Store},
 };
 
+/// By name: version, and when it was last said to be live in milliseconds since 1970.
+type LastApplied = HashMap<Arc<str>, (Arc<str>, u64)>;
+
 /// The service.
 #[derive(Clone)]
 pub struct Reports {
     store: Arc<Mutex<Store>>,
     published: Arc<Published>,
     metrics: Arc<Metrics>,
-    /// When the newest version of a name was last said to be live: (version, milliseconds since 1970).
-    last_applied: Arc<Mutex<HashMap<Arc<str>, (Arc<str>, u64)>>>,
+    /// When the newest version of each name was last said to be live.
+    last_applied: Arc<Mutex<LastApplied>>,
 }
 
 impl Reports {

@@ -59,7 +59,14 @@ pub fn peer(chain: &[CertificateDer<'_>]) -> Result<Peer, PeerError> {
         match name {
             GeneralName::URI(uri) => uris.push(*uri),
             GeneralName::DNSName(host) => hosts.push(*host),
-            _ => return Err(PeerError::Identity),
+            GeneralName::OtherName(..)
+            | GeneralName::RFC822Name(_)
+            | GeneralName::X400Address(_)
+            | GeneralName::DirectoryName(_)
+            | GeneralName::EDIPartyName(_)
+            | GeneralName::IPAddress(_)
+            | GeneralName::RegisteredID(_)
+            | GeneralName::Invalid(..) => return Err(PeerError::Identity),
         }
     }
     let [uri] = uris[..] else { return Err(PeerError::Identity) };

@@ -282,7 +282,7 @@ mod tests {
     fn problem(document: &Document) -> &Problem {
         match document {
             Document::Bad { problem, .. } => problem,
-            other => panic!("{other:?}"),
+            Document::Object { .. } | Document::Foreign => panic!("{document:?}"),
         }
     }
 
