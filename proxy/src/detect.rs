@@ -10,7 +10,7 @@ use bytes::{Bytes, BytesMut};
 use tokio::{
     io::AsyncReadExt,
     net::TcpStream,
-    time::{Instant, timeout_at},
+    time::{Instant, timeout, timeout_at},
 };
 use weft_core::detect::{self, Detected};
 
@@ -41,36 +41,61 @@ pub(crate) async fn begin(
     silence: Option<Duration>,
     slow: Duration,
 ) -> io::Result<Begun> {
-    if let Some(silence) = silence {
-        // Without a buffer while nothing has come: an idle connection costs none.
-        match tokio::time::timeout(silence, stream.readable()).await {
-            Ok(ready) => ready?,
+    begin_into(stream, &mut BytesMut::new(), silence, slow).await
+}
+
+/// The same into the caller's buffer: dropped half-way, what was read stays there.
+pub(crate) async fn begin_into(
+    stream: &mut TcpStream,
+    bytes: &mut BytesMut,
+    silence: Option<Duration>,
+    slow: Duration,
+) -> io::Result<Begun> {
+    let read = match silence {
+        Some(silence) => match timeout(silence, first_read(stream, bytes)).await {
+            Ok(read) => read?,
             Err(_) => return Ok(Begun::Silent),
-        }
-    } else {
-        stream.readable().await?;
+        },
+        None => first_read(stream, bytes).await?,
+    };
+    if read == 0 {
+        return Ok(Begun::Ended);
     }
     let deadline = Instant::now() + slow;
-    let mut bytes = BytesMut::with_capacity(FIRST_READ);
     loop {
-        let read = match timeout_at(deadline, stream.read_buf(&mut bytes)).await {
-            Ok(read) => read?,
-            Err(_) => return Ok(spoke(bytes, Detected::Opaque)),
-        };
-        if read == 0 {
-            return Ok(if bytes.is_empty() { Begun::Ended } else { spoke(bytes, Detected::Opaque) });
-        }
-        match detect::detect(&bytes) {
+        match detect::detect(bytes) {
             Detected::NeedMore => {}
             detected @ (Detected::Http1 | Detected::Http2 | Detected::Tls { .. } | Detected::Opaque) => {
                 return Ok(spoke(bytes, detected));
             }
         }
+        match timeout_at(deadline, stream.read_buf(bytes)).await {
+            Ok(Ok(0)) | Err(_) => return Ok(spoke(bytes, Detected::Opaque)),
+            Ok(Ok(_)) => {}
+            Ok(Err(error)) => return Err(error),
+        }
     }
 }
 
-fn spoke(bytes: BytesMut, detected: Detected) -> Begun {
-    Begun::Spoke(First { bytes: bytes.freeze(), detected })
+/// The first bytes, or 0 at the end. Without a buffer while nothing has come: an idle connection costs none. A
+/// socket may be called readable when it is not, so only bytes count.
+async fn first_read(stream: &TcpStream, bytes: &mut BytesMut) -> io::Result<usize> {
+    loop {
+        stream.readable().await?;
+        bytes.reserve(FIRST_READ);
+        match stream.try_read_buf(bytes) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                if bytes.is_empty() {
+                    *bytes = BytesMut::new();
+                }
+            }
+            read => return read,
+        }
+    }
+}
+
+fn spoke(bytes: &mut BytesMut, detected: Detected) -> Begun {
+    Begun::Spoke(First { bytes: bytes.split().freeze(), detected })
 }
 
 impl First {

@@ -76,24 +76,30 @@ pub(super) async fn whoever_speaks(
     destination: &Rc<Destination>,
 ) -> Option<(Accepted, First)> {
     let mut exchange = Exchange::start(&worker.recorder, now());
-    let (held, server) = match connect(worker, destination, &mut exchange).await {
+    let (held, mut server) = match connect(worker, destination, &mut exchange).await {
         Ok(connected) => connected,
         Err(error) => {
             refuse(worker, accepted, exchange, error);
             return None;
         }
     };
-    let server_spoke = async {
-        match &server {
-            Server::Mesh(server) => server.get_ref().0.readable().await,
-            Server::Plain(server) => server.readable().await,
+    let (mut asked, mut greeting) = (BytesMut::new(), BytesMut::with_capacity(GREETING));
+    let begun = {
+        let header = worker.config.times.header;
+        let client_spoke = crate::detect::begin_into(&mut accepted.stream, &mut asked, None, header);
+        // Bytes, not readiness: what is readable below TLS need not be something that the server says.
+        let server_spoke = async {
+            match &mut server {
+                Server::Mesh(server) => server.read_buf(&mut greeting).await,
+                Server::Plain(server) => server.read_buf(&mut greeting).await,
+            }
+        };
+        tokio::select! {
+            biased;
+            begun = client_spoke => Some(begun),
+            // An error or end shows again at the next read.
+            _ = server_spoke => None,
         }
-    };
-    let client_spoke = crate::detect::begin(&mut accepted.stream, None, worker.config.times.header);
-    let begun = tokio::select! {
-        biased;
-        begun = client_spoke => Some(begun),
-        _ = server_spoke => None,
     };
     let first = match begun {
         Some(Ok(Begun::Spoke(first))) => match first.detected {
@@ -102,25 +108,28 @@ pub(super) async fn whoever_speaks(
                 exchange.take(now()).discard();
                 return Some((accepted, first));
             }
-            detect::Detected::Tls { .. } | detect::Detected::Opaque | detect::Detected::NeedMore => first,
+            detect::Detected::Tls { .. } | detect::Detected::Opaque | detect::Detected::NeedMore => {
+                first.bytes
+            }
         },
-        Some(Ok(Begun::Ended | Begun::Silent)) => First::nothing(),
+        Some(Ok(Begun::Ended | Begun::Silent)) => Bytes::new(),
         Some(Err(_)) => {
             exchange.finish(Class::ClientError, now());
             return None;
         }
-        None => First::nothing(),
+        None => {
+            learn(destination, &greeting);
+            asked.freeze()
+        }
     };
-    let server_first = first.bytes.is_empty();
-    let mut client = Prefixed::new(first.bytes, accepted.stream);
+    let mut client = Prefixed::new(first, accepted.stream);
+    let greeting = greeting.freeze();
     match server {
-        Server::Mesh(mut server) => {
-            let greeting = greeting(destination, server_first, &mut *server).await;
+        Server::Mesh(server) => {
             let mut server = Prefixed::new(greeting, *server);
             carry(worker, exchange, Some(held), &mut client, &mut server).await;
         }
-        Server::Plain(mut server) => {
-            let greeting = greeting(destination, server_first, &mut server).await;
+        Server::Plain(server) => {
             let mut server = Prefixed::new(greeting, server);
             carry(worker, exchange, Some(held), &mut client, &mut server).await;
         }
@@ -128,19 +137,12 @@ pub(super) async fn whoever_speaks(
     None
 }
 
-/// Reads what a server says first, and learns from it. An HTTP server that answers a silent client (408) does
-/// not make its port a server-first one.
-async fn greeting(destination: &Destination, server_first: bool, server: &mut impl Stream) -> Bytes {
-    let mut greeting = BytesMut::new();
-    if server_first {
-        greeting.reserve(GREETING);
-        // An error or end shows again at the next read.
-        let _ = server.read_buf(&mut greeting).await;
-        if !greeting.is_empty() && !detect::server_bytes_are_http(&greeting) {
-            destination.server_first.set(true);
-        }
+/// A server that spoke first will do so again. One that answers a silent client in HTTP (408) has not made its
+/// port a server-first one.
+fn learn(destination: &Destination, greeting: &[u8]) {
+    if !greeting.is_empty() && !detect::server_bytes_are_http(greeting) {
+        destination.server_first.set(true);
     }
-    greeting.freeze()
 }
 
 /// Holds the greeting of any server-first protocol.
