@@ -42,7 +42,7 @@ use crate::{
         telemetry::Reports,
         tls::{self, Configs},
     },
-    source::{Batch, dir},
+    source::{Batch, Problem, dir},
     telemetry::Store,
 };
 
@@ -220,15 +220,17 @@ async fn publish(
 ) {
     let mut held: Option<Instant> = None;
     let mut synced = false;
+    let mut known: Vec<Problem> = Vec::new();
     loop {
         tokio::select! {
             batch = batches.recv() => {
                 let Some(batch) = batch else { return };
-                for problem in &batch.problems {
+                for problem in batch.problems.iter().filter(|problem| !known.contains(problem)) {
                     let object = problem.object.as_ref().map(ToString::to_string).unwrap_or_default();
                     tracing::warn!(at = %problem.origin, %object, field = %problem.path, reason = %problem.reason,
                         kept_last_good = problem.kept_last_good, "not usable");
                 }
+                known.clone_from(&batch.problems);
                 metrics.batches.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
                 publisher.apply(batch);
                 if !synced {

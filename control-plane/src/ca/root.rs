@@ -304,12 +304,26 @@ pub(super) fn make_folder(state: &Path) -> Result<(), CaError> {
 /// Writes a file whole or not at all.
 pub(crate) fn write(path: &Path, bytes: &[u8], mode: u32) -> Result<(), CaError> {
     let failed = |error| CaError::File { path: path.to_owned(), error };
-    let temporary = path.with_extension("new");
+    let temporary = path.with_extension(format!("{}.tmp", std::process::id()));
     let _ = fs::remove_file(&temporary);
     let mut file =
         fs::OpenOptions::new().write(true).create_new(true).mode(mode).open(&temporary).map_err(failed)?;
     file.write_all(bytes).and_then(|()| file.sync_all()).map_err(failed)?;
     fs::rename(&temporary, path).map_err(failed)
+}
+
+/// Writes a private file that is not there yet, whole or not at all. False: somebody else was first.
+pub(super) fn write_first(path: &Path, bytes: &[u8]) -> Result<bool, CaError> {
+    let failed = |error| CaError::File { path: path.to_owned(), error };
+    let own = path.with_extension(format!("new-{}", std::process::id()));
+    write(&own, bytes, 0o600)?;
+    let linked = fs::hard_link(&own, path);
+    fs::remove_file(&own).map_err(failed)?;
+    match linked {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Ok(false),
+        Err(error) => Err(failed(error)),
+    }
 }
 
 /// RFC 7468.

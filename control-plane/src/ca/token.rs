@@ -15,7 +15,7 @@ use rand::RngCore;
 use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
-use super::{CaError, root::write};
+use super::{CaError, root::write_first};
 
 /// What a token says.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -82,8 +82,9 @@ impl JoinKey {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
                 let mut key = Zeroizing::new([0; KEY_LEN]);
                 rand::rng().fill_bytes(&mut *key);
-                write(&path, Zeroizing::new(BASE64.encode(*key)).as_bytes(), 0o600)?;
-                Ok(Self::new(&*key))
+                // `weft-controller token` may do the same at this moment: whoever is first is right.
+                let text = Zeroizing::new(BASE64.encode(*key));
+                if write_first(&path, text.as_bytes())? { Ok(Self::new(&*key)) } else { Self::open(state) }
             }
             Err(error) => Err(CaError::File { path, error }),
         }

@@ -10,7 +10,7 @@ use std::{
 
 use weft_core::identity::PodUid;
 
-use super::{Wake, tls::Peer};
+use super::{Wake, publisher::now_ms, tls::Peer};
 use crate::index::hash;
 
 /// One open stream.
@@ -27,8 +27,24 @@ pub struct Subscriber {
 /// All subscriptions of all streams.
 #[derive(Debug)]
 pub struct Subscribers {
-    shards: Vec<Mutex<HashMap<Arc<str>, Vec<Subscriber>>>>,
-    streams: Mutex<HashMap<u64, Peer>>,
+    shards: Vec<Mutex<Shard>>,
+    streams: Mutex<Streams>,
+}
+
+/// By name, then by stream.
+type Shard = HashMap<Arc<str>, HashMap<u64, Subscription>>;
+
+#[derive(Debug)]
+struct Subscription {
+    subscriber: Subscriber,
+    since_ms: u64,
+}
+
+#[derive(Debug, Default)]
+struct Streams {
+    by_id: HashMap<u64, Peer>,
+    /// A pod's newest stream.
+    by_pod: HashMap<PodUid, u64>,
 }
 
 impl Default for Subscribers {
@@ -40,18 +56,27 @@ impl Default for Subscribers {
 impl Subscribers {
     /// A stream is open.
     pub fn open(&self, subscriber: &Subscriber) {
-        lock(&self.streams).insert(subscriber.id, subscriber.peer.clone());
+        let mut streams = lock(&self.streams);
+        streams.by_id.insert(subscriber.id, subscriber.peer.clone());
+        streams.by_pod.insert(subscriber.peer.uid.clone(), subscriber.id);
     }
 
     /// A stream has ended; its subscriptions were removed one by one.
     pub fn close(&self, id: u64) {
-        lock(&self.streams).remove(&id);
+        let mut streams = lock(&self.streams);
+        if let Some(peer) = streams.by_id.remove(&id)
+            && streams.by_pod.get(&peer.uid) == Some(&id)
+        {
+            streams.by_pod.remove(&peer.uid);
+        }
     }
 
     /// Adds one subscription.
     pub fn add(&self, name: &str, subscriber: &Subscriber) {
+        let since_ms = now_ms();
         for name in watched(name) {
-            lock(self.shard(name)).entry(name.into()).or_default().push(subscriber.clone());
+            let subscription = Subscription { subscriber: subscriber.clone(), since_ms };
+            lock(self.shard(name)).entry(name.into()).or_default().insert(subscriber.id, subscription);
         }
     }
 
@@ -60,7 +85,7 @@ impl Subscribers {
         for name in watched(name) {
             let mut shard = lock(self.shard(name));
             if let Some(subscribers) = shard.get_mut(name) {
-                subscribers.retain(|subscriber| subscriber.id != id);
+                subscribers.remove(&id);
                 if subscribers.is_empty() {
                     shard.remove(name);
                 }
@@ -71,7 +96,7 @@ impl Subscribers {
     /// Wakes the streams that are subscribed to a name. A bare `ip/<address>` means any port of it.
     pub fn wake(&self, name: &str, urgent: bool) {
         let wakes: Vec<_> = match lock(self.shard(name)).get(name) {
-            Some(subscribers) => subscribers.iter().map(|s| s.wake.clone()).collect(),
+            Some(subscribers) => subscribers.values().map(|s| s.subscriber.wake.clone()).collect(),
             None => return,
         };
         for wake in wakes {
@@ -82,10 +107,17 @@ impl Subscribers {
     /// Pods that are subscribed to a name, each once.
     pub fn pods(&self, name: &str) -> Vec<PodUid> {
         let shard = lock(self.shard(name));
-        let mut pods: Vec<_> = shard.get(name).into_iter().flatten().map(|s| s.peer.uid.clone()).collect();
+        let mut pods: Vec<_> =
+            shard.get(name).into_iter().flatten().map(|(_, s)| s.subscriber.peer.uid.clone()).collect();
         pods.sort();
         pods.dedup();
         pods
+    }
+
+    /// Since when a pod is subscribed to a name, in milliseconds since 1970.
+    pub fn since(&self, name: &str, pod: &PodUid) -> Option<u64> {
+        let id = *lock(&self.streams).by_pod.get(pod)?;
+        Some(lock(self.shard(name)).get(name)?.get(&id)?.since_ms)
     }
 
     /// Every name with the pods that are subscribed to it.
@@ -95,7 +127,10 @@ impl Subscribers {
             for (name, subscribers) in &*lock(shard) {
                 let is_alias = watched(name).len() == 1 && is_bare_address(name);
                 if !is_alias {
-                    all.push((name.clone(), subscribers.iter().map(|s| s.peer.uid.clone()).collect()));
+                    all.push((
+                        name.clone(),
+                        subscribers.values().map(|s| s.subscriber.peer.uid.clone()).collect(),
+                    ));
                 }
             }
         }
@@ -104,10 +139,10 @@ impl Subscribers {
 
     /// Every open stream's other end.
     pub fn streams(&self) -> Vec<Peer> {
-        lock(&self.streams).values().cloned().collect()
+        lock(&self.streams).by_id.values().cloned().collect()
     }
 
-    fn shard(&self, name: &str) -> &Mutex<HashMap<Arc<str>, Vec<Subscriber>>> {
+    fn shard(&self, name: &str) -> &Mutex<Shard> {
         // Cannot overflow: the remainder is below the number of shards.
         &self.shards[usize::try_from(hash(name.as_bytes()) % SHARDS).unwrap_or(0)]
     }

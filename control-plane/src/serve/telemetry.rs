@@ -62,7 +62,12 @@ impl Reports {
             for applied in &report.applied {
                 // Only what is newest now; the rest is history. This also bounds the map.
                 let current = self.published.resource(&applied.name);
-                if let Some(current) = current.filter(|c| *c.versioned.version == *applied.version) {
+                let Some(current) = current.filter(|c| *c.versioned.version == *applied.version) else {
+                    continue;
+                };
+                // Whoever subscribed after the change says nothing about how long the change took.
+                let since = self.published.subscribers.since(&applied.name, &reporter.uid);
+                if since.is_some_and(|since| since <= current.since_ms) {
                     last.insert(applied.name.as_str().into(), (current.versioned.version, now));
                 }
             }
