@@ -52,7 +52,7 @@ pub(crate) const STREAMS_PER_CONNECTION: u32 = 100;
 /// What a sidecar takes of one request body before its app does: no more than a caller keeps for a replay.
 pub(crate) const UPLOAD_WINDOW: u32 = 64 * 1024 - 1;
 /// What a sidecar takes of one response body before its app does.
-pub(crate) const DOWNLOAD_WINDOW: u32 = 256 * 1024;
+pub(crate) const DOWNLOAD_WINDOW: u32 = 128 * 1024;
 /// Above `STREAMS_PER_CONNECTION * DOWNLOAD_WINDOW`.
 pub(crate) const CONNECTION_WINDOW: u32 = 32 * 1024 * 1024;
 /// What HTTP/2 buffers of one stream before it stops reading the other side.

@@ -257,7 +257,7 @@ impl Worker {
             state.clone()
         });
         let backends: Vec<_> = backends.collect();
-        let series = policy.routes.rules().len().max(1) * (backends.len() + 1) * Spoken::ALL;
+        let series = (policy.routes.rules().len() + 1) * (backends.len() + 1) * Spoken::ALL;
         Resolved {
             budget: self.budgets.of(&policy, now),
             parent: policy.service.name.to_string().into(),
@@ -315,17 +315,19 @@ impl Resolved {
     pub(crate) fn series(
         &self,
         recorder: &Recorder,
-        rule: usize,
+        rule: Option<usize>,
         backend: Option<usize>,
         spoken: Spoken,
     ) -> Rc<Series> {
-        let column = backend.map_or(self.backends.len(), |b| b);
-        let index = (rule * (self.backends.len() + 1) + column) * Spoken::ALL + spoken as usize;
+        // Row 0 is what no rule matched; the last column is what chose no backend.
+        let row = rule.map_or(0, |rule| rule + 1);
+        let column = backend.unwrap_or(self.backends.len());
+        let index = (row * (self.backends.len() + 1) + column) * Spoken::ALL + spoken as usize;
         let mut all = self.series.borrow_mut();
         if let Some(Some(series)) = all.get(index) {
             return series.clone();
         }
-        let rule = self.policy.routes.rules().get(rule);
+        let rule = rule.and_then(|rule| self.policy.routes.rules().get(rule));
         let series = recorder.series(&SeriesKey {
             direction: Direction::Outbound,
             parent: self.parent.clone(),

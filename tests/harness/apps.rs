@@ -113,7 +113,18 @@ pub fn service(mesh: &Mesh, namespace: &str, name: &str, vip: &str, ports: &[(&s
         "metadata": {"namespace": namespace, "name": name},
         "spec": {"clusterIP": vip, "clusterIPs": [vip], "selector": {"app": name}, "ports": ports},
     });
-    mesh.write(&format!("service-{name}.yaml"), &format!("{object:#}\n"))
+    let version = || -> Result<Option<String>> {
+        let status = mesh.api("/api/v1/status")?;
+        let objects = status["objects"].as_array().cloned().unwrap_or_default();
+        let this = |o: &&serde_json::Value| {
+            o["kind"] == "Service" && o["namespace"] == namespace && o["name"] == name
+        };
+        Ok(objects.iter().find(this).map(|o| o["version"].to_string()))
+    };
+    let before = version()?;
+    mesh.write(&format!("service-{name}.yaml"), &format!("{object:#}\n"))?;
+    // A client that connects before the controller has read it is told that there is no such address.
+    mesh::wait(Duration::from_secs(10), || Ok(version()? != before)).context("the service was not taken")
 }
 
 /// Runs a command to its end; its standard output.

@@ -24,7 +24,7 @@ use bytes::Bytes;
 use clap::{Parser, ValueEnum};
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode};
 use http_body::Frame;
-use http_body_util::{BodyExt as _, Full, combinators::BoxBody};
+use http_body_util::{BodyExt, Full, combinators::BoxBody};
 use hyper::{body::Incoming, service::service_fn};
 use hyper_util::{
     rt::{TokioExecutor, TokioIo},
@@ -228,8 +228,10 @@ impl App {
                 let sent = trailers.map(|t| format!("{t:?}")).unwrap_or_default();
                 let mut trailers = HeaderMap::new();
                 trailers.insert("x-sum", HeaderValue::from_static("42"));
-                let body = Full::new(Bytes::from(sent)).with_trailers(std::future::ready(Some(Ok(trailers))));
-                let mut answer = Response::new(body.boxed());
+                // Frames without a length known before: chunked on HTTP/1.1, as trailers need.
+                let frames = [Ok(Frame::data(Bytes::from(format!("sent {sent}")))), Ok(Frame::trailers(trailers))];
+                let body = http_body_util::StreamBody::new(futures_util::stream::iter(frames));
+                let mut answer = Response::new(BodyExt::boxed(body));
                 answer.headers_mut().insert("trailer", HeaderValue::from_static("x-sum"));
                 answer
             }
@@ -430,7 +432,7 @@ async fn client(
         if ok { summary.ok += 1 } else { summary.failed += 1 }
         drop(summary);
         let took = u64::try_from(due.elapsed().as_micros()).unwrap_or(u64::MAX);
-        shared.latencies.lock().unwrap_or_else(PoisonError::into_inner).saturating_record(took);
+        let _ = shared.latencies.lock().unwrap_or_else(PoisonError::into_inner).record(took);
         if let Some(ids) = &shared.ids {
             let kind = if post { "POST" } else { "GET" };
             let mut ids = ids.lock().unwrap_or_else(PoisonError::into_inner);

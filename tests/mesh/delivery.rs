@@ -69,7 +69,7 @@ fn bad_documents_are_named_and_change_nothing_else() {
     pair.mesh.write("mixed.yaml", bad).unwrap();
     wait(Duration::from_secs(10), || Ok(curl(&pair.client.pod, &["http://10.96.0.78/"]).is_ok_and(|a| a == "ok"))).unwrap();
     assert_eq!(curl(&pair.client.pod, &[ECHO]).unwrap(), "ok");
-    let status = weft_harness::apps::output(&mut pair.mesh.weft(&["status", "-o", "json"])).unwrap();
+    let status = pair.mesh.api("/api/v1/status").unwrap().to_string();
     for said in ["mixed.yaml", "ports[0].port"] {
         assert!(status.contains(said), "{said} in {status}");
     }
@@ -82,12 +82,11 @@ fn certificates_rotate_under_load_and_no_request_fails() {
     let args = ["--url", ECHO, "--rate", "200", "--seconds", "30", "--half-post"];
     let loading = start_load(&pair.mesh, &pair.client.pod, &args).unwrap();
     let renewals = || {
-        pair.client.metric("weft_renewals_total", &[]).unwrap()
-            + pair.server.sidecar.metric("weft_renewals_total", &[]).unwrap()
+        pair.client.metric("weft_certificate_renewals_total", &["ok"]).unwrap()
+            + pair.server.sidecar.metric("weft_certificate_renewals_total", &["ok"]).unwrap()
     };
     let before = renewals();
-    let mut rotate = pair.mesh.weft(&["certs", "rotate"]);
-    weft_harness::apps::output(&mut rotate).unwrap();
+    curl(&pair.mesh.controller_pod, &["-X", "POST", "http://127.0.0.1:14080/api/v1/certs/rotate"]).unwrap();
     wait(Duration::from_secs(20), || Ok(renewals() >= before + 2.0)).unwrap();
     std::thread::sleep(Duration::from_secs(1));
     let summary = loading.finish().unwrap();

@@ -19,7 +19,7 @@ fn weft_routes_counts_what_was_sent_and_measures_what_was_seen() {
         Ok::<serde_json::Value, anyhow::Error>(serde_json::from_str(&text)?)
     };
     let outbound = |said: &serde_json::Value| {
-        let rows = said.as_array().or_else(|| said["routes"].as_array()).unwrap().clone();
+        let rows = said["rows"].as_array().unwrap().clone();
         rows.into_iter().find(|row| row["direction"] == "outbound")
     };
     wait(Duration::from_secs(15), || Ok(outbound(&rows()?).is_some_and(|row| row["count"] == summary.sent))).unwrap();

@@ -82,7 +82,6 @@ pub(super) async fn serve_plain(
             .timer(TokioTimer::new())
             .auto_date_header(false)
             .half_close(true)
-            .pipeline_flush(true)
             .header_read_timeout(worker.config.times.keep_alive)
             .max_headers(limits.headers)
             .max_buf_size(limits.header_bytes.max(8 * 1024));

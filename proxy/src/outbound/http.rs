@@ -65,7 +65,6 @@ pub(super) async fn serve(
         builder
             .auto_date_header(false)
             .half_close(true)
-            .pipeline_flush(true)
             .header_read_timeout(None)
             .max_headers(limits.headers)
             .max_buf_size(limits.header_bytes.max(8 * 1024));
@@ -107,7 +106,7 @@ impl Client {
         let handled = self.route(request, &resolved, grpc, spoken, &mut exchange, &mut decision).await;
         handled.unwrap_or_else(|error| {
             if !exchange.has_series() {
-                exchange.belongs_to(resolved.series(&self.worker.recorder, usize::MAX, None, spoken));
+                exchange.belongs_to(resolved.series(&self.worker.recorder, None, None, spoken));
             }
             self.answer(&error, grpc, exchange, decision)
         })
@@ -153,7 +152,7 @@ impl Client {
         let found = route::find(&resolved.policy.routes, &request_head).ok_or(Error::NoRoute)?;
         let (rule, rule_index) = (found.rule, found.index);
         decision.rule(&rule.label);
-        exchange.belongs_to(resolved.series(&self.worker.recorder, rule_index, None, spoken));
+        exchange.belongs_to(resolved.series(&self.worker.recorder, Some(rule_index), None, spoken));
         if !rule.filters.is_empty() {
             let prefix = found.prefix;
             if let Some(redirect) = redirected(&rule.filters, &request_head, resolved, prefix)? {
@@ -194,7 +193,7 @@ impl Client {
             let policy = &resolved.policy.backends[chosen.backend];
             exchange.belongs_to(resolved.series(
                 &self.worker.recorder,
-                sending.rule_index,
+                Some(sending.rule_index),
                 Some(chosen.backend),
                 sending.spoken,
             ));

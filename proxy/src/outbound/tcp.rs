@@ -175,7 +175,7 @@ async fn connect(
         let chosen = chosen.ok_or(Error::NoBackend)?;
         let backend = resolved.backends.get(chosen.backend).ok_or(Error::BackendUnresolved)?;
         let policy = &resolved.policy.backends[chosen.backend];
-        exchange.belongs_to(resolved.series(&worker.recorder, index, Some(chosen.backend), Spoken::Tcp));
+        exchange.belongs_to(resolved.series(&worker.recorder, Some(index), Some(chosen.backend), Spoken::Tcp));
         let permit = Permit::take(backend, policy.service.limits.max_connections).ok_or(Error::Overloaded)?;
         let picked = {
             let mut rng = worker.rng.borrow_mut();
