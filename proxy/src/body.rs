@@ -154,6 +154,8 @@ struct Kept {
     keeping: bool,
     ended: bool,
     failed: bool,
+    /// Pieces that the running attempt has passed.
+    passed: usize,
     /// Read from the source but not yet handed on.
     rest: Bytes,
     /// The attempt that may read; older ones have lost.
@@ -181,6 +183,7 @@ impl Replay {
             trailers: None,
             keeping: true,
             failed: false,
+            passed: 0,
             rest: Bytes::new(),
             attempt: 0,
             waker: None,
@@ -191,6 +194,7 @@ impl Replay {
     pub(crate) fn attempt(&self) -> AttemptBody {
         let mut kept = self.0.borrow_mut();
         kept.attempt += 1;
+        kept.passed = 0;
         if let Some(waker) = kept.waker.take() {
             waker.wake();
         }
@@ -216,8 +220,12 @@ impl Replay {
 
     /// Frees the buffer: the answer is on its way to the app.
     pub(crate) fn forget(&self) {
-        // The running attempt may still have pieces to send: it clears them when it has passed them.
-        self.0.borrow_mut().keeping = false;
+        let mut kept = self.0.borrow_mut();
+        kept.keeping = false;
+        // A running attempt that has pieces before it clears them when it has passed them.
+        if kept.passed >= kept.pieces.len() {
+            kept.pieces = Vec::new();
+        }
     }
 }
 
@@ -229,13 +237,14 @@ impl AttemptBody {
             return Poll::Ready(Some(Err(BodyError::Superseded)));
         }
         loop {
+            if !kept.keeping && self.next >= kept.pieces.len() {
+                kept.pieces = Vec::new();
+                self.next = 0;
+            }
             if let Some(piece) = kept.pieces.get(self.next) {
                 self.next += 1;
+                kept.passed = self.next;
                 let piece = piece.clone();
-                if !kept.keeping && self.next == kept.pieces.len() {
-                    kept.pieces.clear();
-                    self.next = 0;
-                }
                 return Poll::Ready(Some(Ok(Frame::data(piece))));
             }
             if !kept.rest.is_empty() {

@@ -4,6 +4,8 @@
 //! absolute), to an HTTP/1.1 app (origin form and `Host`) or as an upgrade, and each attempt is built from the
 //! same parts. Private headers (`weft-*`) are ours alone: what an app sends under that prefix is removed.
 
+use std::time::Duration;
+
 use http::{
     HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri, Version, header,
     uri::{Authority, PathAndQuery, Scheme},
@@ -137,10 +139,12 @@ impl Outgoing {
                 Some(_) => Method::GET,
                 None => self.method.clone(),
             };
-            if let Some(authority) = &self.authority {
-                let host = HeaderValue::from_str(authority.as_str()).map_err(|_| Error::BadTarget)?;
-                headers.insert(header::HOST, host);
-            }
+            let host = match &self.authority {
+                Some(authority) => HeaderValue::from_str(authority.as_str()),
+                // HTTP/1.0 without Host: an address is the only name there is.
+                None => HeaderValue::from_str(&peer.address().to_string()),
+            };
+            headers.insert(header::HOST, host.map_err(|_| Error::BadTarget)?);
             if let Some(upgrade) = &self.upgrade {
                 headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
                 headers.insert(header::UPGRADE, upgrade.protocol.clone());
@@ -231,15 +235,28 @@ pub(crate) fn identify(headers: &mut HeaderMap, rng: &mut impl rand::RngCore) {
     }
 }
 
-/// Appends the caller's address to `x-forwarded-for`.
-pub(crate) fn forwarded_for(headers: &mut HeaderMap, address: std::net::IpAddr) {
-    let value = match headers.get(X_FORWARDED_FOR).and_then(|v| v.to_str().ok()) {
-        Some(before) => HeaderValue::try_from(format!("{before}, {address}")),
-        None => HeaderValue::try_from(address.to_string()),
-    };
-    if let Ok(value) = value {
-        headers.insert(X_FORWARDED_FOR, value);
+/// Appends the caller's address to `x-forwarded-for`, as a line of its own: whatever lines are there stay.
+pub(crate) fn forwarded_for(headers: &mut HeaderMap, address: &HeaderValue) {
+    headers.append(X_FORWARDED_FOR, address.clone());
+}
+
+/// How long a gRPC caller waits: `grpc-timeout`, at most eight digits and a unit (gRPC over HTTP/2).
+pub(crate) fn grpc_timeout(headers: &HeaderMap) -> Option<Duration> {
+    let text = headers.get("grpc-timeout")?.to_str().ok()?;
+    let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
+    if digits.is_empty() || digits.len() > 8 || !digits.bytes().all(|b| b.is_ascii_digit()) {
+        return None;
     }
+    let n: u64 = digits.parse().ok()?;
+    Some(match unit {
+        "H" => Duration::from_secs(n * 3_600),
+        "M" => Duration::from_secs(n * 60),
+        "S" => Duration::from_secs(n),
+        "m" => Duration::from_millis(n),
+        "u" => Duration::from_micros(n),
+        "n" => Duration::from_nanos(n),
+        _ => return None,
+    })
 }
 
 /// The answer that tells an HTTP/1.1 app that the protocol is switched.
@@ -307,10 +324,21 @@ mod tests {
     }
 
     #[test]
+    fn grpc_timeouts_are_read_and_nonsense_is_not() {
+        let read = |text: &'static str| grpc_timeout(&headers(&[("grpc-timeout", text)]));
+        assert_eq!(read("250m"), Some(Duration::from_millis(250)));
+        assert_eq!(read("2H"), Some(Duration::from_secs(7_200)));
+        assert_eq!(read("99999999n"), Some(Duration::from_nanos(99_999_999)));
+        for nonsense in ["", "m", "1", "999999999S", "-1S", "1x", "1 S"] {
+            assert_eq!(read(nonsense), None, "{nonsense}");
+        }
+    }
+
+    #[test]
     fn the_callers_address_is_appended() {
-        let mut h = HeaderMap::new();
-        forwarded_for(&mut h, "10.0.0.1".parse().unwrap());
-        forwarded_for(&mut h, "fd00::1".parse().unwrap());
-        assert_eq!(h["x-forwarded-for"], "10.0.0.1, fd00::1");
+        let mut h = headers(&[("x-forwarded-for", "198.51.100.1")]);
+        forwarded_for(&mut h, &HeaderValue::from_static("10.0.0.1"));
+        let all: Vec<_> = h.get_all("x-forwarded-for").iter().collect();
+        assert_eq!(all, ["198.51.100.1", "10.0.0.1"]);
     }
 }

@@ -16,6 +16,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use bytes::{Bytes, BytesMut};
 use futures_util::{
     FutureExt,
     future::{LocalBoxFuture, Shared},
@@ -28,6 +29,7 @@ use hyper::{
 use hyper_util::rt::{TokioIo, TokioTimer};
 use rustls_pki_types::ServerName;
 use tokio::{
+    io::AsyncReadExt as _,
     net::{TcpSocket, TcpStream},
     sync::watch,
 };
@@ -40,6 +42,8 @@ use weft_core::{
 
 use crate::{
     body::{Body, Replay},
+    config::Config,
+    tcp::Prefixed,
     telemetry::{
         exchange::now,
         metrics::{Counter, Recorder},
@@ -57,24 +61,27 @@ pub(crate) const DOWNLOAD_WINDOW: u32 = 128 * 1024;
 pub(crate) const CONNECTION_WINDOW: u32 = 32 * 1024 * 1024;
 /// What HTTP/2 buffers of one stream before it stops reading the other side.
 pub(crate) const SEND_BUFFER: usize = 128 * 1024;
-/// A connection to the app that was idle for longer is not reused (Node closes at 5 s, some servers at 2 s).
-const IDLE_LIMIT: Duration = Duration::from_secs(2);
-/// The same for a request that must not be sent twice.
+/// An app connection that was idle for longer is not reused for a request that must not be sent twice; for others
+/// `WEFT_APP_IDLE_TIMEOUT` counts (Node closes at 5 s, some servers at 2 s).
 const IDLE_LIMIT_UNSAFE: Duration = Duration::from_millis(100);
 /// Idle connections kept to one app port.
 const MAX_IDLE: usize = 128;
-/// Unused connections between sidecars are closed after this.
-const MESH_IDLE_LIMIT: Duration = Duration::from_secs(600);
 /// HTTP/2 PING: a half-open peer is noticed within their sum.
 const PING_INTERVAL: Duration = Duration::from_secs(10);
 const PING_TIMEOUT: Duration = Duration::from_secs(5);
-/// Data that a peer does not acknowledge for so long ends the connection.
+/// A handshake gets at least so long.
+const TLS_TIMEOUT: Duration = Duration::from_secs(2);
+/// What is read of an app's answer before the caller takes it.
+const READ_BUFFER: usize = 64 * 1024;
+/// Data that a sidecar does not acknowledge for so long ends the connection; only where both ends always read.
 const USER_TIMEOUT: Duration = Duration::from_secs(15);
+/// How often a connection is opened for one request before that counts as a failure of the endpoint.
+const MAX_OPENED: usize = 3;
 /// The source address by which inbound reaches its app: capture rules let it pass.
 const INBOUND_SOURCE: IpAddr = IpAddr::V4(Ipv4Addr::new(127, 0, 0, 6));
 
 /// Where to send.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Peer {
     /// A sidecar, by mTLS.
     Mesh { address: SocketAddr, uid: PodUid, identity: SpiffeId },
@@ -82,6 +89,13 @@ pub(crate) enum Peer {
     Plain { address: SocketAddr, h2: bool },
     /// This pod's own app, at its original address.
     App { address: SocketAddr, h2: bool },
+}
+
+/// By address alone: uid and identity only decide between equals, and hashing them costs more than the rest.
+impl std::hash::Hash for Peer {
+    fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
+        self.address().hash(state);
+    }
 }
 
 impl Peer {
@@ -111,6 +125,14 @@ impl Peer {
 pub(crate) struct ConnectError {
     pub(crate) failure: Failure,
     pub(crate) detail: Arc<str>,
+    /// It is this workload's own fault (no certificate): nothing is held against the endpoint.
+    pub(crate) local: bool,
+}
+
+impl ConnectError {
+    fn remote(failure: Failure, detail: String) -> Self {
+        Self { failure, detail: detail.into(), local: false }
+    }
 }
 
 /// Why there is no response.
@@ -120,6 +142,15 @@ pub(crate) struct SendError {
     pub(crate) detail: Arc<str>,
     /// The connection had served before: it may have been closed while idle.
     pub(crate) reused: bool,
+    /// See [`ConnectError::local`].
+    pub(crate) local: bool,
+}
+
+impl SendError {
+    /// An error of the endpoint.
+    pub(crate) fn new(failure: Failure, detail: &str) -> Self {
+        Self { failure, detail: detail.into(), reused: false, local: false }
+    }
 }
 
 /// A response head, and the connection that its body comes by.
@@ -136,6 +167,7 @@ pub(crate) struct Sent {
 pub(crate) struct Pool(Rc<Inner>);
 
 struct Inner {
+    config: Arc<Config>,
     material: watch::Receiver<Option<Arc<Material>>>,
     recorder: Recorder,
     h2: RefCell<HashMap<Peer, Rc<H2Peer>>>,
@@ -218,11 +250,18 @@ pub(crate) struct SendOptions<'a> {
     pub(crate) upload: Option<&'a Replay>,
     /// Never an idle connection.
     pub(crate) fresh: bool,
+    /// Set once a connection is in hand: from then on the request may have been sent.
+    pub(crate) connected: &'a Cell<bool>,
 }
 
 impl Pool {
-    pub(crate) fn new(material: watch::Receiver<Option<Arc<Material>>>, recorder: Recorder) -> Self {
+    pub(crate) fn new(
+        config: Arc<Config>,
+        material: watch::Receiver<Option<Arc<Material>>>,
+        recorder: Recorder,
+    ) -> Self {
         Self(Rc::new(Inner {
+            config,
             material,
             recorder,
             h2: RefCell::default(),
@@ -258,6 +297,7 @@ impl Pool {
         let mut last = None;
         for _ in 0..3 {
             let h2 = self.h2(peer, options.connect_timeout).await.map_err(SendError::from)?;
+            options.connected.set(true);
             h2.in_flight.set(h2.in_flight.get() + 1);
             let reused = h2.used.replace(true);
             h2.last_used.set(now());
@@ -279,13 +319,14 @@ impl Pool {
                             failure: failure_of(&error),
                             detail: describe(&error),
                             reused,
+                            local: false,
                         });
                     }
                 },
             }
         }
         let detail = last.map_or_else(|| "closed".into(), |e| describe(&e));
-        Err(SendError { failure: Failure::NotProcessed, detail, reused: true })
+        Err(SendError { failure: Failure::NotProcessed, detail, reused: true, local: false })
     }
 
     async fn send_h1(
@@ -296,10 +337,11 @@ impl Pool {
     ) -> Result<Sent, SendError> {
         let entry = self.h1_peer(peer);
         loop {
-            let mut connection = match entry.take_idle(options) {
+            let mut connection = match entry.take_idle(options, self.0.config.times.app_idle) {
                 Some(idle) => idle,
                 None => self.open_h1(peer, options.connect_timeout).await.map_err(SendError::from)?,
             };
+            options.connected.set(true);
             let reused = connection.used;
             if connection.sender.ready().await.is_err() {
                 if reused {
@@ -309,6 +351,7 @@ impl Pool {
                     failure: Failure::NotProcessed,
                     detail: "closed at once".into(),
                     reused,
+                    local: false,
                 });
             }
             match connection.sender.try_send_request(request).await {
@@ -323,7 +366,7 @@ impl Pool {
                         let error = error.into_error();
                         let failure =
                             if unsent.is_some() { Failure::NotProcessed } else { failure_of(&error) };
-                        return Err(SendError { failure, detail: describe(&error), reused });
+                        return Err(SendError { failure, detail: describe(&error), reused, local: false });
                     }
                 },
             }
@@ -339,11 +382,12 @@ impl Pool {
                 None => peers.entry(peer.clone()).or_default().clone(),
             }
         };
-        let generation = match peer {
-            Peer::Mesh { .. } => self.0.material.borrow().as_ref().map_or(0, |m| m.generation),
-            Peer::Plain { .. } | Peer::App { .. } => 0,
-        };
-        loop {
+        for _ in 0..MAX_OPENED {
+            // Read each time: the certificate may be renewed while a connection is opened.
+            let generation = match peer {
+                Peer::Mesh { .. } => self.0.material.borrow().as_ref().map_or(0, |m| m.generation),
+                Peer::Plain { .. } | Peer::App { .. } => 0,
+            };
             if let Some(open) = entry.usable(generation) {
                 return Ok(open);
             }
@@ -357,6 +401,11 @@ impl Pool {
                 return Ok(opened);
             }
         }
+        Err(ConnectError {
+            failure: Failure::NotProcessed,
+            detail: "each new connection was closed or full at once".into(),
+            local: false,
+        })
     }
 
     /// Opens a connection in a task of its own: whoever waits may go away.
@@ -373,7 +422,11 @@ impl Pool {
         });
         let connecting = async move {
             task.await.unwrap_or_else(|_| {
-                Err(ConnectError { failure: Failure::Unreachable, detail: "the worker stopped".into() })
+                Err(ConnectError {
+                    failure: Failure::Unreachable,
+                    detail: "the worker stopped".into(),
+                    local: true,
+                })
             })
         };
         let connecting = connecting.boxed_local().shared();
@@ -390,11 +443,16 @@ impl Pool {
             .max_send_buf_size(SEND_BUFFER)
             .max_header_list_size(64 * 1024)
             .keep_alive_interval(PING_INTERVAL)
-            .keep_alive_timeout(PING_TIMEOUT);
+            .keep_alive_timeout(PING_TIMEOUT)
+            .keep_alive_while_idle(true);
         match peer {
             Peer::Mesh { address, uid, identity } => {
-                let (tls, generation) = self.connect_mesh(*address, uid, identity, Alpn::H2, timeout).await?;
-                let handshake = builder.handshake(TokioIo::new(tls)).await;
+                let (mut tls, generation) =
+                    self.connect_mesh(*address, uid, identity, Alpn::H2, timeout).await?;
+                // Fails only on a socket that is closed already.
+                let _ = socket2::SockRef::from(tls.get_ref().0).set_tcp_user_timeout(Some(USER_TIMEOUT));
+                let settings = self.first_bytes(&mut tls, *address, timeout).await?;
+                let handshake = builder.handshake(TokioIo::new(Prefixed::new(settings, tls))).await;
                 let (sender, connection) = handshake.map_err(|e| not_processed(&e))?;
                 Ok(drive_h2(sender, connection, generation))
             }
@@ -408,6 +466,39 @@ impl Pool {
         }
     }
 
+    /// A TLS 1.3 client has finished before the server has judged its certificate. A server that accepts sends its
+    /// SETTINGS unasked; one that refuses sends an alert, and then it is known that nothing was sent.
+    async fn first_bytes(
+        &self,
+        tls: &mut TlsStream<TcpStream>,
+        address: SocketAddr,
+        timeout: Duration,
+    ) -> Result<Bytes, ConnectError> {
+        let mut first = BytesMut::with_capacity(128);
+        match tokio::time::timeout(timeout.max(TLS_TIMEOUT), tls.read_buf(&mut first)).await {
+            Ok(Ok(n)) if n > 0 => Ok(first.freeze()),
+            Ok(Ok(_)) => {
+                Err(ConnectError::remote(Failure::NotProcessed, format!("{address} closed at once")))
+            }
+            Ok(Err(error)) => Err(self.tls_failed(address, &error)),
+            Err(_) => {
+                self.0.recorder.count(Counter::ConnectTimeouts);
+                Err(ConnectError::remote(Failure::ConnectTimeout, format!("{address} says nothing")))
+            }
+        }
+    }
+
+    fn tls_failed(&self, address: SocketAddr, error: &io::Error) -> ConnectError {
+        let failure = if tls::is_identity_failure(error) {
+            self.0.recorder.count(Counter::IdentityMismatches);
+            Failure::Identity
+        } else {
+            self.0.recorder.count(Counter::ConnectErrors);
+            Failure::Unreachable
+        };
+        ConnectError::remote(failure, format!("{address}: {error}"))
+    }
+
     fn h1_peer(&self, peer: &Peer) -> Rc<H1Peer> {
         let mut peers = self.0.h1.borrow_mut();
         match peers.get(peer) {
@@ -418,7 +509,11 @@ impl Pool {
 
     async fn open_h1(&self, peer: &Peer, timeout: Duration) -> Result<H1, ConnectError> {
         let tcp = self.connect(peer.address(), matches!(peer, Peer::App { .. }), timeout).await?;
-        let handshake = http1::Builder::new().max_headers(200).handshake(TokioIo::new(tcp)).await;
+        let handshake = http1::Builder::new()
+            .max_headers(self.0.config.limits.headers)
+            .max_buf_size(READ_BUFFER)
+            .handshake(TokioIo::new(tcp))
+            .await;
         let (sender, connection) = handshake.map_err(|e| not_processed(&e))?;
         tokio::task::spawn_local(async move {
             if let Err(error) = connection.with_upgrades().await {
@@ -462,10 +557,10 @@ impl Pool {
             Ok(Err(error)) => return Err(self.connect_failed(address, &error)),
             Err(_) => {
                 self.0.recorder.count(Counter::ConnectTimeouts);
-                return Err(ConnectError {
-                    failure: Failure::ConnectTimeout,
-                    detail: format!("{address} did not accept within {timeout:?}").into(),
-                });
+                return Err(ConnectError::remote(
+                    Failure::ConnectTimeout,
+                    format!("{address} did not accept within {timeout:?}"),
+                ));
             }
         };
         keep_alive(&stream);
@@ -486,7 +581,7 @@ impl Pool {
         } else {
             Counter::ConnectErrors
         });
-        ConnectError { failure, detail: format!("{address}: {error}").into() }
+        ConnectError::remote(failure, format!("{address}: {error}"))
     }
 
     /// Opens an mTLS connection to exactly this pod under exactly this identity. Every failure up to here
@@ -499,36 +594,37 @@ impl Pool {
         alpn: Alpn,
         timeout: Duration,
     ) -> Result<(TlsStream<TcpStream>, u64), ConnectError> {
-        let identity_failure = |detail: String| {
-            self.0.recorder.count(Counter::IdentityMismatches);
-            ConnectError { failure: Failure::Identity, detail: detail.into() }
+        let own = |detail: String| ConnectError {
+            failure: Failure::Unreachable,
+            detail: detail.into(),
+            local: true,
         };
         let material = self.0.material.borrow().clone();
-        let material =
-            material.ok_or_else(|| identity_failure("this workload has no certificate yet".to_owned()))?;
+        let material = material.ok_or_else(|| own("this workload has no certificate yet".to_owned()))?;
         if !material.validity.contains(std::time::SystemTime::now(), Duration::ZERO) {
-            return Err(identity_failure("this workload's certificate has expired".to_owned()));
+            return Err(own("this workload's certificate has expired".to_owned()));
         }
         let config = self
             .client_config(&material, identity, alpn)
-            .map_err(|e| identity_failure(format!("TLS configuration: {e}")))?;
+            .map_err(|e| own(format!("TLS configuration: {e}")))?;
         let name = ServerName::try_from(uid.server_name())
-            .map_err(|e| identity_failure(format!("pod uid {uid}: {e}")))?;
+            .map_err(|e| ConnectError::remote(Failure::Identity, format!("pod uid {uid}: {e}")))?;
         let tcp = self.connect(address, false, timeout).await?;
         let connecting = TlsConnector::from(config).connect(name, tcp);
-        let tls = match tokio::time::timeout(timeout.max(Duration::from_secs(2)), connecting).await {
+        let tls = match tokio::time::timeout(timeout.max(TLS_TIMEOUT), connecting).await {
             Ok(Ok(tls)) => tls,
-            Ok(Err(error)) => return Err(identity_failure(format!("{identity} at {address}: {error}"))),
+            Ok(Err(error)) => return Err(self.tls_failed(address, &error)),
             Err(_) => {
                 self.0.recorder.count(Counter::ConnectTimeouts);
-                return Err(ConnectError {
-                    failure: Failure::ConnectTimeout,
-                    detail: format!("{address} did not finish its TLS handshake").into(),
-                });
+                return Err(ConnectError::remote(
+                    Failure::ConnectTimeout,
+                    format!("{address} did not finish its TLS handshake"),
+                ));
             }
         };
         if tls.get_ref().1.alpn_protocol() != Some(alpn.name()) {
-            return Err(identity_failure(format!("{address} does not speak Weft")));
+            self.0.recorder.count(Counter::IdentityMismatches);
+            return Err(ConnectError::remote(Failure::Identity, format!("{address} does not speak Weft")));
         }
         Ok((tls, material.generation))
     }
@@ -555,13 +651,15 @@ impl Pool {
     pub(crate) fn sweep(&self, now: Instant) {
         let idle_for = |since: Instant| now.saturating_duration_since(since);
         self.0.h1.borrow_mut().retain(|_, peer| {
-            peer.idle.borrow_mut().retain(|c| !c.sender.is_closed() && idle_for(c.idle_since) < IDLE_LIMIT);
+            peer.idle
+                .borrow_mut()
+                .retain(|c| !c.sender.is_closed() && idle_for(c.idle_since) < self.0.config.times.app_idle);
             !peer.idle.borrow().is_empty() || Rc::strong_count(peer) > 1
         });
         self.0.h2.borrow_mut().retain(|_, peer| {
             peer.open.borrow_mut().retain(|c| {
                 !c.sender.borrow().is_closed()
-                    && (c.in_flight.get() > 0 || idle_for(c.last_used.get()) < MESH_IDLE_LIMIT)
+                    && (c.in_flight.get() > 0 || idle_for(c.last_used.get()) < self.0.config.times.pool_idle)
             });
             !peer.open.borrow().is_empty() || Rc::strong_count(peer) > 1
         });
@@ -596,18 +694,18 @@ impl H2 {
 }
 
 impl H1Peer {
-    fn take_idle(&self, options: SendOptions<'_>) -> Option<H1> {
+    fn take_idle(&self, options: SendOptions<'_>, longest: Duration) -> Option<H1> {
         if options.fresh {
             return None;
         }
-        let limit = if options.idempotent { IDLE_LIMIT } else { IDLE_LIMIT_UNSAFE };
+        let limit = if options.idempotent { longest } else { IDLE_LIMIT_UNSAFE.min(longest) };
         let now = now();
         let mut idle = self.idle.borrow_mut();
         while let Some(connection) = idle.pop() {
             let age = now.saturating_duration_since(connection.idle_since);
             if age >= limit {
                 // Those below are older still; what is too old for this request may do for another.
-                if age < IDLE_LIMIT {
+                if age < longest {
                     idle.push(connection);
                 } else {
                     idle.clear();
@@ -624,7 +722,7 @@ impl H1Peer {
 
 impl From<ConnectError> for SendError {
     fn from(error: ConnectError) -> Self {
-        Self { failure: error.failure, detail: error.detail, reused: false }
+        Self { failure: error.failure, detail: error.detail, reused: false, local: error.local }
     }
 }
 
@@ -659,20 +757,20 @@ where
     }
 }
 
-/// Keepalive on, and a bound on data that nobody acknowledges.
+/// Keepalive on. No bound on unacknowledged data here: `TCP_USER_TIMEOUT` also ends a connection whose reader
+/// pauses, however well it answers probes.
 pub(crate) fn keep_alive(stream: &TcpStream) {
     let socket = socket2::SockRef::from(stream);
     let params = socket2::TcpKeepalive::new()
         .with_time(Duration::from_secs(60))
         .with_interval(Duration::from_secs(10))
         .with_retries(6);
-    // A socket that closed in between refuses these; its next read says so.
+    // A socket that closed in between refuses it; its next read says so.
     let _ = socket.set_tcp_keepalive(&params);
-    let _ = socket.set_tcp_user_timeout(Some(USER_TIMEOUT));
 }
 
 fn not_processed(error: &hyper::Error) -> ConnectError {
-    ConnectError { failure: Failure::NotProcessed, detail: describe(error) }
+    ConnectError { failure: Failure::NotProcessed, detail: describe(error), local: false }
 }
 
 /// What an error after sending says about the request: not processed, or perhaps processed.

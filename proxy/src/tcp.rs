@@ -21,6 +21,8 @@ use tokio::{
 const BUFFER_MIN: usize = 8 * 1024;
 /// Bulk streams end here: more buys nothing on a 16 KiB TLS record.
 const BUFFER_MAX: usize = 128 * 1024;
+/// What a direction keeps while it waits: the buffers of bursts go back.
+const BUFFER_IDLE: usize = 32 * 1024;
 
 /// A byte stream over TCP, plain or TLS.
 pub(crate) trait Stream: AsyncRead + AsyncWrite + Unpin {
@@ -235,6 +237,9 @@ impl Direction {
                 Poll::Pending => {
                     self.to = 0;
                     self.from = 0;
+                    if self.buffer.len() > BUFFER_IDLE {
+                        self.buffer = Vec::new();
+                    }
                     if self.unflushed {
                         match ready!(Pin::new(&mut *writer).poll_flush(cx)) {
                             Ok(()) => self.unflushed = false,

@@ -131,7 +131,7 @@ impl Spoken {
 
 impl Worker {
     pub(crate) fn new(parts: Parts, recorder: Recorder) -> Rc<Self> {
-        let pool = Pool::new(parts.material.clone(), recorder.clone());
+        let pool = Pool::new(parts.config.clone(), parts.material.clone(), recorder.clone());
         let worker = Rc::new(Self {
             drain: LocalDrain::new(parts.drain),
             config: parts.config,

@@ -18,7 +18,7 @@ use tokio_rustls::server::TlsStream;
 use weft_core::{
     authz::{self, Ask, Verdict},
     classify::{self, Class, Failure, Outcome},
-    policy::{Authorization, CONNECT_TIMEOUT, MtlsMode, PortPolicy},
+    policy::{Authorization, MtlsMode, PortPolicy},
     retry,
 };
 
@@ -81,7 +81,6 @@ pub(super) async fn serve_plain(
         builder
             .timer(TokioTimer::new())
             .auto_date_header(false)
-            .half_close(true)
             .header_read_timeout(worker.config.times.keep_alive)
             .max_headers(limits.headers)
             .max_buf_size(limits.header_bytes.max(8 * 1024));
@@ -139,6 +138,8 @@ struct Inner {
     caller: Rc<Caller>,
     client: SocketAddr,
     client_id: Option<HeaderValue>,
+    /// The caller's, for `x-forwarded-for`.
+    address: HeaderValue,
     parent: Arc<str>,
     /// The policy that `authorization` was taken from, so that a change is seen by one comparison.
     seen: RefCell<(Option<Arc<weft_core::policy::InboundPolicy>>, Arc<PortPolicy>)>,
@@ -155,6 +156,8 @@ impl Server {
         caller: Rc<Caller>,
         client: SocketAddr,
     ) -> Self {
+        let address = HeaderValue::from_str(&caller.address.to_string());
+        let address = address.unwrap_or_else(|_| HeaderValue::from_static("unknown"));
         let client_id = caller.identity.as_ref().and_then(|id| HeaderValue::from_str(id.as_str()).ok());
         let policy = worker.inbound_policy();
         Self(Rc::new(Inner {
@@ -164,6 +167,7 @@ impl Server {
             caller,
             client,
             client_id,
+            address,
             parent: original.port().to_string().into(),
             series: RefCell::default(),
             edges: RefCell::default(),
@@ -238,7 +242,7 @@ impl Inner {
         if let Some(id) = &self.client_id {
             outgoing.headers.insert(WEFT_CLIENT_ID, id.clone());
         }
-        head::forwarded_for(&mut outgoing.headers, self.caller.address);
+        head::forwarded_for(&mut outgoing.headers, &self.address);
         let idempotent = retry::is_idempotent(&outgoing.method, &outgoing.headers);
         let replay = (!http_body::Body::is_end_stream(&body)).then(|| Replay::new(body, REPLAY));
         let sent = self.send(&outgoing, replay.as_ref(), idempotent).await?;
@@ -283,11 +287,17 @@ impl Inner {
         idempotent: bool,
     ) -> Result<Sent, Error> {
         let peer = Peer::App { address: self.original, h2: outgoing.version == Version::HTTP_2 };
-        let mut fresh = false;
+        let (mut fresh, connected) = (false, Cell::new(false));
         loop {
             let body = replay.map_or_else(Body::empty, |replay| Body::attempt(replay.attempt()));
             let request = outgoing.request(&peer, body, 1)?;
-            let options = SendOptions { connect_timeout: CONNECT_TIMEOUT, idempotent, upload: replay, fresh };
+            let options = SendOptions {
+                connect_timeout: self.worker.config.times.connect,
+                idempotent,
+                upload: replay,
+                fresh,
+                connected: &connected,
+            };
             match self.worker.pool.send(&peer, request, options).await {
                 Ok(sent) => return Ok(sent),
                 Err(error) => {

@@ -1,6 +1,6 @@
 //! One HTTP request of the app: match, pick, send, perhaps again, answer.
 
-use std::{convert::Infallible, net::SocketAddr, rc::Rc, sync::Arc};
+use std::{cell::Cell, convert::Infallible, net::SocketAddr, rc::Rc, sync::Arc};
 
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, Version, header};
@@ -9,7 +9,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use weft_core::{
     balance::Lease,
     classify::{self, Class, Failure, Outcome},
-    policy::{CONNECT_TIMEOUT, Filter, Rule},
+    policy::{Filter, Rule},
     retry::{self, Attempts, Next, Stop},
     route::{self, RequestHead},
 };
@@ -29,8 +29,9 @@ use crate::{
     worker::{Backend, Destination, Permit, Resolved, Spoken, Worker},
 };
 
-/// Streams that one HTTP/2 connection of this pod's own app may have open.
-const APP_STREAMS: u32 = 1_000;
+/// Streams that one HTTP/2 connection of this pod's own app may have open: with `UPLOAD_WINDOW` each, all of them
+/// together stay below `CONNECTION_WINDOW`, so stalled uploads never hold up another.
+const APP_STREAMS: u32 = 500;
 
 /// Serves a connection that speaks HTTP.
 pub(super) async fn serve(
@@ -55,7 +56,7 @@ pub(super) async fn serve(
             .enable_connect_protocol()
             .max_concurrent_streams(APP_STREAMS)
             .max_header_list_size(limits.header_bytes as u32)
-            .initial_stream_window_size(pool::DOWNLOAD_WINDOW)
+            .initial_stream_window_size(pool::UPLOAD_WINDOW)
             .initial_connection_window_size(pool::CONNECTION_WINDOW)
             .max_send_buf_size(pool::SEND_BUFFER);
         let connection = builder.serve_connection(io, service);
@@ -64,7 +65,6 @@ pub(super) async fn serve(
         let mut builder = hyper::server::conn::http1::Builder::new();
         builder
             .auto_date_header(false)
-            .half_close(true)
             .header_read_timeout(None)
             .max_headers(limits.headers)
             .max_buf_size(limits.header_bytes.max(8 * 1024));
@@ -163,15 +163,19 @@ impl Client {
             let prefix = prefix.map(str::to_owned);
             apply_filters(&rule.filters, &mut outgoing, prefix.as_deref())?;
         }
-        let replay = (!http_body::Body::is_end_stream(&body)).then(|| Replay::new(body, rule.retry.max_body));
+        let replay = (!http_body::Body::is_end_stream(&body))
+            .then(|| Replay::new(body, rule.retry.max_body.max(pool::UPLOAD_WINDOW as usize)));
         let sending =
             Sending { resolved, rule, rule_index, outgoing, replay, idempotent, grpc, spoken, upgrade };
         resolved.budget.deposit(exchange.started());
-        match rule.timeouts.request {
-            None => self.attempts(sending, exchange, decision).await,
-            Some(limit) => {
-                let deadline = tokio::time::Instant::from_std(exchange.started() + limit);
-                let attempts = self.attempts(sending, exchange, decision);
+        let asked = if grpc { head::grpc_timeout(&sending.outgoing.headers) } else { None };
+        let limit = [rule.timeouts.request, asked].into_iter().flatten().min();
+        match limit.and_then(|limit| exchange.started().checked_add(limit)) {
+            None => self.attempts(sending, None, exchange, decision).await,
+            Some(deadline) => {
+                let deadline = tokio::time::Instant::from_std(deadline);
+                // An attempt under way ends itself, so that its endpoint is held to account; this bounds the waits.
+                let attempts = self.attempts(sending, Some(deadline), exchange, decision);
                 tokio::time::timeout_at(deadline, attempts).await.unwrap_or(Err(Error::Timeout))
             }
         }
@@ -180,6 +184,7 @@ impl Client {
     async fn attempts(
         &self,
         mut sending: Sending<'_>,
+        deadline: Option<tokio::time::Instant>,
         exchange: &mut Exchange,
         decision: &mut Decision,
     ) -> Result<Response<Body>, Error> {
@@ -205,23 +210,27 @@ impl Client {
             let lease = self.pick(backend, policy.service.limits.queue_wait, &tried).await?;
             let address = lease.endpoint().address;
             let number = attempts.number();
-            let sent = self.send(&sending, lease.endpoint(), chosen, number, policy.service.mtls_required);
-            let sent = match rule.timeouts.per_try {
+            let connected = Cell::new(false);
+            let sent = self.send(&sending, lease.endpoint(), chosen, number, &connected);
+            let try_ends = rule.timeouts.per_try.map(|limit| tokio::time::Instant::now() + limit);
+            let sent = match [try_ends, deadline].into_iter().flatten().min() {
                 None => sent.await,
-                Some(limit) => match tokio::time::timeout(limit, sent).await {
+                Some(ends) => match tokio::time::timeout_at(ends, sent).await {
                     Ok(sent) => sent,
-                    Err(_) => Err(SendError {
-                        failure: Failure::Timeout,
-                        detail: "no answer within the per-try timeout".into(),
-                        reused: false,
-                    }),
+                    // Before there was a connection nothing was sent, whatever the method.
+                    Err(_) if !connected.get() => {
+                        Err(SendError::new(Failure::ConnectTimeout, "no connection in time"))
+                    }
+                    Err(_) => Err(SendError::new(Failure::Timeout, "no answer in time")),
                 },
             };
             let now = now();
             let outcome = self.outcome(&sending, &sent);
-            let replayable =
-                sending.replay.as_ref().is_none_or(Replay::is_replayable) && sending.upgrade.is_none();
-            let next = {
+            let replayable = sending.replay.as_ref().is_none_or(Replay::is_replayable);
+            let over = deadline.is_some_and(|deadline| deadline.into_std() <= now);
+            let next = if over {
+                Next::Stop(Stop::NotRetryable)
+            } else {
                 let mut rng = self.worker.rng.borrow_mut();
                 attempts.next(outcome, replayable, &resolved.budget, now, &mut *rng)
             };
@@ -249,7 +258,11 @@ impl Client {
                             return Ok(self.respond(sending, chosen, sent, lease, permit, outcome, exchange));
                         }
                         Err(error) => {
-                            exchange.settled(lease.finish(outcome, now));
+                            let blame = if error.local { Outcome::Cancelled } else { outcome };
+                            exchange.settled(lease.finish(blame, now));
+                            if over {
+                                return Err(Error::Timeout);
+                            }
                             if sending.replay.take().is_some_and(|r| r.source_failed()) {
                                 // The app broke off its own upload; nobody reads the answer.
                                 return Err(Error::BadTarget);
@@ -273,6 +286,9 @@ impl Client {
             let mut rng = self.worker.rng.borrow_mut();
             backend.balancer.borrow_mut().pick(tried, now(), &mut *rng)
         };
+        if let Ok(lease) = pick() {
+            return Ok(lease);
+        }
         let deadline = tokio::time::Instant::now() + wait;
         loop {
             let seen = self.destination.watched.version();
@@ -281,11 +297,8 @@ impl Client {
             if let Ok(lease) = pick() {
                 return Ok(lease);
             }
-            if backend.failfast.get() {
-                return Err(Error::NoEndpoint);
-            }
             let changed = self.destination.watched.changed_since(seen);
-            if tokio::time::timeout_at(deadline, changed).await.is_err() {
+            if backend.failfast.get() || tokio::time::timeout_at(deadline, changed).await.is_err() {
                 backend.failfast.set(true);
                 return Err(Error::NoEndpoint);
             }
@@ -298,12 +311,12 @@ impl Client {
         endpoint: &weft_core::policy::Endpoint,
         chosen: &weft_core::policy::BackendRef,
         number: u32,
-        mtls_required: bool,
+        connected: &Cell<bool>,
     ) -> Result<Sent, SendError> {
-        let failed = |failure, detail: &str| SendError { failure, detail: detail.into(), reused: false };
+        let mtls_required = sending.resolved.policy.backends[chosen.backend].service.mtls_required;
         let h2 = sending.outgoing.version == Version::HTTP_2;
         let peer = Peer::of(endpoint, h2, mtls_required)
-            .ok_or_else(|| failed(Failure::Identity, "mTLS is required and the endpoint has none"))?;
+            .ok_or_else(|| SendError::new(Failure::Identity, "mTLS is required and the endpoint has none"))?;
         let body = match &sending.replay {
             None => Body::empty(),
             Some(replay) => Body::attempt(replay.attempt()),
@@ -311,19 +324,28 @@ impl Client {
         let mut request = sending
             .outgoing
             .request(&peer, body, number)
-            .map_err(|e| failed(Failure::Unreachable, &e.to_string()))?;
+            .map_err(|e| SendError::new(Failure::Unreachable, &e.to_string()))?;
         for filter in &chosen.filters {
             if let Filter::RequestHeaders(edit) = filter {
                 route::edit_headers(edit, request.headers_mut());
             }
         }
         let options = SendOptions {
-            connect_timeout: sending.rule.timeouts.connect.unwrap_or(CONNECT_TIMEOUT),
+            connect_timeout: sending.rule.timeouts.connect.unwrap_or(self.worker.config.times.connect),
             idempotent: sending.idempotent,
             upload: sending.replay.as_ref(),
             fresh: number > 1,
+            connected,
         };
-        self.worker.pool.send(&peer, request, options).await
+        let mut sent = self.worker.pool.send(&peer, request, options).await;
+        if let (Peer::Plain { h2: false, .. }, Err(error)) = (&peer, &mut sent) {
+            // The server closed an idle connection at the moment of reuse: as good as not sent, where sending twice
+            // does no harm.
+            if error.reused && error.failure == Failure::Reset && sending.idempotent {
+                error.failure = Failure::NotProcessed;
+            }
+        }
+        sent
     }
 
     /// What an attempt's result says of its endpoint, as far as the head tells.

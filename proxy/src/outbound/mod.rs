@@ -49,7 +49,9 @@ async fn destined(worker: Rc<Worker>, mut accepted: Accepted, destination: Rc<De
         Protocol::Detect if destination.server_first.get() => Some(std::time::Duration::ZERO),
         Protocol::Detect => Some(service.detect_timeout),
     };
-    match detect::begin(&mut accepted.stream, silence, worker.config.times.header).await {
+    // A client that has begun and stops (a bare word to a line protocol) waits no longer than a silent one.
+    let slow = if silence.is_some() { service.detect_timeout } else { worker.config.times.header };
+    match detect::begin(&mut accepted.stream, silence, slow).await {
         Ok(Begun::Spoke(first)) => spoken(worker, accepted, destination, first).await,
         Ok(Begun::Silent) => {
             worker.recorder.count(Counter::DetectTimeouts);

@@ -8,7 +8,7 @@ use weft_core::{
     balance::Lease,
     classify::{Class, Failure, Outcome},
     detect,
-    policy::{CONNECT_TIMEOUT, Rule},
+    policy::Rule,
     retry::{Attempts, Next},
 };
 
@@ -97,8 +97,15 @@ pub(super) async fn whoever_speaks(
         tokio::select! {
             biased;
             begun = client_spoke => Some(begun),
-            // An error or end shows again at the next read.
-            _ = server_spoke => None,
+            said = server_spoke => match said {
+                Ok(_) => None,
+                // A reset shows once only: the next read would say that all ended well.
+                Err(_) => {
+                    reset(&accepted.stream);
+                    exchange.finish(Class::ServerError, now());
+                    return None;
+                }
+            },
         }
     };
     let first = match begun {
@@ -175,7 +182,12 @@ async fn connect(
         let chosen = chosen.ok_or(Error::NoBackend)?;
         let backend = resolved.backends.get(chosen.backend).ok_or(Error::BackendUnresolved)?;
         let policy = &resolved.policy.backends[chosen.backend];
-        exchange.belongs_to(resolved.series(&worker.recorder, Some(index), Some(chosen.backend), Spoken::Tcp));
+        exchange.belongs_to(resolved.series(
+            &worker.recorder,
+            Some(index),
+            Some(chosen.backend),
+            Spoken::Tcp,
+        ));
         let permit = Permit::take(backend, policy.service.limits.max_connections).ok_or(Error::Overloaded)?;
         let picked = {
             let mut rng = worker.rng.borrow_mut();
@@ -189,7 +201,7 @@ async fn connect(
             }
             continue;
         };
-        let timeout = rule.timeouts.connect.unwrap_or(CONNECT_TIMEOUT);
+        let timeout = rule.timeouts.connect.unwrap_or(worker.config.times.connect);
         let endpoint = lease.endpoint().clone();
         let connected = match Peer::of(&endpoint, false, policy.service.mtls_required) {
             Some(Peer::Mesh { address, uid, identity }) => {
@@ -200,6 +212,7 @@ async fn connect(
             None => Err(ConnectError {
                 failure: Failure::Identity,
                 detail: "mTLS is required and the endpoint has none".into(),
+                local: false,
             }),
         };
         let now = now();
@@ -211,7 +224,7 @@ async fn connect(
             Err(error) => {
                 tracing::debug!(endpoint = %endpoint.address, detail = %error.detail, "no connection");
                 let outcome = Outcome::Failure(error.failure);
-                exchange.settled(lease.finish(outcome, now));
+                exchange.settled(lease.finish(if error.local { Outcome::Cancelled } else { outcome }, now));
                 tried.push(endpoint.address);
                 let next = {
                     let mut rng = worker.rng.borrow_mut();
