@@ -404,7 +404,7 @@ mod tests {
         assert_eq!(column(&bucket(0.064 * 2.0_f64.powf(0.5))), 1);
         assert_eq!(column(&bucket(0.128)), 2);
         assert_eq!(column(&bucket(f64::MAX)), 60);
-        assert_eq!(column(&bucket(-1.0)), -11);
+        assert_eq!(column(&bucket(-1.0)), -12);
     }
 
     #[test]

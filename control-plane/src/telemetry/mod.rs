@@ -269,8 +269,10 @@ impl Store {
     pub fn routes(&mut self, filter: &Filter, window: Duration, now_ms: u64) -> Vec<RouteRow> {
         self.advance(now_ms);
         let window_ms = u64::try_from(window.as_millis()).unwrap_or(u64::MAX).max(1_000);
-        let since = now_ms.saturating_sub(window_ms);
         let ring = if window_ms <= self.fine.kept_ms { &self.fine } else { &self.coarse };
+        // Whole steps: a rate counts the time that its requests come from.
+        let since = now_ms.saturating_sub(window_ms);
+        let since = since - since % ring.step_ms;
         let mut merged: BTreeMap<Key, BTreeMap<i32, Open>> = BTreeMap::new();
         for (id, key) in self.series.keys.iter().enumerate() {
             if !filter.admits(key) {
@@ -284,7 +286,7 @@ impl Store {
                 merged.entry(row).or_default().insert(key.outcome, total);
             }
         }
-        let covered_ms = window_ms.min(now_ms.saturating_sub(ring.oldest_ms().max(since)).max(1_000));
+        let covered_ms = now_ms.saturating_sub(ring.oldest_ms().max(since)).max(1_000);
         merged.into_iter().map(|(key, outcomes)| row(&key, outcomes, covered_ms)).collect()
     }
 

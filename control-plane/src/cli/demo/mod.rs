@@ -92,13 +92,17 @@ fn perform(args: &DemoArgs) -> Result<ExitCode> {
     let start = std::time::Instant::now();
     let ui = Ui::new(!args.no_tty, args.format.output == Output::Json);
     let mut stage = Stage::build(ui, args.rate)?;
-    if stage.open_api().is_some() {
+    // Nobody outside reaches a network of our own.
+    let reached = if std::env::var_os(OWN_ROOT).is_none() { stage.open_api() } else { None };
+    if let Some(address) = reached {
+        let elsewhere = format!("WEFT_API={address} ");
+        let prefix = if address.port() == weft_core::ports::API { "" } else { &elsewhere };
         stage.ui.say(
             Tone::Dim,
             "",
             &format!(
-                "In another terminal: `weft routes --watch`, `weft status`, `weft endpoints shop/api-v1`, or edit the \
-                 files in {}",
+                "In another terminal: `{prefix}weft routes --watch`, `weft status`, `weft endpoints shop/api-v1`, or \
+                 edit the files in {}",
                 stage.mesh.source().display()
             ),
         )?;

@@ -241,11 +241,13 @@ impl Stage {
         Ok(())
     }
 
-    /// Makes the controller's API reachable from outside, so that `weft` works in another terminal. Where the
-    /// address is taken, or this process has a network of its own, it stays inside.
+    /// Makes the controller's API reachable from outside, so that `weft` works in another terminal.
     pub(super) fn open_api(&self) -> Option<SocketAddr> {
         let address = SocketAddr::from((Ipv4Addr::LOCALHOST, ports::API));
-        let listener = TcpListener::bind(address).ok()?;
+        // Another mesh may run here already.
+        let listener =
+            TcpListener::bind(address).or_else(|_| TcpListener::bind((Ipv4Addr::LOCALHOST, 0))).ok()?;
+        let reached = listener.local_addr().ok()?;
         let controller = self.mesh.controller_pod.clone();
         std::thread::spawn(move || {
             for client in listener.incoming().flatten() {
@@ -253,7 +255,7 @@ impl Stage {
                 std::thread::spawn(move || forward(client, &controller, address));
             }
         });
-        Some(address)
+        Some(reached)
     }
 }
 
@@ -325,6 +327,9 @@ pub(super) const V1: usize = 5;
 /// The file that a step edits.
 pub(super) const ROUTES: &str = "routes.yaml";
 pub(super) const ROUTES_YAML: &str = include_str!("yaml/routes.yaml");
+/// The file that a step adds and removes.
+pub(super) const IN_TURN: &str = "in-turn.yaml";
+pub(super) const IN_TURN_YAML: &str = include_str!("yaml/in-turn.yaml");
 const FILES: [(&str, &str); 4] = [
     ("services.yaml", include_str!("yaml/services.yaml")),
     (ROUTES, ROUTES_YAML),
@@ -370,7 +375,7 @@ mod tests {
     fn the_files_are_good_examples() {
         let mut index = Index::new(TrustDomain::new("cluster.local").unwrap());
         let mut keys: Vec<ObjectKey> = Vec::new();
-        for (file, text) in FILES {
+        for (file, text) in FILES.into_iter().chain([(IN_TURN, IN_TURN_YAML)]) {
             for document in yaml::read(&Arc::from(file), text) {
                 match document {
                     Document::Object { object, origin } => {
@@ -382,7 +387,7 @@ mod tests {
                 }
             }
         }
-        assert_eq!(keys.len(), 6 + 3 + 3 + 4);
+        assert_eq!(keys.len(), 6 + 3 + 3 + 4 + 1);
         for key in keys {
             for condition in index.conditions(&key) {
                 // There are no pods here, so nothing is selected.
