@@ -79,8 +79,6 @@ pub struct Limits {
     pub header_bytes: usize,
     /// Headers of a request or response (`WEFT_MAX_HEADERS`).
     pub headers: usize,
-    /// Bytes of a ClientHello that is looked at (`WEFT_MAX_CLIENT_HELLO_BYTES`).
-    pub client_hello: usize,
     /// HTTP/2 streams of one connection from an app or a peer outside the mesh (`WEFT_MAX_STREAMS_OUTSIDE`).
     pub streams_outside: u32,
     /// HTTP/2 streams of one connection between sidecars (`WEFT_MAX_STREAMS_MESH`).
@@ -110,8 +108,6 @@ pub struct Times {
     pub pool_idle: Duration,
     /// For a TLS handshake (`WEFT_HANDSHAKE_TIMEOUT`).
     pub handshake: Duration,
-    /// A silent client, before the first policy says otherwise (`WEFT_DETECT_TIMEOUT`).
-    pub detect: Duration,
     /// How long peers are told while requests are still served (`WEFT_LAME_DUCK`).
     pub lame_duck: Duration,
     /// The whole drain, then connections are cut (`WEFT_DRAIN_TIMEOUT`).
@@ -362,7 +358,6 @@ impl<G: Fn(&str) -> Option<String>> Reader<G> {
         let max_connections_per_peer = self.number("WEFT_MAX_CONNECTIONS_PER_PEER", 5_000, 1..=1_000_000);
         let header_bytes = self.number("WEFT_MAX_HEADER_BYTES", 64 * 1024, 8 * 1024..=1024 * 1024);
         let headers = self.number("WEFT_MAX_HEADERS", 200, 10..=10_000);
-        let client_hello = self.number("WEFT_MAX_CLIENT_HELLO_BYTES", 16 * 1024, 2 * 1024..=64 * 1024);
         let streams_outside = self.number("WEFT_MAX_STREAMS_OUTSIDE", 100, 1..=100_000);
         let streams_mesh = self.number("WEFT_MAX_STREAMS_MESH", 1_000, 1..=100_000);
         let discovery_waiters = self.number("WEFT_DISCOVERY_WAITERS", 1_000, 1..=100_000);
@@ -374,7 +369,6 @@ impl<G: Fn(&str) -> Option<String>> Reader<G> {
             max_connections_per_peer: max_connections_per_peer?,
             header_bytes: header_bytes?,
             headers: headers?,
-            client_hello: client_hello?,
             streams_outside: streams_outside.and_then(|n| u32::try_from(n).ok())?,
             streams_mesh: streams_mesh.and_then(|n| u32::try_from(n).ok())?,
             discovery_waiters: discovery_waiters?,
@@ -391,7 +385,6 @@ impl<G: Fn(&str) -> Option<String>> Reader<G> {
         let app_idle = self.time("WEFT_APP_IDLE_TIMEOUT", Duration::from_secs(2));
         let pool_idle = self.time("WEFT_POOL_IDLE_TIMEOUT", Duration::from_secs(300));
         let handshake = self.time("WEFT_HANDSHAKE_TIMEOUT", Duration::from_secs(10));
-        let detect = self.time("WEFT_DETECT_TIMEOUT", policy::DETECT_TIMEOUT);
         let lame_duck = self.time("WEFT_LAME_DUCK", Duration::from_secs(2));
         let drain = self.time("WEFT_DRAIN_TIMEOUT", Duration::from_secs(25));
         let discovery_hold = self.time("WEFT_DISCOVERY_HOLD", Duration::from_secs(2));
@@ -412,7 +405,6 @@ impl<G: Fn(&str) -> Option<String>> Reader<G> {
             app_idle: app_idle?,
             pool_idle: pool_idle?,
             handshake: handshake?,
-            detect: detect?,
             lame_duck: lame_duck?,
             drain: drain?,
             discovery_hold: discovery_hold?,

@@ -83,6 +83,7 @@ pub async fn start(
     log: telemetry::log::LogHandle,
 ) -> Result<Proxy, StartError> {
     raise_descriptor_limit();
+    count_panics(&shared);
     let drain = Drain::new();
     let (asks, answers): (Vec<_>, Vec<_>) = (0..config.workers).map(|_| metrics::channel()).unzip();
     let control = control::start(&config, &shared, asks);
@@ -146,6 +147,17 @@ fn data(
         let _ = started.send(Ok(()));
         worker.run().await;
     });
+}
+
+/// A panic ends one connection's task; it is counted and logged, and the process goes on.
+fn count_panics(shared: &Arc<Shared>) {
+    let shared = shared.clone();
+    let before = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        shared.count(metrics::Counter::Panics);
+        tracing::error!(%panic, "a connection's task panicked: please report this");
+        before(panic);
+    }));
 }
 
 /// As many descriptors as the hard limit allows: each connection needs two.

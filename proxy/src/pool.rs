@@ -46,7 +46,7 @@ use crate::{
     tcp::Prefixed,
     telemetry::{
         exchange::now,
-        metrics::{Counter, Recorder},
+        metrics::{Counter, Gauge, Recorder},
     },
     tls::{self, Alpn, Material},
 };
@@ -454,14 +454,14 @@ impl Pool {
                 let settings = self.first_bytes(&mut tls, *address, timeout).await?;
                 let handshake = builder.handshake(TokioIo::new(Prefixed::new(settings, tls))).await;
                 let (sender, connection) = handshake.map_err(|e| not_processed(&e))?;
-                Ok(drive_h2(sender, connection, generation))
+                Ok(drive_h2(sender, connection, generation, &self.0.recorder))
             }
             Peer::Plain { address, .. } | Peer::App { address, .. } => {
                 let source = matches!(peer, Peer::App { .. });
                 let tcp = self.connect(*address, source, timeout).await?;
                 let handshake = builder.handshake(TokioIo::new(tcp)).await;
                 let (sender, connection) = handshake.map_err(|e| not_processed(&e))?;
-                Ok(drive_h2(sender, connection, 0))
+                Ok(drive_h2(sender, connection, 0, &self.0.recorder))
             }
         }
     }
@@ -515,7 +515,9 @@ impl Pool {
             .handshake(TokioIo::new(tcp))
             .await;
         let (sender, connection) = handshake.map_err(|e| not_processed(&e))?;
+        let open = Open::new(&self.0.recorder);
         tokio::task::spawn_local(async move {
+            let _open = open;
             if let Err(error) = connection.with_upgrades().await {
                 tracing::debug!(%error, "HTTP/1.1 connection to the app ended");
             }
@@ -731,6 +733,7 @@ fn drive_h2<T>(
     sender: http2::SendRequest<Body>,
     connection: http2::Connection<T, Body, LocalExec>,
     generation: u64,
+    recorder: &Recorder,
 ) -> H2
 where
     T: hyper::rt::Read + hyper::rt::Write + Unpin + 'static,
@@ -738,7 +741,9 @@ where
     let max_streams = Rc::new(Cell::new(connection.current_max_send_streams()));
     let limit = max_streams.clone();
     let mut connection = Box::pin(connection);
+    let open = Open::new(recorder);
     tokio::task::spawn_local(std::future::poll_fn(move |cx| {
+        let _open = &open;
         let polled = connection.as_mut().poll(cx);
         limit.set(connection.current_max_send_streams());
         polled.map(|result| {
@@ -754,6 +759,22 @@ where
         generation,
         last_used: Cell::new(now()),
         used: Cell::new(false),
+    }
+}
+
+/// An open connection, counted until its task ends.
+struct Open(Recorder);
+
+impl Open {
+    fn new(recorder: &Recorder) -> Self {
+        recorder.gauge(Gauge::PooledConnections, 1);
+        Self(recorder.clone())
+    }
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.0.gauge(Gauge::PooledConnections, -1);
     }
 }
 

@@ -116,6 +116,9 @@ impl Client {
     fn answer(&self, error: &Error, grpc: bool, exchange: Exchange, decision: Decision) -> Response<Body> {
         let answer = error.answer();
         self.worker.recorder.error(answer.code);
+        if *error == Error::Overloaded {
+            self.worker.recorder.count(Counter::RequestsShed);
+        }
         let service = &self.destination.watched.policy().service.name;
         tracing::warn!(component = "outbound", code = answer.code, status = answer.status.as_u16(), %error,
             %service, destination = %self.destination.original, client = %self.address,
@@ -251,6 +254,8 @@ impl Client {
                 Next::Stop(why) => {
                     if why == Stop::BudgetExhausted {
                         self.worker.recorder.count(Counter::BudgetExhausted);
+                    } else if why == Stop::BodyGone {
+                        self.worker.recorder.count(Counter::ReplayOverflow);
                     }
                     match sent {
                         Ok(sent) => {

@@ -67,7 +67,6 @@ const COUNTERS: [(Counter, &str, &str, &str); Counter::COUNT] = {
         (C::BudgetExhausted, "weft_retry_budget_exhausted_total", "", "Retries that the budget refused"),
         (C::ReplayOverflow, "weft_replay_overflow_total", "", "Request bodies too large to be sent again"),
         (C::Ejections, "weft_ejections_total", "", "Endpoints ejected"),
-        (C::RateLimited, "weft_rate_limited_total", "", "Requests refused by a rate limit"),
         (C::RequestsShed, "weft_requests_shed_total", "", "Requests refused because too many were in flight"),
         (C::Panics, "weft_panics_total", "", "Connections that ended in a panic"),
         (C::DiscoveryTimeouts, "weft_discovery_timeouts_total", "", "Destinations that the control plane did not answer in time"),
@@ -90,8 +89,6 @@ const GAUGES: [(Gauge, &str, &str, &str); Gauge::COUNT] = {
     [
         (G::OutboundConnections, "weft_connections", OUT, "Connections open"),
         (G::InboundConnections, "weft_connections", IN, ""),
-        (G::OutboundRequests, "weft_requests_in_flight", OUT, "Requests in flight"),
-        (G::InboundRequests, "weft_requests_in_flight", IN, ""),
         (G::PooledConnections, "weft_pooled_connections", "", "Connections kept for reuse or in use"),
         (G::Connected, "weft_control_connected", "", "1 while the control stream is up"),
         (G::LastContact, "weft_control_last_contact_seconds", "", "Seconds since the control plane was last heard"),
@@ -259,8 +256,6 @@ closed_enum! {
         /// See the table.
         Ejections,
         /// See the table.
-        RateLimited,
-        /// See the table.
         RequestsShed,
         /// See the table.
         Panics,
@@ -290,10 +285,6 @@ closed_enum! {
         OutboundConnections,
         /// See the table.
         InboundConnections,
-        /// See the table.
-        OutboundRequests,
-        /// See the table.
-        InboundRequests,
         /// See the table.
         PooledConnections,
         /// See the table.
