@@ -7,6 +7,7 @@ use std::{
     net::SocketAddr,
     rc::Rc,
     sync::Arc,
+    time::{Duration, Instant},
 };
 
 use bytes::Bytes;
@@ -43,6 +44,8 @@ use crate::{
 const REPLAY: usize = 64 * 1024;
 /// gRPC methods that one connection's edges name; the rest counts under the empty method.
 const METHODS: usize = 64;
+/// How long a connection keeps what it counted to itself.
+const SETTLE: Duration = Duration::from_secs(1);
 
 /// Serves a caller's sidecar.
 pub(super) async fn serve_mesh(
@@ -145,7 +148,8 @@ struct Inner {
     seen: RefCell<(Option<Arc<weft_core::policy::InboundPolicy>>, Arc<PortPolicy>)>,
     series: RefCell<[Option<Rc<Series>>; 3]>,
     edges: RefCell<HashMap<Arc<str>, u64>>,
-    unsettled: Cell<u32>,
+    /// When edges were last handed on.
+    settled: Cell<Instant>,
 }
 
 impl Server {
@@ -171,7 +175,7 @@ impl Server {
             parent: original.port().to_string().into(),
             series: RefCell::default(),
             edges: RefCell::default(),
-            unsettled: Cell::new(0),
+            settled: Cell::new(now()),
         }))
     }
 
@@ -221,7 +225,7 @@ impl Inner {
         let (mut outgoing, body) = Outgoing::take(request)?;
         decision.request(&outgoing.headers, &outgoing.path);
         let path = outgoing.path.path();
-        self.edge(if grpc { path } else { "" });
+        self.edge(if grpc { path } else { "" }, exchange.started());
         let port = self.port();
         if !mesh && port.mtls == MtlsMode::Strict {
             self.worker.recorder.count(Counter::PlaintextRefused);
@@ -406,22 +410,21 @@ impl Inner {
     }
 
     /// Counts who calls what; handed to the recorder now and then, not with each request.
-    fn edge(&self, method: &str) {
+    fn edge(&self, method: &str, at: Instant) {
         let mut edges = self.edges.borrow_mut();
         let full = edges.len() >= METHODS;
         match edges.get_mut(method) {
             Some(count) => *count += 1,
             None => *edges.entry(if full { "" } else { method }.into()).or_default() += 1,
         }
-        self.unsettled.set(self.unsettled.get() + 1);
-        if self.unsettled.get() >= 1_000 {
+        if at.saturating_duration_since(self.settled.get()) >= SETTLE {
+            self.settled.set(at);
             drop(edges);
             self.settle_edges();
         }
     }
 
     fn settle_edges(&self) {
-        self.unsettled.set(0);
         for (method, count) in self.edges.borrow_mut().drain() {
             let key = EdgeKey {
                 caller: self.caller.identity.as_ref().map_or_else(|| "".into(), |id| id.as_str().into()),
