@@ -387,7 +387,7 @@ mod tests {
                 }
             }
         }
-        assert_eq!(keys.len(), 6 + 3 + 3 + 4 + 1);
+        assert_eq!(keys.len(), 6 + 3 + 4 + 4 + 1);
         for key in keys {
             for condition in index.conditions(&key) {
                 // There are no pods here, so nothing is selected.

@@ -164,6 +164,7 @@ fn encrypted(stage: &mut Stage, claims: &mut Claims) -> Result<()> {
         server.read_exact(&mut read)?;
         Ok(())
     })??;
+    let edges: Vec<EdgeRow> = stage.api("/api/v1/edges")?;
     // Somebody without a sidecar knocks at the web's own address.
     let web = SocketAddr::from((stage.pod("web-1")?.pod.ip, 8_080));
     let knock = outsiders[0].enter(|| mesh::get(web, "/"))?;
@@ -197,7 +198,6 @@ fn encrypted(stage: &mut Stage, claims: &mut Claims) -> Result<()> {
             "(with tcpdump, Debian package tcpdump, the packets would be searched)",
         )?,
     }
-    let edges: Vec<EdgeRow> = stage.api("/api/v1/edges")?;
     let pairs = |mtls: bool| edges.iter().filter(|edge| edge.mtls == mtls).count();
     let (sealed, open) = (pairs(true), pairs(false));
     claims.claim(
