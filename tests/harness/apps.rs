@@ -102,7 +102,13 @@ pub fn serve(mesh: &Mesh, workload: Workload, args: &[&str]) -> Result<Served> {
 }
 
 /// A Service whose pods are labelled `app: <name>`; ports are (name, port, target port).
-pub fn service(mesh: &Mesh, namespace: &str, name: &str, vip: &str, ports: &[(&str, u16, u16)]) -> Result<()> {
+pub fn service(
+    mesh: &Mesh,
+    namespace: &str,
+    name: &str,
+    vip: &str,
+    ports: &[(&str, u16, u16)],
+) -> Result<()> {
     let ports: Vec<_> = ports
         .iter()
         .map(|(name, port, target)| serde_json::json!({"name": name, "port": port, "targetPort": target}))
@@ -177,7 +183,10 @@ impl Loading {
         use std::io::Read as _;
         let mut text = String::new();
         self.process.child().stdout.take().context("its output")?.read_to_string(&mut text)?;
-        ensure!(self.process.wait(Duration::from_secs(60))?.is_some_and(|status| status.success()), "load failed");
+        ensure!(
+            self.process.wait(Duration::from_secs(60))?.is_some_and(|status| status.success()),
+            "load failed"
+        );
         serde_json::from_str(&text).with_context(|| text.clone())
     }
 }

@@ -147,9 +147,10 @@ struct App {
 impl Http {
     async fn serve(self) -> Result<()> {
         let listener = listen(self.port)?;
-        let ids = self.ids.as_ref().map(|path| {
-            std::fs::OpenOptions::new().create(true).append(true).open(path).map(Mutex::new)
-        });
+        let ids = self
+            .ids
+            .as_ref()
+            .map(|path| std::fs::OpenOptions::new().create(true).append(true).open(path).map(Mutex::new));
         let app = Arc::new(App {
             ids: ids.transpose()?,
             settings: self.clone(),
@@ -229,7 +230,8 @@ impl App {
                 let mut trailers = HeaderMap::new();
                 trailers.insert("x-sum", HeaderValue::from_static("42"));
                 // Frames without a length known before: chunked on HTTP/1.1, as trailers need.
-                let frames = [Ok(Frame::data(Bytes::from(format!("sent {sent}")))), Ok(Frame::trailers(trailers))];
+                let frames =
+                    [Ok(Frame::data(Bytes::from(format!("sent {sent}")))), Ok(Frame::trailers(trailers))];
                 let body = http_body_util::StreamBody::new(futures_util::stream::iter(frames));
                 let mut answer = Response::new(BodyExt::boxed(body));
                 answer.headers_mut().insert("trailer", HeaderValue::from_static("x-sum"));
@@ -391,20 +393,17 @@ impl Load {
 
 type Due = (u64, Instant);
 
-/// One sender, many receivers that take turns.
-fn async_queue(n: usize) -> (tokio::sync::mpsc::Sender<Due>, Vec<Arc<tokio::sync::Mutex<tokio::sync::mpsc::Receiver<Due>>>>) {
+/// Receivers that take turns.
+type Queue = Arc<tokio::sync::Mutex<tokio::sync::mpsc::Receiver<Due>>>;
+
+/// One sender, many receivers.
+fn async_queue(n: usize) -> (tokio::sync::mpsc::Sender<Due>, Vec<Queue>) {
     let (tell, asked) = tokio::sync::mpsc::channel(100_000);
     let asked = Arc::new(tokio::sync::Mutex::new(asked));
     (tell, vec![asked; n])
 }
 
-async fn client(
-    queue: Arc<tokio::sync::Mutex<tokio::sync::mpsc::Receiver<Due>>>,
-    shared: Arc<Shared>,
-    authority: String,
-    uri: http::Uri,
-    half_post: bool,
-) {
+async fn client(queue: Queue, shared: Arc<Shared>, authority: String, uri: http::Uri, half_post: bool) {
     let mut connection = None;
     loop {
         let due = queue.lock().await.recv().await;
@@ -429,7 +428,11 @@ async fn client(
                 false
             }
         };
-        if ok { summary.ok += 1 } else { summary.failed += 1 }
+        if ok {
+            summary.ok += 1
+        } else {
+            summary.failed += 1
+        }
         drop(summary);
         let took = u64::try_from(due.elapsed().as_micros()).unwrap_or(u64::MAX);
         let _ = shared.latencies.lock().unwrap_or_else(PoisonError::into_inner).record(took);
@@ -469,7 +472,8 @@ async fn exchange(
     let sender = connection.as_mut().context("a connection")?;
     sender.ready().await.context("waiting for the connection")?;
     let path = uri.path_and_query().map_or("/", |path| path.as_str());
-    let mut request = Request::new(Full::new(if post { Bytes::from(vec![b'b'; 1_000]) } else { Bytes::new() }));
+    let mut request =
+        Request::new(Full::new(if post { Bytes::from(vec![b'b'; 1_000]) } else { Bytes::new() }));
     *request.uri_mut() = path.parse()?;
     *request.method_mut() = if post { Method::POST } else { Method::GET };
     request.headers_mut().insert("host", HeaderValue::from_str(authority)?);
@@ -481,7 +485,8 @@ async fn exchange(
     let text = |name: &str| {
         response.headers().get(name).and_then(|v| v.to_str().ok()).unwrap_or_default().to_owned()
     };
-    let seen = Seen { status: response.status(), served_by: text("x-served-by"), reason: text("weft-reason") };
+    let seen =
+        Seen { status: response.status(), served_by: text("x-served-by"), reason: text("weft-reason") };
     response.into_body().collect().await.context("reading the answer")?;
     Ok(seen)
 }

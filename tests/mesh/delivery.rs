@@ -20,7 +20,10 @@ fn the_controller_may_die_and_come_back_and_no_request_fails() {
     pair.mesh.start_controller().unwrap();
     std::thread::sleep(Duration::from_secs(4));
     let summary = loading.finish().unwrap();
-    println!("controller killed for {away} s and started cold: {} of {} failed", summary.failed, summary.sent);
+    println!(
+        "controller killed for {away} s and started cold: {} of {} failed",
+        summary.failed, summary.sent
+    );
     assert_eq!(summary.failed, 0, "{summary:?}");
 }
 
@@ -67,7 +70,10 @@ fn bad_documents_are_named_and_change_nothing_else() {
                apiVersion: v1\nkind: Service\nmetadata: {namespace: shop, name: good}\n\
                spec: {clusterIP: 10.96.0.78, clusterIPs: [10.96.0.78], selector: {app: echo}, ports: [{port: 80, targetPort: 8080}]}\n";
     pair.mesh.write("mixed.yaml", bad).unwrap();
-    wait(Duration::from_secs(10), || Ok(curl(&pair.client.pod, &["http://10.96.0.78/"]).is_ok_and(|a| a == "ok"))).unwrap();
+    wait(Duration::from_secs(10), || {
+        Ok(curl(&pair.client.pod, &["http://10.96.0.78/"]).is_ok_and(|a| a == "ok"))
+    })
+    .unwrap();
     assert_eq!(curl(&pair.client.pod, &[ECHO]).unwrap(), "ok");
     let status = pair.mesh.api("/api/v1/status").unwrap().to_string();
     for said in ["mixed.yaml", "ports[0].port"] {

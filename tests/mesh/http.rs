@@ -90,7 +90,11 @@ fn load_programs_see_no_error() {
     assert!(!wrk.contains("Socket errors") && !wrk.contains("Non-2xx"), "{wrk}");
     for more in [&[][..], &["--h1"]] {
         let h2load = output(
-            pair.client.app("h2load").args(["-n", "5000", "-c", "8", "-m", "16"]).args(more).arg(format!("{ECHO}/")),
+            pair.client
+                .app("h2load")
+                .args(["-n", "5000", "-c", "8", "-m", "16"])
+                .args(more)
+                .arg(format!("{ECHO}/")),
         )
         .unwrap();
         assert!(h2load.contains("5000 succeeded, 0 failed, 0 errored, 0 timeout"), "{h2load}");
@@ -104,8 +108,14 @@ fn grpc_of_all_four_kinds_with_deadlines_and_errors() {
     let pod = &pair.server.sidecar.pod;
     let mut server = pod.command(&python);
     let _server = start(server.arg(script("grpc_server.py")).arg("7070"), pod, 7070).unwrap();
-    weft_harness::apps::service(&pair.mesh, "shop", "echo", "10.96.0.1", &[("web", 80, 8080), ("grpc", 70, 7070)])
-        .unwrap();
+    weft_harness::apps::service(
+        &pair.mesh,
+        "shop",
+        "echo",
+        "10.96.0.1",
+        &[("web", 80, 8080), ("grpc", 70, 7070)],
+    )
+    .unwrap();
     let said = output(pair.client.app(&python).arg(script("grpc_client.py")).arg("10.96.0.1:70")).unwrap();
     assert!(said.ends_with("all well"), "{said}");
 }
@@ -117,9 +127,16 @@ fn websockets_cross_the_mesh() {
     let pod = &pair.server.sidecar.pod;
     let mut server = pod.command(&python);
     let _server = start(server.arg(script("ws_server.py")).arg("9000"), pod, 9000).unwrap();
-    weft_harness::apps::service(&pair.mesh, "shop", "echo", "10.96.0.1", &[("web", 80, 8080), ("ws", 90, 9000)])
-        .unwrap();
-    let said = output(pair.client.app(&python).arg(script("ws_client.py")).arg("ws://10.96.0.1:90/")).unwrap();
+    weft_harness::apps::service(
+        &pair.mesh,
+        "shop",
+        "echo",
+        "10.96.0.1",
+        &[("web", 80, 8080), ("ws", 90, 9000)],
+    )
+    .unwrap();
+    let said =
+        output(pair.client.app(&python).arg(script("ws_client.py")).arg("ws://10.96.0.1:90/")).unwrap();
     assert!(said.ends_with("all well"), "{said}");
 }
 

@@ -2,7 +2,9 @@
 
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
-use rcgen::{BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, SanType};
+use rcgen::{
+    BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, SanType,
+};
 use rustls::{
     ClientConfig, DigitallySignedStruct, SignatureScheme,
     client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
@@ -32,7 +34,10 @@ fn a_reused_address_is_never_taken_for_the_pod_that_had_it() {
     let _other = serve(&pair.mesh, other, &[]).unwrap();
     let args = ["--url", ECHO, "--rate", "100", "--seconds", "3", "--half-post"];
     let summary = load(&pair.mesh, &pair.client.pod, &args).unwrap();
-    println!("{} requests while the endpoint list named a reused address: {:?}", summary.sent, summary.served_by);
+    println!(
+        "{} requests while the endpoint list named a reused address: {:?}",
+        summary.sent, summary.served_by
+    );
     assert_eq!(summary.failed, 0, "{summary:?}");
     assert_eq!(summary.served_by.get("other-1"), None, "a request reached the wrong pod");
     drop(second);
@@ -47,9 +52,14 @@ fn an_endpoint_under_another_identity_than_the_list_says_is_not_spoken_to() {
     claimed.service_account = "somebody-else".to_owned();
     let file = pair.mesh.source().join("pod-echo-1.yaml");
     let yaml = std::fs::read_to_string(&file).unwrap();
-    std::fs::write(&file, yaml.replace("\"serviceAccountName\": \"echo\"", "\"serviceAccountName\": \"somebody-else\"")).unwrap();
+    std::fs::write(
+        &file,
+        yaml.replace("\"serviceAccountName\": \"echo\"", "\"serviceAccountName\": \"somebody-else\""),
+    )
+    .unwrap();
     wait(Duration::from_secs(10), || {
-        let answer = curl(&pair.client.pod, &["-o", "/dev/null", "-w", "%{http_code} %header{weft-reason}", ECHO])?;
+        let answer =
+            curl(&pair.client.pod, &["-o", "/dev/null", "-w", "%{http_code} %header{weft-reason}", ECHO])?;
         Ok(answer == "503 outbound;identity_mismatch")
     })
     .unwrap();
@@ -78,7 +88,8 @@ fn strict_mode_refuses_plaintext_and_authorization_is_by_identity() {
         let args = ["-o", "/dev/null", "-w", "%{http_code} %header{weft-reason}", "--path-as-is", url];
         curl(pod, &[&args[..], more].concat()).unwrap_or_else(|e| e.to_string())
     };
-    wait(Duration::from_secs(10), || Ok(code(&outsider, &server, &[]) == "403 inbound;plaintext_refused")).unwrap();
+    wait(Duration::from_secs(10), || Ok(code(&outsider, &server, &[]) == "403 inbound;plaintext_refused"))
+        .unwrap();
     assert_eq!(code(&pair.client.pod, ECHO, &[]), "200");
     assert_eq!(code(&pair.client.pod, &format!("{ECHO}/public/x"), &[]), "200");
     assert_eq!(code(&pair.client.pod, &format!("{ECHO}/private"), &[]), "403 inbound;denied");
@@ -86,7 +97,11 @@ fn strict_mode_refuses_plaintext_and_authorization_is_by_identity() {
     assert_eq!(code(&other.pod, ECHO, &[]), "403 inbound;denied");
     // One form is matched and forwarded; the others are refused.
     for path in ["/public/../private", "/public/%2e%2e/private", "//public/x", "/public/x%2f..%2fprivate"] {
-        assert_eq!(code(&pair.client.pod, &format!("{ECHO}{path}"), &[]), "400 inbound;path_not_canonical", "{path}");
+        assert_eq!(
+            code(&pair.client.pod, &format!("{ECHO}{path}"), &[]),
+            "400 inbound;path_not_canonical",
+            "{path}"
+        );
     }
 }
 
@@ -104,11 +119,16 @@ impl Authority {
         Self { issuer: Issuer::new(params, key) }
     }
 
-    fn leaf(&self, uri: &str, change: impl FnOnce(&mut CertificateParams)) -> (CertificateDer<'static>, KeyPair) {
+    fn leaf(
+        &self,
+        uri: &str,
+        change: impl FnOnce(&mut CertificateParams),
+    ) -> (CertificateDer<'static>, KeyPair) {
         let key = KeyPair::generate().unwrap();
         let mut params = CertificateParams::default();
         params.subject_alt_names.push(SanType::URI(uri.try_into().unwrap()));
-        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth, ExtendedKeyUsagePurpose::ServerAuth];
+        params.extended_key_usages =
+            vec![ExtendedKeyUsagePurpose::ClientAuth, ExtendedKeyUsagePurpose::ServerAuth];
         change(&mut params);
         let cert = params.signed_by(&key, &self.issuer).unwrap();
         (cert.der().clone(), key)
@@ -209,19 +229,29 @@ fn certificates_of_strangers_are_refused_by_the_called_side() {
     let cases: Vec<(&str, Option<(CertificateDer<'static>, KeyPair)>)> = vec![
         ("no certificate", None),
         ("another authority", Some(stranger.leaf(good, |_| {}))),
-        ("expired", Some(ours.leaf(good, |p| {
-            p.not_before = (now - 3 * day).into();
-            p.not_after = (now - day).into();
-        }))),
+        (
+            "expired",
+            Some(ours.leaf(good, |p| {
+                p.not_before = (now - 3 * day).into();
+                p.not_after = (now - day).into();
+            })),
+        ),
         ("not yet valid", Some(ours.leaf(good, |p| p.not_before = (now + day).into()))),
         ("another trust domain", Some(ours.leaf("spiffe://other.example/ns/shop/sa/client", |_| {}))),
-        ("two identities", Some(ours.leaf(good, |p| {
-            p.subject_alt_names.push(SanType::URI("spiffe://cluster.local/ns/shop/sa/admin".try_into().unwrap()));
-        }))),
+        (
+            "two identities",
+            Some(ours.leaf(good, |p| {
+                p.subject_alt_names
+                    .push(SanType::URI("spiffe://cluster.local/ns/shop/sa/admin".try_into().unwrap()));
+            })),
+        ),
         ("no identity", Some(ours.leaf(good, |p| p.subject_alt_names.clear()))),
-        ("a server's certificate", Some(ours.leaf(good, |p| {
-            p.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
-        }))),
+        (
+            "a server's certificate",
+            Some(ours.leaf(good, |p| {
+                p.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
+            })),
+        ),
         ("upper case", Some(ours.leaf("spiffe://Cluster.local/ns/shop/sa/client", |_| {}))),
         ("a longer path", Some(ours.leaf("spiffe://cluster.local/ns/shop/sa/client/x", |_| {}))),
     ];

@@ -40,23 +40,32 @@ fn rolling_restarts_lose_nothing_and_repeat_nothing() {
         let mut workload = Workload::new("shop", &format!("api-{n}"));
         workload.ip = ip;
         // Half of the apps end at once on SIGTERM, the others finish what they have.
-        let habit = if n % 2 == 0 { "exit" } else { "drain" };
+        let habit = if n.is_multiple_of(2) { "exit" } else { "drain" };
         serve(&mesh, workload, &["--ids", &ids, "--on-term", habit, "--delay-ms", "5"]).unwrap()
     };
     let mut backends: Vec<Served> = (1..=3).map(|n| start(n, None)).collect();
     let client = mesh.workload(Workload::new("shop", "client")).unwrap();
     let sent = mesh.dir().join("sent");
-    let args =
-        ["--url", "http://10.96.0.10/", "--rate", &rate, "--seconds", "3600", "--half-post", "--ids", sent.to_str().unwrap()];
+    let args = [
+        "--url",
+        "http://10.96.0.10/",
+        "--rate",
+        &rate,
+        "--seconds",
+        "3600",
+        "--half-post",
+        "--ids",
+        sent.to_str().unwrap(),
+    ];
     let loading = start_load(&mesh, &client.pod, &args).unwrap();
     std::thread::sleep(Duration::from_millis(500));
     let mut next = 4;
     let mut others: Vec<Served> = Vec::new();
     for round in 0..rounds {
-        for place in 0..backends.len() {
+        for (place, backend) in backends.iter_mut().enumerate() {
             let fresh = start(next, None);
             next += 1;
-            let old = std::mem::replace(&mut backends[place], fresh);
+            let old = std::mem::replace(backend, fresh);
             let freed = delete(&mesh, old);
             if place == 0 {
                 // The freed address goes to a pod of another service.

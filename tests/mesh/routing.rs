@@ -107,18 +107,23 @@ fn rules_choose_by_path_header_query_and_method_and_a_miss_is_404() {
 fn weights_hold_and_a_change_is_seen_at_once() {
     let Some(world) = world("weights", &[("v1-1", &[]), ("v2-1", &[])]) else { return };
     let weights = |v1: u32, v2: u32| {
-        route(&world.mesh, serde_json::json!([{"backendRefs": [
-            {"name": "v1", "port": 80, "weight": v1}, {"name": "v2", "port": 80, "weight": v2}]}]));
+        route(
+            &world.mesh,
+            serde_json::json!([{"backendRefs": [
+            {"name": "v1", "port": 80, "weight": v1}, {"name": "v2", "port": 80, "weight": v2}]}]),
+        );
     };
     weights(90, 10);
     until("v1 answers", || served_by(&world, &[API]) == "v1-1 200");
-    let summary = load(&world.mesh, &world.client.pod, &["--url", API, "--rate", "400", "--seconds", "5"]).unwrap();
+    let summary =
+        load(&world.mesh, &world.client.pod, &["--url", API, "--rate", "400", "--seconds", "5"]).unwrap();
     let share = summary.served_by["v2-1"] as f64 / summary.sent as f64;
     println!("90/10 over {} requests: {:.1} % to v2", summary.sent, share * 100.0);
     assert!((0.07..=0.13).contains(&share) && summary.failed == 0, "{summary:?}");
     weights(0, 1);
     until("only v2 answers", || served_by(&world, &[API]) == "v2-1 200");
-    let summary = load(&world.mesh, &world.client.pod, &["--url", API, "--rate", "200", "--seconds", "1"]).unwrap();
+    let summary =
+        load(&world.mesh, &world.client.pod, &["--url", API, "--rate", "200", "--seconds", "1"]).unwrap();
     assert_eq!(summary.served_by, BTreeMap::from([("v2-1".to_owned(), summary.sent)]));
 }
 
@@ -147,9 +152,13 @@ fn a_failing_endpoint_is_ejected_and_one_that_refuses_costs_no_request() {
     let Some(mut world) = world("ejection", &apps) else { return };
     // Peak EWMA avoids it before it has failed five times in a row; round robin must eject it.
     policy(&world.mesh, "api", serde_json::json!({"loadBalancing": {"algorithm": "RoundRobin"}}));
-    let failing = load(&world.mesh, &world.client.pod, &["--url", API, "--rate", "200", "--seconds", "4"]).unwrap();
+    let failing =
+        load(&world.mesh, &world.client.pod, &["--url", API, "--rate", "200", "--seconds", "4"]).unwrap();
     let ejections = world.client.metric("weft_ejections_total", &[]).unwrap();
-    println!("one of three fails at once: {} of {} failed, {ejections} ejections", failing.failed, failing.sent);
+    println!(
+        "one of three fails at once: {} of {} failed, {ejections} ejections",
+        failing.failed, failing.sent
+    );
     assert!(failing.failed <= failing.sent / 20, "{failing:?}");
     assert!(ejections >= 1.0);
     // The app of another endpoint dies without a word: nothing was sent to it, so nothing fails.
@@ -186,7 +195,10 @@ fn retries_by_status_are_opt_in_and_bounded() {
     });
     let after = load(&world.mesh, &world.client.pod, &args).unwrap();
     let retries = world.client.metric("weft_retries_total", &[]).unwrap();
-    println!("50 % failing: {} failed of {} without retries, {} with; {retries} retries", before.failed, before.sent, after.failed);
+    println!(
+        "50 % failing: {} failed of {} without retries, {} with; {retries} retries",
+        before.failed, before.sent, after.failed
+    );
     assert!(after.failed < before.failed);
     assert!(retries <= 0.2 * (after.sent as f64 + before.sent as f64) + 10.0 * 20.0, "{retries}");
 }

@@ -17,7 +17,11 @@ fn a_planted_token_is_found_nowhere_between_the_pods() {
     service(&pair.mesh, "shop", "echo", "10.96.0.1", &[("web", 80, 8080), ("raw", 91, 9100)]).unwrap();
     let capture = pair.mesh.dir().join("capture.pcap");
     let mut command = pair.mesh.world.bridge().command("tcpdump");
-    command.args(["-i", "any", "-U", "--immediate-mode", "-Z", "root", "-s", "0", "-w"]).arg(&capture).stdin(Stdio::null()).stderr(Stdio::null());
+    command
+        .args(["-i", "any", "-U", "--immediate-mode", "-Z", "root", "-s", "0", "-w"])
+        .arg(&capture)
+        .stdin(Stdio::null())
+        .stderr(Stdio::null());
     let tcpdump = Process::spawn(&mut command).unwrap();
     wait(Duration::from_secs(10), || Ok(capture.exists())).unwrap();
     std::thread::sleep(Duration::from_millis(300));

@@ -21,7 +21,8 @@ fn tcp_pair(test: &str, args: &[&str]) -> Option<(Pair, Process)> {
 fn half_close_reaches_the_server_and_its_answer_comes_back() {
     let Some((pair, _app)) = tcp_pair("half_close", &[]) else { return };
     let mut nc = pair.client.app("bash");
-    let said = output(nc.args(["-c", "head -c 300000 /dev/zero | nc -N -w 10 10.96.0.1 91 | wc -c"])).unwrap();
+    let said =
+        output(nc.args(["-c", "head -c 300000 /dev/zero | nc -N -w 10 10.96.0.1 91 | wc -c"])).unwrap();
     assert_eq!(said.trim(), "300000");
 }
 
@@ -36,7 +37,9 @@ fn a_server_that_speaks_first_is_heard_and_learnt() {
         assert_eq!(greeting, "220 ready");
         times.push(ms.parse::<u64>().unwrap());
     }
-    println!("greeting after {times:?} ms: the first pays the detection wait twice at most, later ones do not");
+    println!(
+        "greeting after {times:?} ms: the first pays the detection wait twice at most, later ones do not"
+    );
     assert!(times[0] < 1_500, "{times:?}");
     assert!(times[2] < times[0].max(400), "{times:?}");
 }
@@ -186,7 +189,17 @@ fn mariadb_speaks_first_and_is_understood() {
     service(&pair.mesh, "shop", "echo", "10.96.0.1", &[("web", 80, 8080), ("db", 3306, 3306)]).unwrap();
     for _ in 0..2 {
         let mut client = pair.client.app("mariadb");
-        client.args(["--no-defaults", "-h", "10.96.0.1", "-P", "3306", "--protocol=TCP", "-N", "-e", "select 6*7"]);
+        client.args([
+            "--no-defaults",
+            "-h",
+            "10.96.0.1",
+            "-P",
+            "3306",
+            "--protocol=TCP",
+            "-N",
+            "-e",
+            "select 6*7",
+        ]);
         assert_eq!(output(&mut client).unwrap(), "42");
     }
 }

@@ -22,7 +22,8 @@ fn weft_routes_counts_what_was_sent_and_measures_what_was_seen() {
         let rows = said["rows"].as_array().unwrap().clone();
         rows.into_iter().find(|row| row["direction"] == "outbound")
     };
-    wait(Duration::from_secs(15), || Ok(outbound(&rows()?).is_some_and(|row| row["count"] == summary.sent))).unwrap();
+    wait(Duration::from_secs(15), || Ok(outbound(&rows()?).is_some_and(|row| row["count"] == summary.sent)))
+        .unwrap();
     let row = outbound(&rows().unwrap()).unwrap();
     let p50 = row["duration"]["p50_ms"].as_f64().unwrap();
     println!("p50: {p50} ms by the sidecar, {} ms by the client", summary.p50_ms);
