@@ -102,7 +102,7 @@ impl Drain {
                 return false;
             }
         }
-        let done = self.idle_when(deadline, |s| s.inbound_requests.load(Ordering::Relaxed) == 0).await;
+        let done = self.idle_when(deadline, |s| s.inbound_requests.load(Ordering::SeqCst) == 0).await;
         tracing::info!(in_flight = self.inbound_requests(), "drained");
         done
     }
@@ -128,7 +128,7 @@ impl Drain {
 
     /// Moves on; false if that point was passed already.
     fn advance(&self, to: Phase) -> bool {
-        self.0.now.fetch_max(to as u8, Ordering::Relaxed);
+        self.0.now.fetch_max(to as u8, Ordering::SeqCst);
         self.0.phase.send_if_modified(|phase| {
             let forward = *phase < to;
             if forward {
@@ -189,12 +189,13 @@ impl LocalDrain {
     /// Whether new inbound requests are answered "not sent". The shared value counts, not this worker's: a
     /// drain that has returned must already hold on every worker.
     pub(crate) fn is_refusing(&self) -> bool {
-        self.0.shared.0.now.load(Ordering::Relaxed) >= Phase::Refusing as u8
+        self.0.shared.0.now.load(Ordering::SeqCst) >= Phase::Refusing as u8
     }
 
-    /// Counts an inbound request until the guard goes.
+    /// Counts an inbound request until the guard goes. Taken before [`Self::is_refusing`] is asked: one order for
+    /// all threads, so either the drain sees this request or this request sees the drain.
     pub(crate) fn request(&self) -> RequestGuard {
-        self.0.shared.0.inbound_requests.fetch_add(1, Ordering::Relaxed);
+        self.0.shared.0.inbound_requests.fetch_add(1, Ordering::SeqCst);
         RequestGuard(self.0.shared.0.clone())
     }
 
@@ -207,7 +208,9 @@ impl LocalDrain {
 
     /// Runs an HTTP connection to its end, shutting it down gracefully when the phase asks for it.
     pub(crate) fn serve<C: Graceful>(&self, connection: C, side: Component) -> Serve<C> {
-        Serve { connection: Box::pin(connection), drain: self.clone(), side, told: self.phase(), slot: None }
+        // Whoever comes while requests are refused is told so with each; that all ends is told to everybody.
+        let told = self.phase().min(Phase::Refusing);
+        Serve { connection: Box::pin(connection), drain: self.clone(), side, told, slot: None, begun: false }
     }
 
     /// Waits until what is still open is cut: the time that [`Drain::stop`] gave has passed.
@@ -230,7 +233,7 @@ pub(crate) struct RequestGuard(Arc<Shared>);
 
 impl Drop for RequestGuard {
     fn drop(&mut self) {
-        if self.0.inbound_requests.fetch_sub(1, Ordering::Relaxed) == 1 {
+        if self.0.inbound_requests.fetch_sub(1, Ordering::SeqCst) == 1 {
             self.0.idle.notify_waiters();
         }
     }
@@ -289,6 +292,7 @@ pub(crate) struct Serve<C> {
     side: Component,
     told: Phase,
     slot: Option<usize>,
+    begun: bool,
 }
 
 impl<C: Graceful> Serve<C> {
@@ -309,8 +313,17 @@ impl<C: Graceful> Future for Serve<C> {
             Component::Outbound => Phase::Stopping,
         };
         if phase != this.told && phase >= from {
+            // What was read before this connection began is a request: shut down before its first look, HTTP/1
+            // would close without having seen it.
+            if !this.begun {
+                this.begun = true;
+                if let Poll::Ready(ended) = this.connection.as_mut().poll(cx) {
+                    return Poll::Ready(ended);
+                }
+            }
             this.connection.as_mut().graceful_shutdown();
         }
+        this.begun = true;
         this.told = phase;
         let mut wakers = this.drain.0.wakers.borrow_mut();
         match this.slot {

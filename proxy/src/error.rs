@@ -80,6 +80,8 @@ pub(crate) enum Error {
     BadTarget,
     #[error("the upgrade was refused: {0}")]
     Upgrade(&'static str),
+    #[error("the client broke off its own upload")]
+    UploadBroken,
 }
 
 /// What the table says of one error.
@@ -96,6 +98,7 @@ pub(crate) struct Answer {
 impl Error {
     /// The table.
     pub(crate) fn answer(&self) -> Answer {
+        const CANCELLED: u16 = 1;
         const INVALID_ARGUMENT: u16 = 3;
         const DEADLINE_EXCEEDED: u16 = 4;
         const PERMISSION_DENIED: u16 = 7;
@@ -136,6 +139,7 @@ impl Error {
             }
             Self::BadTarget => (StatusCode::BAD_REQUEST, INVALID_ARGUMENT, "bad_target", false),
             Self::Upgrade(_) => (StatusCode::BAD_GATEWAY, UNAVAILABLE, "upgrade_refused", false),
+            Self::UploadBroken => (StatusCode::BAD_REQUEST, CANCELLED, "upload_broken", false),
         };
         Answer { status, grpc, code, unsent }
     }
@@ -155,7 +159,12 @@ impl Error {
 
     /// The class under which the histograms count it.
     pub(crate) fn class(&self) -> Class {
-        Class::Proxy
+        if self.is_the_clients() { Class::ClientError } else { Class::Proxy }
+    }
+
+    /// The client's own doing, of which nobody reads the answer: neither an error of the mesh nor worth a line.
+    pub(crate) fn is_the_clients(&self) -> bool {
+        *self == Self::UploadBroken
     }
 
     /// The response: `grpc-status` in a trailers-only answer for gRPC, else a status with a short text.

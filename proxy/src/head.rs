@@ -64,6 +64,9 @@ impl Outgoing {
             None => None,
         };
         remove_connection_headers(&mut parts.headers);
+        if parts.headers.get_all(header::HOST).iter().nth(1).is_some() {
+            return Err(Error::BadTarget);
+        }
         let uri = parts.uri.into_parts();
         let authority = match uri.authority {
             Some(authority) => Some(authority),
@@ -155,14 +158,17 @@ impl Outgoing {
     }
 }
 
-/// An HTTP/1.1 `GET` that asks to switch to another protocol; `h2c` is not offered here.
+/// An HTTP/1.1 `GET` that asks to switch to another protocol. `h2c` and `TLS/x` are offers that many clients make with
+/// every request and no proxy takes up (RFC 9110 §7.8 lets a recipient ignore them).
 fn asked_upgrade(method: &Method, headers: &HeaderMap) -> Option<Upgrade> {
     let asked = headers.get(header::UPGRADE)?;
     let listed = headers.get_all(header::CONNECTION).iter().any(|value| {
         let tokens = value.to_str().unwrap_or("");
         tokens.split(',').any(|t| t.trim().eq_ignore_ascii_case("upgrade"))
     });
-    let usable = listed && *method == Method::GET && !asked.as_bytes().eq_ignore_ascii_case(b"h2c");
+    let idle_offer = asked.as_bytes().eq_ignore_ascii_case(b"h2c")
+        || asked.as_bytes().get(..4).is_some_and(|start| start.eq_ignore_ascii_case(b"TLS/"));
+    let usable = listed && *method == Method::GET && !idle_offer;
     usable.then(|| Upgrade { protocol: asked.clone() })
 }
 
@@ -319,8 +325,10 @@ mod tests {
         assert!(asked_upgrade(&Method::POST, &h).is_none());
         let h = headers(&[("connection", "keep-alive"), ("upgrade", "websocket")]);
         assert!(asked_upgrade(&Method::GET, &h).is_none());
-        let h = headers(&[("connection", "upgrade, http2-settings"), ("upgrade", "h2c")]);
-        assert!(asked_upgrade(&Method::GET, &h).is_none());
+        for offer in ["h2c", "TLS/1.2"] {
+            let h = headers(&[("connection", "upgrade"), ("upgrade", offer)]);
+            assert!(asked_upgrade(&Method::GET, &h).is_none());
+        }
     }
 
     #[test]

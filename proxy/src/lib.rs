@@ -134,8 +134,10 @@ fn data(
         for (side, port) in sides {
             match listener::bind(side, port, shared) {
                 Ok(listeners) => {
+                    let limits = listener::Limits::new(&worker.config.limits);
                     for listener in listeners {
-                        tokio::task::spawn_local(listener::run(worker.clone(), listener, side));
+                        let run = listener::run(worker.clone(), listener, side, limits.clone());
+                        tokio::task::spawn_local(run);
                     }
                 }
                 Err(error) => {

@@ -17,6 +17,8 @@ use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use tokio::net::{TcpListener, TcpStream};
 
 use crate::{
+    config,
+    drain::ConnectionGuard,
     error::Component,
     inbound, outbound, pool,
     tcp::reset,
@@ -36,6 +38,16 @@ pub(crate) struct Accepted {
     pub(crate) client: SocketAddr,
     /// Where it wanted to go.
     pub(crate) original: SocketAddr,
+    /// Kept by whatever outlives the function that serves it.
+    pub(crate) open: Rc<Open>,
+}
+
+/// One open connection, as it counts for limits, drain and telemetry. Shared: an upgraded connection outlives the
+/// HTTP connection that it was.
+pub(crate) struct Open {
+    _slot: Slot,
+    _guard: ConnectionGuard,
+    _level: Level,
 }
 
 /// Opens the listeners of one side. Outbound connections come from this pod alone, so that side listens on
@@ -81,14 +93,8 @@ fn listen(address: SocketAddr, shared: bool) -> io::Result<TcpListener> {
     TcpListener::from_std(socket.into())
 }
 
-/// Accepts until the process ends.
-pub(crate) async fn run(worker: Rc<Worker>, listener: TcpListener, side: Component) {
-    let limits = Rc::new(Limits {
-        open: Cell::new(0),
-        max: worker.config.limits.max_connections,
-        per_peer: RefCell::default(),
-        max_per_peer: worker.config.limits.max_connections_per_peer,
-    });
+/// Accepts until the process ends. The limits are those of one side of a worker: its listeners share them.
+pub(crate) async fn run(worker: Rc<Worker>, listener: TcpListener, side: Component, limits: Rc<Limits>) {
     let (accepted, shed, open) = match side {
         Component::Outbound => (Counter::OutboundAccepted, Counter::OutboundShed, Gauge::OutboundConnections),
         Component::Inbound => (Counter::InboundAccepted, Counter::InboundShed, Gauge::InboundConnections),
@@ -113,17 +119,22 @@ pub(crate) async fn run(worker: Rc<Worker>, listener: TcpListener, side: Compone
         };
         let worker = worker.clone();
         tokio::task::spawn_local(async move {
-            let _slot = slot;
-            let _counted = worker.drain.connection(side);
-            worker.recorder.gauge(open, 1);
-            let served = Level { worker: worker.clone(), gauge: open };
-            connection(&worker, stream, client, side).await;
-            drop(served);
+            let _guard = worker.drain.connection(side);
+            let _level = Level::raise(&worker, open);
+            let open = Rc::new(Open { _slot: slot, _guard, _level });
+            connection(&worker, stream, client, side, open.clone()).await;
+            drop(open);
         });
     }
 }
 
-async fn connection(worker: &Rc<Worker>, stream: TcpStream, client: SocketAddr, side: Component) {
+async fn connection(
+    worker: &Rc<Worker>,
+    stream: TcpStream,
+    client: SocketAddr,
+    side: Component,
+    open: Rc<Open>,
+) {
     if stream.set_nodelay(true).is_err() {
         return;
     }
@@ -139,7 +150,7 @@ async fn connection(worker: &Rc<Worker>, stream: TcpStream, client: SocketAddr, 
         reset(&stream);
         return;
     }
-    let accepted = Accepted { stream, client, original };
+    let accepted = Accepted { stream, client, original, open };
     match side {
         Component::Outbound => outbound::serve(worker.clone(), accepted).await,
         Component::Inbound => inbound::serve(worker.clone(), accepted).await,
@@ -172,7 +183,8 @@ fn is_exhausted(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(23 | 24 | 105 | 12))
 }
 
-struct Limits {
+/// How many connections one side of a worker has open, and may.
+pub(crate) struct Limits {
     open: Cell<usize>,
     max: usize,
     per_peer: RefCell<HashMap<IpAddr, usize>>,
@@ -186,6 +198,15 @@ struct Slot {
 }
 
 impl Limits {
+    pub(crate) fn new(limits: &config::Limits) -> Rc<Self> {
+        Rc::new(Self {
+            open: Cell::new(0),
+            max: limits.max_connections,
+            per_peer: RefCell::default(),
+            max_per_peer: limits.max_connections_per_peer,
+        })
+    }
+
     fn take(limits: &Rc<Self>, peer: IpAddr, side: Component) -> Option<Slot> {
         if limits.open.get() >= limits.max {
             return None;
@@ -224,6 +245,13 @@ impl Drop for Slot {
 struct Level {
     worker: Rc<Worker>,
     gauge: Gauge,
+}
+
+impl Level {
+    fn raise(worker: &Rc<Worker>, gauge: Gauge) -> Self {
+        worker.recorder.gauge(gauge, 1);
+        Self { worker: worker.clone(), gauge }
+    }
 }
 
 impl Drop for Level {

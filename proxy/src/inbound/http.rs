@@ -163,9 +163,9 @@ impl Server {
         let address = HeaderValue::from_str(&caller.address.to_string());
         let address = address.unwrap_or_else(|_| HeaderValue::from_static("unknown"));
         let client_id = caller.identity.as_ref().and_then(|id| HeaderValue::from_str(id.as_str()).ok());
-        let policy = worker.inbound_policy();
         Self(Rc::new(Inner {
-            seen: RefCell::new((policy, port)),
+            // The handshake may have taken long: the policy of now is read at the first request.
+            seen: RefCell::new((None, port)),
             worker,
             original,
             caller,
@@ -223,6 +223,10 @@ impl Inner {
         let version = app_version(&request, mesh);
         let attempt = request.headers().get(WEFT_ATTEMPT).filter(|_| mesh).cloned();
         let (mut outgoing, body) = Outgoing::take(request)?;
+        if outgoing.upgrade.is_some() && version != Version::HTTP_2 {
+            // Between sidecars an upgrade is an extended CONNECT; what the app will see is what is authorized.
+            outgoing.method = Method::GET;
+        }
         decision.request(&outgoing.headers, &outgoing.path);
         let path = outgoing.path.path();
         self.edge(if grpc { path } else { "" }, exchange.started());
