@@ -18,6 +18,9 @@ use crate::{body::Body, error::Error, pool::Peer};
 pub(crate) const WEFT_HTTP: HeaderName = HeaderName::from_static("weft-http");
 /// Which attempt this is, from the second on.
 pub(crate) const WEFT_ATTEMPT: HeaderName = HeaderName::from_static("weft-attempt");
+/// On an answer to an upgrade that the app did not take up: its real status. HTTP/2 gives a 2xx answer to CONNECT a
+/// meaning of its own (RFC 9113 §8.5), so such an answer crosses under another status.
+pub(crate) const WEFT_STATUS: HeaderName = HeaderName::from_static("weft-status");
 /// To the app: who calls.
 pub(crate) const WEFT_CLIENT_ID: HeaderName = HeaderName::from_static("weft-client-id");
 /// Set when missing, kept when there.
@@ -213,6 +216,22 @@ pub(crate) fn remove_connection_headers(headers: &mut HeaderMap) {
             headers.insert(header::TE, HeaderValue::from_static("trailers"));
         }
     }
+}
+
+/// Hides the status of an answer that declines an upgrade, for the way between sidecars.
+pub(crate) fn hide_status(response: &mut http::response::Parts) {
+    response.headers.insert(WEFT_STATUS, HeaderValue::from(response.status.as_u16()));
+    response.status = StatusCode::NOT_IMPLEMENTED;
+}
+
+/// Takes back what [`hide_status`] did; whether it did.
+pub(crate) fn restore_status<B>(response: &mut Response<B>) -> bool {
+    let real = response.headers_mut().remove(WEFT_STATUS);
+    let real = real.and_then(|status| StatusCode::from_bytes(status.as_bytes()).ok());
+    if let Some(real) = real {
+        *response.status_mut() = real;
+    }
+    real.is_some()
 }
 
 /// Makes `x-request-id` and `traceparent` (W3C Trace Context, not sampled) where they are missing.

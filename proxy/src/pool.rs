@@ -43,6 +43,7 @@ use weft_core::{
 use crate::{
     body::{Body, Replay},
     config::Config,
+    head,
     tcp::Prefixed,
     telemetry::{
         exchange::now,
@@ -159,7 +160,8 @@ pub(crate) struct Sent {
     pub(crate) checkout: Checkout,
     /// It comes from a sidecar: its private headers are to be believed.
     pub(crate) mesh: bool,
-    pub(crate) h2: bool,
+    /// 200 accepts an upgrade, as HTTP/2 has it; otherwise 101 does.
+    pub(crate) upgrades_by_ok: bool,
 }
 
 /// One worker's connections.
@@ -304,9 +306,10 @@ impl Pool {
             let checkout = Checkout(Use::H2(h2.clone()));
             let sending = h2.sender.borrow_mut().try_send_request(request);
             match sending.await {
-                Ok(response) => {
+                Ok(mut response) => {
                     let mesh = matches!(peer, Peer::Mesh { .. });
-                    return Ok(Sent { response, checkout, mesh, h2: true });
+                    let declined = mesh && head::restore_status(&mut response);
+                    return Ok(Sent { response, checkout, mesh, upgrades_by_ok: !declined });
                 }
                 Err(mut error) => match error.take_message() {
                     Some(unsent) => {
@@ -358,7 +361,7 @@ impl Pool {
                 Ok(response) => {
                     let upload = options.upload.cloned();
                     let checkout = Checkout(Use::H1 { peer: entry, connection: Some(connection), upload });
-                    return Ok(Sent { response, checkout, mesh: false, h2: false });
+                    return Ok(Sent { response, checkout, mesh: false, upgrades_by_ok: false });
                 }
                 Err(mut error) => match error.take_message() {
                     Some(unsent) if reused => request = unsent,

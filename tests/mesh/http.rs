@@ -141,6 +141,19 @@ fn websockets_cross_the_mesh() {
 }
 
 #[test]
+fn an_app_may_ignore_an_upgrade_and_its_answer_arrives() {
+    let Some(pair) = pair("upgrade_ignored", &[]) else { return };
+    let pod = &pair.client.pod;
+    for offer in ["foo", "TLS/1.2", "h2c"] {
+        let upgrade = format!("Upgrade: {offer}");
+        let args = ["-i", "-H", "Connection: Upgrade", "-H", &upgrade, &format!("{ECHO}/head")];
+        let answer = curl(pod, &args).unwrap();
+        assert!(answer.starts_with("HTTP/1.1 200") && answer.contains("GET /head HTTP/1.1"), "{offer}: {answer}");
+        assert!(!answer.contains("weft-status"), "{answer}");
+    }
+}
+
+#[test]
 fn a_stalled_reader_stalls_nobody_else() {
     let Some(pair) = pair("stalled_reader", &[]) else { return };
     let pod = &pair.client.pod;

@@ -94,6 +94,10 @@ fn strict_mode_refuses_plaintext_and_authorization_is_by_identity() {
     assert_eq!(code(&pair.client.pod, &format!("{ECHO}/public/x"), &[]), "200");
     assert_eq!(code(&pair.client.pod, &format!("{ECHO}/private"), &[]), "403 inbound;denied");
     assert_eq!(code(&pair.client.pod, ECHO, &["-X", "POST"]), "403 inbound;denied");
+    // An upgrade is authorized as the GET that the app will see.
+    let upgrade = ["-H", "Connection: Upgrade", "-H", "Upgrade: foo"];
+    assert_eq!(code(&pair.client.pod, &format!("{ECHO}/private"), &upgrade), "403 inbound;denied");
+    assert_eq!(code(&pair.client.pod, ECHO, &upgrade), "200");
     assert_eq!(code(&other.pod, ECHO, &[]), "403 inbound;denied");
     // One form is matched and forwarded; the others are refused.
     for path in ["/public/../private", "/public/%2e%2e/private", "//public/x", "/public/x%2f..%2fprivate"] {

@@ -393,7 +393,7 @@ impl Client {
         let (mut head, body) = sent.response.into_parts();
         let reason = sent.mesh.then(|| head.headers.remove(WEFT_REASON)).flatten();
         let upgraded = sending.outgoing.upgrade.take().filter(|_| {
-            head.status == StatusCode::SWITCHING_PROTOCOLS || (sent.h2 && head.status == StatusCode::OK)
+            head.status == StatusCode::SWITCHING_PROTOCOLS || (sent.upgrades_by_ok && head.status == StatusCode::OK)
         });
         if let (Some(upgrade), Some(client)) = (upgraded, sending.upgrade.take()) {
             let mut response = Response::from_parts(head, body);
