@@ -13,7 +13,9 @@ use super::{
     Asking, Output,
     client::{Api, encode},
     json,
-    output::{Cell, Column, Live, Screen, Table, Tone, bars, micros, per_second, percent, success_tone},
+    output::{
+        Cell, Column, Live, Screen, Table, Tone, bars, micros, per_second, percent, success_tone, width,
+    },
     text,
 };
 use crate::{
@@ -133,7 +135,15 @@ pub(super) async fn main(args: &RoutesArgs) -> Result<ExitCode> {
 
 /// The routes as a table that fits.
 pub(crate) fn lines(rows: &[RouteRow], until: Until, screen: &Screen) -> Vec<String> {
-    let scale = Scale::of(rows);
+    // A coarse picture says more than none.
+    let fine = table(rows, until, screen, &Scale::of(rows, 1));
+    if rows.is_empty() || fine.iter().any(|line| line.contains('▕')) {
+        return fine;
+    }
+    table(rows, until, screen, &Scale::of(rows, 2))
+}
+
+fn table(rows: &[RouteRow], until: Until, screen: &Screen, scale: &Scale) -> Vec<String> {
     let columns = vec![
         Column::text("SERVICE").cut(8),
         Column::text("ROUTE").cut(6),
@@ -201,22 +211,24 @@ pub(crate) fn lines(rows: &[RouteRow], until: Until, screen: &Screen) -> Vec<Str
     if let (Some(heading), Some(first)) = (lines.first().cloned(), lines.get(1)) {
         let plain = strip(first);
         if let Some(start) = plain.chars().position(|c| c == '▕') {
-            let pad = " ".repeat(start.saturating_sub(super::output::width(&strip(&heading))));
+            let pad = " ".repeat(start.saturating_sub(width(&strip(&heading))));
             lines[0] = format!("{heading}{pad}{}", screen.paint(Tone::Dim, &scale.heading()));
         }
     }
     lines
 }
 
-/// The latency axis that all rows share: four steps an octave are too fine to read, so two make a column,
-/// and it spans what was seen.
+/// The latency axis that all rows share: half octaves, or whole ones where there is little room, and it spans
+/// what was seen.
 struct Scale {
     first: i32,
     columns: usize,
+    /// Half octaves in a column.
+    step: i32,
 }
 
 impl Scale {
-    fn of(rows: &[RouteRow]) -> Self {
+    fn of(rows: &[RouteRow], step: i32) -> Self {
         let seen = rows.iter().flat_map(|row| &row.buckets).filter(|bucket| bucket.count > 0);
         let (mut first, mut last) = (i32::MAX, i32::MIN);
         for bucket in seen {
@@ -226,26 +238,31 @@ impl Scale {
         if first > last {
             (first, last) = (0, 0);
         }
-        let columns = usize::try_from(last - first + 1).unwrap_or(1).clamp(MIN_COLUMNS, MAX_COLUMNS);
-        Self { first, columns }
+        let least = MIN_COLUMNS / usize::try_from(step).unwrap_or(1);
+        let columns = usize::try_from((last - first) / step + 1).unwrap_or(1).clamp(least, MAX_COLUMNS);
+        Self { first, columns, step }
     }
 
     /// What lies beyond the last column is counted there.
     fn picture(&self, buckets: &[Bucket]) -> String {
         let mut counts = vec![0_u64; self.columns];
         for bucket in buckets {
-            let at = usize::try_from(column(bucket) - self.first).unwrap_or(0).min(self.columns - 1);
+            let at = (column(bucket) - self.first) / self.step;
+            let at = usize::try_from(at).unwrap_or(0).min(self.columns - 1);
             counts[at] = counts[at].saturating_add(bucket.count);
         }
         bars(&counts)
     }
 
-    /// The lowest and highest latency on the axis, over its ends.
+    /// The lowest and highest latency on the axis, over its ends; the highest alone where both have no room.
     fn heading(&self) -> String {
-        let last = self.first + i32::try_from(self.columns).unwrap_or(0);
+        let last = self.first + self.step * i32::try_from(self.columns).unwrap_or(0);
         let (low, high) = (axis(self.first), axis(last));
-        let room = (self.columns + 2).saturating_sub(low.chars().count() + high.chars().count());
-        format!("{low}{}{high}", "─".repeat(room.max(1)))
+        let room = (self.columns + 2).saturating_sub(width(&low) + width(&high));
+        match room {
+            0 => format!("{}{high}", "─".repeat((self.columns + 2).saturating_sub(width(&high)))),
+            room => format!("{low}{}{high}", "─".repeat(room)),
+        }
     }
 }
 
@@ -337,7 +354,6 @@ const MAX_COLUMNS: usize = 44;
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cli::output::width;
 
     fn row(parent: &str, route: &str, backend: &str, buckets: &[(f64, u64)]) -> RouteRow {
         let quantiles = Quantiles { p50_ms: 3.2, p90_ms: 4.0, p99_ms: 81.5, p999_ms: 90.0, max_ms: 1_200.0 };
@@ -391,6 +407,8 @@ mod tests {
                 assert!(width(&line) <= columns, "{columns}: {} {line:?}", width(&line));
             }
         }
+        let coarse = lines(&rows(), Until::Full, &Screen::plain(80));
+        assert!(coarse[1].contains('▕') && coarse[0].contains('─'), "{coarse:#?}");
         // What matters most stays the longest.
         let narrow = lines(&rows(), Until::Full, &Screen::plain(60)).join("\n");
         assert!(narrow.contains("SUCCESS") && narrow.contains("P99"), "{narrow}");
