@@ -54,9 +54,19 @@ bench: deps-bench ## Weft against nothing, a bare relay and Envoy, in one run (n
 	exec $(BUILT)/release/weft-bench $(ARGS)
 
 .PHONY: soak
-soak: deps-test ## The long outages: tests marked #[ignore = "soak: ..."], one at a time
+soak: deps-test ## The long outages, and tests/REPORT.md: every figure that the mesh tests measure (root; 15 minutes)
 	@$(CARGO) build --locked --release --workspace --bins
-	$(CARGO) test --locked --release -p weft-tests -- --ignored --nocapture --test-threads=1 soak
+	mkdir -p target
+	$(CARGO) test --locked --release -p weft-tests --test mesh -- --include-ignored --nocapture --test-threads=1 | tee target/soak.log
+	{
+	  echo '# What the mesh tests measured'
+	  echo
+	  echo 'Written by `make soak` (release build, one test at a time). A line stands here only if its test passed.'
+	  echo
+	  echo "$$(uname -srm), $$(nproc) cores, $$(date -u +%F)"
+	  echo
+	  sed -n 's/.*figure: /- /p' target/soak.log
+	} > tests/REPORT.md
 
 .PHONY: fmt
 fmt: ## Format everything

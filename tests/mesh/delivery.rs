@@ -9,11 +9,21 @@ use crate::{ECHO, pair};
 
 #[test]
 fn the_controller_may_die_and_come_back_and_no_request_fails() {
+    controller_away(5);
+}
+
+#[test]
+#[ignore = "soak: takes five minutes; `make soak`"]
+fn soak_the_controller_is_away_for_five_minutes() {
+    controller_away(300);
+}
+
+fn controller_away(away: u64) {
     let Some(mut pair) = pair("controller_away", &[]) else { return };
     assert_eq!(curl(&pair.client.pod, &[ECHO]).unwrap(), "ok");
-    let args = ["--url", ECHO, "--rate", "200", "--seconds", "60", "--half-post"];
+    let seconds = (away + 60).to_string();
+    let args = ["--url", ECHO, "--rate", "200", "--seconds", &seconds, "--half-post"];
     let loading = start_load(&pair.mesh, &pair.client.pod, &args).unwrap();
-    let away = std::env::var("WEFT_CONTROLLER_AWAY_S").ok().and_then(|s| s.parse().ok()).unwrap_or(5);
     std::thread::sleep(Duration::from_secs(1));
     pair.mesh.kill_controller().unwrap();
     std::thread::sleep(Duration::from_secs(away));
@@ -21,7 +31,7 @@ fn the_controller_may_die_and_come_back_and_no_request_fails() {
     std::thread::sleep(Duration::from_secs(4));
     let summary = loading.finish().unwrap();
     println!(
-        "controller killed for {away} s and started cold: {} of {} failed",
+        "figure: controller killed for {away} s and started cold: {} of {} failed",
         summary.failed, summary.sent
     );
     assert_eq!(summary.failed, 0, "{summary:?}");
@@ -35,7 +45,7 @@ fn a_restarted_sidecar_comes_back_by_itself() {
     pair.client.proxy.wait(Duration::from_secs(5)).unwrap();
     let begun = Instant::now();
     pair.mesh.restart_proxy(&mut pair.client).unwrap();
-    println!("a restarted sidecar was ready after {} ms", begun.elapsed().as_millis());
+    println!("figure: a restarted sidecar was ready after {} ms", begun.elapsed().as_millis());
     assert_eq!(curl(&pair.client.pod, &[ECHO]).unwrap(), "ok");
 }
 
@@ -53,7 +63,7 @@ fn a_change_says_where_it_is_applied() {
     pair.mesh.write("route.yaml", &format!("{route:#}\n")).unwrap();
     let mut command = pair.mesh.weft(&["wait", "HTTPRoute/shop/echo", "--applied", "--timeout", "10s"]);
     let said = weft_harness::apps::output(&mut command).unwrap();
-    println!("applied after {} ms: {said}", begun.elapsed().as_millis());
+    println!("figure: applied after {} ms: {said}", begun.elapsed().as_millis());
     let status = weft_harness::apps::output(&mut pair.mesh.weft(&["status"])).unwrap();
     assert!(status.contains("1/1"), "{status}");
 }
@@ -96,6 +106,6 @@ fn certificates_rotate_under_load_and_no_request_fails() {
     wait(Duration::from_secs(20), || Ok(renewals() >= before + 2.0)).unwrap();
     std::thread::sleep(Duration::from_secs(1));
     let summary = loading.finish().unwrap();
-    println!("both certificates rotated: {} of {} failed", summary.failed, summary.sent);
+    println!("figure: both certificates rotated: {} of {} failed", summary.failed, summary.sent);
     assert_eq!(summary.failed, 0, "{summary:?}");
 }

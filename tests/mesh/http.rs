@@ -148,7 +148,10 @@ fn an_app_may_ignore_an_upgrade_and_its_answer_arrives() {
         let upgrade = format!("Upgrade: {offer}");
         let args = ["-i", "-H", "Connection: Upgrade", "-H", &upgrade, &format!("{ECHO}/head")];
         let answer = curl(pod, &args).unwrap();
-        assert!(answer.starts_with("HTTP/1.1 200") && answer.contains("GET /head HTTP/1.1"), "{offer}: {answer}");
+        assert!(
+            answer.starts_with("HTTP/1.1 200") && answer.contains("GET /head HTTP/1.1"),
+            "{offer}: {answer}"
+        );
         assert!(!answer.contains("weft-status"), "{answer}");
     }
 }
@@ -172,6 +175,8 @@ fn a_stalled_reader_stalls_nobody_else() {
         assert!(seconds.parse::<f64>().unwrap() < 1.0, "{seconds}");
     }
     let grown = weft_harness::apps::rss_kib(pair.client.proxy.id()).unwrap().saturating_sub(before);
-    println!("20 stalled downloads: the caller's sidecar grew by {grown} KiB while others were served");
+    println!(
+        "figure: 20 stalled downloads: the caller's sidecar grew by {grown} KiB while others were served"
+    );
     assert!(grown < 20 * 512, "{grown} KiB");
 }

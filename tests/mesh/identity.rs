@@ -35,7 +35,7 @@ fn a_reused_address_is_never_taken_for_the_pod_that_had_it() {
     let args = ["--url", ECHO, "--rate", "100", "--seconds", "3", "--half-post"];
     let summary = load(&pair.mesh, &pair.client.pod, &args).unwrap();
     println!(
-        "{} requests while the endpoint list named a reused address: {:?}",
+        "figure: {} requests while the endpoint list named a reused address: {:?}",
         summary.sent, summary.served_by
     );
     assert_eq!(summary.failed, 0, "{summary:?}");

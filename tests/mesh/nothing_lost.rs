@@ -29,8 +29,17 @@ fn delete(mesh: &weft_control_plane::cli::demo::mesh::Mesh, mut served: Served) 
 
 #[test]
 fn rolling_restarts_lose_nothing_and_repeat_nothing() {
-    let rounds = std::env::var("WEFT_ROLLING_RESTARTS").ok().and_then(|s| s.parse().ok()).unwrap_or(4);
-    let rate = std::env::var("WEFT_ROLLING_RATE").unwrap_or_else(|_| "250".to_owned());
+    rolling_restarts(4, 250);
+}
+
+#[test]
+#[ignore = "soak: takes about four minutes; `make soak`"]
+fn soak_twenty_rolling_restarts_at_500_a_second() {
+    rolling_restarts(20, 500);
+}
+
+fn rolling_restarts(rounds: u32, rate: u32) {
+    let rate = rate.to_string();
     let Some(mesh) = mesh_or_skip("rolling_restarts") else { return };
     service(&mesh, "shop", "api", "10.96.0.10", &[("http", 80, 8080)]).unwrap();
     service(&mesh, "shop", "other", "10.96.0.11", &[("http", 80, 8080)]).unwrap();
@@ -89,7 +98,7 @@ fn rolling_restarts_lose_nothing_and_repeat_nothing() {
     let duplicated = posts.iter().filter(|id| times.get(*id).copied().unwrap_or(0) > 1).count();
     let wrong = summary.served_by.keys().filter(|by| by.starts_with("other")).count();
     println!(
-        "{rounds} rolling restarts of 3 backends at {rate}/s: {} sent, {} failed, {duplicated} duplicated POSTs, {wrong} wrong pods",
+        "figure: {rounds} rolling restarts of 3 backends at {rate}/s, half POST: {} sent, {} failed, {duplicated} duplicated POSTs, {wrong} wrong pods",
         summary.sent, summary.failed
     );
     assert_eq!(summary.failed, 0, "{summary:?}");

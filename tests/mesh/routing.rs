@@ -118,7 +118,7 @@ fn weights_hold_and_a_change_is_seen_at_once() {
     let summary =
         load(&world.mesh, &world.client.pod, &["--url", API, "--rate", "400", "--seconds", "5"]).unwrap();
     let share = summary.served_by["v2-1"] as f64 / summary.sent as f64;
-    println!("90/10 over {} requests: {:.1} % to v2", summary.sent, share * 100.0);
+    println!("figure: 90/10 over {} requests: {:.1} % to v2", summary.sent, share * 100.0);
     assert!((0.07..=0.13).contains(&share) && summary.failed == 0, "{summary:?}");
     weights(0, 1);
     until("only v2 answers", || served_by(&world, &[API]) == "v2-1 200");
@@ -140,8 +140,8 @@ fn a_slow_endpoint_gets_little_and_the_tail_is_half_of_round_robins() {
     };
     let robin = run("RoundRobin");
     let ewma = run("PeakEwma");
-    println!("p99: round robin {:.1} ms, peak EWMA {:.1} ms", robin.p99_ms, ewma.p99_ms);
-    println!("to the slow one: {:?} of {}", ewma.served_by.get("api-1"), ewma.sent);
+    println!("figure: p99: round robin {:.1} ms, peak EWMA {:.1} ms", robin.p99_ms, ewma.p99_ms);
+    println!("figure: to the slow one: {:?} of {}", ewma.served_by.get("api-1"), ewma.sent);
     assert_eq!((robin.failed, ewma.failed), (0, 0));
     assert!(ewma.p99_ms <= robin.p99_ms / 2.0, "{} {}", ewma.p99_ms, robin.p99_ms);
 }
@@ -156,7 +156,7 @@ fn a_failing_endpoint_is_ejected_and_one_that_refuses_costs_no_request() {
         load(&world.mesh, &world.client.pod, &["--url", API, "--rate", "200", "--seconds", "4"]).unwrap();
     let ejections = world.client.metric("weft_ejections_total", &[]).unwrap();
     println!(
-        "one of three fails at once: {} of {} failed, {ejections} ejections",
+        "figure: one of three fails at once: {} of {} failed, {ejections} ejections",
         failing.failed, failing.sent
     );
     assert!(failing.failed <= failing.sent / 20, "{failing:?}");
@@ -196,7 +196,7 @@ fn retries_by_status_are_opt_in_and_bounded() {
     let after = load(&world.mesh, &world.client.pod, &args).unwrap();
     let retries = world.client.metric("weft_retries_total", &[]).unwrap();
     println!(
-        "50 % failing: {} failed of {} without retries, {} with; {retries} retries",
+        "figure: 50 % failing: {} failed of {} without retries, {} with; {retries} retries",
         before.failed, before.sent, after.failed
     );
     assert!(after.failed < before.failed);

@@ -37,7 +37,7 @@ fn a_planted_token_is_found_nowhere_between_the_pods() {
     tcpdump.terminate(Duration::from_secs(5)).unwrap();
     let bytes = std::fs::read(&capture).unwrap();
     let found = bytes.windows(TOKEN.len()).filter(|window| *window == TOKEN.as_bytes()).count();
-    println!("{} bytes captured between the pods; the token was found {found} times", bytes.len());
+    println!("figure: {} bytes captured between the pods; the token was found {found} times", bytes.len());
     assert!(bytes.len() > 10_000, "the capture saw the traffic: {} bytes", bytes.len());
     assert_eq!(found, 0);
     // Nor in what the programs say about themselves.

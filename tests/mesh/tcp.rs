@@ -38,7 +38,7 @@ fn a_server_that_speaks_first_is_heard_and_learnt() {
         times.push(ms.parse::<u64>().unwrap());
     }
     println!(
-        "greeting after {times:?} ms: the first pays the detection wait twice at most, later ones do not"
+        "figure: greeting after {times:?} ms: the first pays the detection wait twice at most, later ones do not"
     );
     assert!(times[0] < 1_500, "{times:?}");
     assert!(times[2] < times[0].max(400), "{times:?}");
@@ -141,22 +141,36 @@ fn iperf3_runs_up_and_down() {
         command.args(["-c", "10.96.0.1", "-t", "2", "-J"]).args(more);
         let said: serde_json::Value = serde_json::from_str(&output(&mut command).unwrap()).unwrap();
         let bits = said["end"]["sum_received"]["bits_per_second"].as_f64().unwrap();
-        println!("iperf3 {more:?}: {:.0} Mbit/s", bits / 1e6);
+        println!("figure: iperf3 {more:?}: {:.0} Mbit/s", bits / 1e6);
         assert!(bits > 1e8, "{bits}");
     }
 }
 
 #[test]
 fn a_large_transfer_with_a_stalled_reader_costs_no_memory() {
+    stalled_reader(20);
+}
+
+#[test]
+#[ignore = "soak: takes over a minute; `make soak`"]
+fn soak_a_reader_that_stalls_for_a_minute() {
+    stalled_reader(60);
+}
+
+/// Longer than any keepalive or user timeout that could end a connection whose reader only waits.
+fn stalled_reader(seconds: u32) {
     let Some(pair) = pair("flat_memory", &[]) else { return };
     let (near, far) = (pair.client.proxy.id(), pair.server.sidecar.proxy.id());
     // Warm: pools and buffers of an ordinary transfer exist.
     curl(&pair.client.pod, &["-o", "/dev/null", &format!("{ECHO}/bytes/50000000")]).unwrap();
     let before = (rss_kib(near).unwrap(), rss_kib(far).unwrap());
     let mut stalled = pair.client.app("bash");
-    let script = "exec 3<>/dev/tcp/10.96.0.1/80; printf 'GET /bytes/1000000000 HTTP/1.1\\r\\nHost: a\\r\\nConnection: close\\r\\n\\r\\n' >&3; \
-                  head -c 1000000 <&3 >/dev/null; sleep 4; cat <&3 | wc -c";
-    stalled.args(["-c", script]).stdout(std::process::Stdio::piped());
+    let script = format!(
+        "exec 3<>/dev/tcp/10.96.0.1/80; \
+         printf 'GET /bytes/1000000000 HTTP/1.1\\r\\nHost: a\\r\\nConnection: close\\r\\n\\r\\n' >&3; \
+         head -c 1000000 <&3 >/dev/null; sleep {seconds}; cat <&3 | wc -c"
+    );
+    stalled.args(["-c", &script]).stdout(std::process::Stdio::piped());
     let mut process = Process::spawn(&mut stalled).unwrap();
     let mut most = (0, 0);
     while process.running() {
@@ -167,7 +181,10 @@ fn a_large_transfer_with_a_stalled_reader_costs_no_memory() {
     let mut rest = String::new();
     std::io::Read::read_to_string(&mut process.child().stdout.take().unwrap(), &mut rest).unwrap();
     assert!(rest.trim().parse::<u64>().unwrap() > 999_000_000 - 1_000_000, "{rest}");
-    println!("1 GB with a stalled reader: +{} KiB at the caller, +{} KiB at the server", most.0, most.1);
+    println!(
+        "figure: 1 GB with a reader stalled for {seconds} s: +{} KiB at the caller, +{} KiB at the server",
+        most.0, most.1
+    );
     assert!(most.0 <= 4_096 && most.1 <= 4_096, "{most:?}");
 }
 

@@ -26,7 +26,7 @@ fn weft_routes_counts_what_was_sent_and_measures_what_was_seen() {
         .unwrap();
     let row = outbound(&rows().unwrap()).unwrap();
     let p50 = row["duration"]["p50_ms"].as_f64().unwrap();
-    println!("p50: {p50} ms by the sidecar, {} ms by the client", summary.p50_ms);
+    println!("figure: p50: {p50} ms by the sidecar, {} ms by the client", summary.p50_ms);
     assert!((18.0..40.0).contains(&p50), "{row}");
     assert_eq!(row["success_rate"], 1.0);
     let text = output(&mut pair.mesh.weft(&["routes", "shop/echo"])).unwrap();
@@ -43,7 +43,7 @@ fn each_sidecar_has_prometheus_metrics_and_is_small() {
     assert_eq!(requests, 100.0);
     let buckets = pair.client.metric("weft_request_duration_seconds_bucket", &["le=\"+Inf\""]).unwrap();
     assert_eq!(buckets, 100.0);
-    println!("idle sidecar: {idle} KiB resident");
+    println!("figure: idle sidecar: {idle} KiB resident");
     if !cfg!(debug_assertions) {
         assert!(idle <= 12 * 1024, "{idle} KiB");
     }
