@@ -43,6 +43,10 @@ const MAX_RECORDS: usize = 10_000;
 const MAX_TEXT: usize = 512;
 /// Items of one list in one report.
 const MAX_ITEMS: usize = 20_000;
+/// Resources that one sidecar refuses, with their reasons.
+const MAX_NACKED: usize = 1_000;
+/// Attempts of one failure.
+const MAX_ATTEMPTS: usize = 16;
 /// A sidecar that has said nothing for so long is gone.
 const SIDECAR_GONE: Duration = Duration::from_secs(90);
 /// The name under which everything above a cap is counted.
@@ -65,6 +69,8 @@ pub struct Store {
     coarse: Ring,
     edges: HashMap<EdgeKey, EdgeCount>,
     records: VecDeque<pb::DecisionRecord>,
+    /// When the first histogram came: before it there was not nothing, but nothing is known.
+    first_ms: Option<u64>,
     /// What was left out because a bound was reached.
     pub dropped: u64,
     /// Reports that arrived a second time.
@@ -172,6 +178,7 @@ impl Default for Store {
             coarse: Ring::new(COARSE, COARSE_KEPT),
             edges: HashMap::new(),
             records: VecDeque::new(),
+            first_ms: None,
             dropped: 0,
             repeated: 0,
             refused: 0,
@@ -208,13 +215,16 @@ impl Store {
             return sidecar.sequence;
         }
         sidecar.sequence = report.sequence;
-        sidecar.dropped += report.dropped;
-        sidecar.take_delivery(report.applied, report.nacked);
+        sidecar.dropped = sidecar.dropped.saturating_add(report.dropped);
+        self.dropped = self.dropped.saturating_add(sidecar.take_delivery(report.applied, report.nacked));
         if let Some(gauges) = report.gauges {
-            sidecar.gauges = gauges;
+            sidecar.gauges = pb::Gauges { version: cut(gauges.version), ..gauges };
         }
         if !report.endpoints.is_empty() || !report.routes.is_empty() {
-            sidecar.endpoints = report.endpoints.into_iter().take(MAX_ITEMS).collect();
+            sidecar.endpoints = report.endpoints.into_iter().take(MAX_ITEMS).map(cut_endpoint).collect();
+        }
+        if !report.routes.is_empty() {
+            self.first_ms.get_or_insert(now_ms);
         }
         for route in report.routes.into_iter().take(MAX_ITEMS) {
             self.route(reporter, route);
@@ -227,7 +237,7 @@ impl Store {
                 self.records.pop_front();
                 self.dropped += 1;
             }
-            self.records.push_back(record);
+            self.records.push_back(cut_record(record));
         }
         report.sequence
     }
@@ -286,7 +296,8 @@ impl Store {
                 merged.entry(row).or_default().insert(key.outcome, total);
             }
         }
-        let covered_ms = now_ms.saturating_sub(ring.oldest_ms().max(since)).max(1_000);
+        let oldest = ring.oldest_ms().max(self.first_ms.unwrap_or(now_ms));
+        let covered_ms = now_ms.saturating_sub(oldest.max(since)).max(1_000);
         merged.into_iter().map(|(key, outcomes)| row(&key, outcomes, covered_ms)).collect()
     }
 
@@ -374,8 +385,8 @@ impl Store {
         let id = self.series.id(key);
         for ring in [&mut self.fine, &mut self.coarse] {
             let open = ring.open.entry(id).or_default();
-            open.count += route.count;
-            open.retries += route.retries;
+            open.count = open.count.saturating_add(route.count);
+            open.retries = open.retries.saturating_add(route.retries);
             add(&mut open.first_byte, first_byte.as_ref());
             add(&mut open.duration, duration.as_ref());
         }
@@ -397,8 +408,8 @@ impl Store {
             key.method = String::new();
         }
         let count = self.edges.entry(key).or_default();
-        count.count += edge.count;
-        count.errors += edge.errors;
+        count.count = count.count.saturating_add(edge.count);
+        count.errors = count.errors.saturating_add(edge.errors);
         count.last_ms = now_ms;
         if count.first_ms == 0 {
             count.first_ms = now_ms;
@@ -407,20 +418,29 @@ impl Store {
 }
 
 impl Sidecar {
-    fn take_delivery(&mut self, applied: Vec<pb::Applied>, nacked: Vec<pb::Nacked>) {
+    /// Says how many names were left out: nobody subscribes to as many as are kept.
+    fn take_delivery(&mut self, applied: Vec<pb::Applied>, nacked: Vec<pb::Nacked>) -> u64 {
+        let mut left_out = 0;
         for applied in applied.into_iter().take(MAX_ITEMS) {
             let key = (cut(applied.type_url), cut(applied.name));
             self.nacked.remove(&key);
             if applied.removed {
                 self.applied.remove(&key);
-            } else {
+            } else if self.applied.len() < MAX_ITEMS || self.applied.contains_key(&key) {
                 self.applied.insert(key, cut(applied.version));
+            } else {
+                left_out += 1;
             }
         }
         for nacked in nacked.into_iter().take(MAX_ITEMS) {
             let key = (cut(nacked.type_url), cut(nacked.name));
-            self.nacked.insert(key, (cut(nacked.version), cut(nacked.reason)));
+            if self.nacked.len() < MAX_NACKED || self.nacked.contains_key(&key) {
+                self.nacked.insert(key, (cut(nacked.version), cut(nacked.reason)));
+            } else {
+                left_out += 1;
+            }
         }
+        left_out
     }
 
     fn endpoint_rows(&self) -> impl Iterator<Item = EndpointRow> {
@@ -505,15 +525,15 @@ impl Ring {
     fn collect(&self, id: u32, since: u64, total: &mut Open) {
         let slots = self.closed.iter().filter(|slot| slot.start_ms + self.step_ms > since);
         for sample in slots.filter_map(|slot| slot.samples.get(&id)) {
-            total.count += sample.count;
-            total.retries += sample.retries;
+            total.count = total.count.saturating_add(sample.count);
+            total.retries = total.retries.saturating_add(sample.retries);
             // What was encoded here decodes here.
             add(&mut total.first_byte, histogram::decode(&sample.first_byte).ok().flatten().as_ref());
             add(&mut total.duration, histogram::decode(&sample.duration).ok().flatten().as_ref());
         }
         if let Some(open) = self.open.get(&id) {
-            total.count += open.count;
-            total.retries += open.retries;
+            total.count = total.count.saturating_add(open.count);
+            total.retries = total.retries.saturating_add(open.retries);
             add(&mut total.first_byte, open.first_byte.as_ref());
             add(&mut total.duration, open.duration.as_ref());
         }
@@ -579,8 +599,8 @@ fn row(key: &Key, outcomes: BTreeMap<i32, Open>, window_ms: u64) -> RouteRow {
             Ok(OutcomeClass::ServerError) => "server_error",
             Ok(OutcomeClass::Proxy | OutcomeClass::Unspecified) | Err(_) => "proxy",
         };
-        total.count += open.count;
-        total.retries += open.retries;
+        total.count = total.count.saturating_add(open.count);
+        total.retries = total.retries.saturating_add(open.retries);
         add(&mut total.first_byte, open.first_byte.as_ref());
         add(&mut total.duration, open.duration.as_ref());
         let duration = open.duration.as_ref().map(Quantiles::of).unwrap_or_default();
@@ -597,11 +617,42 @@ fn row(key: &Key, outcomes: BTreeMap<i32, Open>, window_ms: u64) -> RouteRow {
         retries: total.retries,
         rate: total.count as f64 * 1_000.0 / window_ms as f64,
         // The caller's own mistakes are no failure of the route.
-        success_rate: (ok + client_error) as f64 / total.count.max(1) as f64,
+        success_rate: ok.saturating_add(client_error) as f64 / total.count.max(1) as f64,
         first_byte: total.first_byte.as_ref().map(Quantiles::of).unwrap_or_default(),
         duration: total.duration.as_ref().map(Quantiles::of).unwrap_or_default(),
         buckets: total.duration.as_ref().map(view::buckets).unwrap_or_default(),
         by_outcome,
+    }
+}
+
+/// Every text of a kept failure is bounded: ten thousand of them are kept.
+fn cut_record(record: pb::DecisionRecord) -> pb::DecisionRecord {
+    let attempt = |attempt: pb::Attempt| pb::Attempt {
+        endpoint: cut(attempt.endpoint),
+        outcome: cut(attempt.outcome),
+        ..attempt
+    };
+    pb::DecisionRecord {
+        request_id: cut(record.request_id),
+        caller_identity: cut(record.caller_identity),
+        caller_version: cut(record.caller_version),
+        service: cut(record.service),
+        method: cut(record.method),
+        route: cut(record.route),
+        verdict: cut(record.verdict),
+        reason: cut(record.reason),
+        attempts: record.attempts.into_iter().take(MAX_ATTEMPTS).map(attempt).collect(),
+        ..record
+    }
+}
+
+fn cut_endpoint(endpoint: pb::EndpointState) -> pb::EndpointState {
+    pb::EndpointState {
+        backend: cut(endpoint.backend),
+        uid: cut(endpoint.uid),
+        address: cut(endpoint.address),
+        reason: cut(endpoint.reason),
+        ..endpoint
     }
 }
 
@@ -612,6 +663,8 @@ fn cut(mut text: String) -> String {
             end -= 1;
         }
         text.truncate(end);
+        // The rest must not stay allocated behind what is kept.
+        text.shrink_to_fit();
     }
     text
 }

@@ -163,3 +163,46 @@ fn filters_name_a_service_or_a_workload() {
     assert_eq!(rows(&mut store, None, Some("shop")), 1);
     assert_eq!(rows(&mut store, None, Some("shop/api")), 0);
 }
+
+#[test]
+fn a_sidecar_that_lies_fills_nothing_and_overflows_nothing() {
+    let mut store = Store::default();
+    let huge = "x".repeat(10_000);
+    let names = |from: usize| {
+        (from..from + MAX_ITEMS).map(|n| pb::Applied { name: format!("svc/a/{n}:80"), ..Default::default() })
+    };
+    for round in 0..3_u64 {
+        let refused =
+            (0..MAX_NACKED).map(|n| pb::Nacked { name: format!("{round}/{n}"), ..Default::default() });
+        let attempt = pb::Attempt { endpoint: huge.clone(), outcome: huge.clone(), ..Default::default() };
+        let record = pb::DecisionRecord {
+            request_id: huge.clone(),
+            reason: huge.clone(),
+            attempts: vec![attempt; 30],
+            ..Default::default()
+        };
+        let route = pb::RouteDelta { count: u64::MAX, retries: u64::MAX, ..delta("r", &[5]) };
+        let edge = pb::Edge { count: u64::MAX, errors: u64::MAX, ..Default::default() };
+        let lie = pb::ReportRequest {
+            applied: names(usize::try_from(round).unwrap() * MAX_ITEMS).collect(),
+            nacked: refused.collect(),
+            records: vec![record],
+            edges: vec![edge],
+            endpoints: vec![pb::EndpointState { reason: huge.clone(), ..Default::default() }],
+            gauges: Some(pb::Gauges { version: huge.clone(), ..Default::default() }),
+            dropped: u64::MAX,
+            ..report(round + 1, vec![route])
+        };
+        store.report(&reporter(1), lie, T0);
+    }
+    let row = &store.sidecars(T0)[0];
+    assert_eq!((row.applied, row.nacked, row.dropped), (MAX_ITEMS, MAX_NACKED, u64::MAX));
+    assert_eq!(row.version.len(), MAX_TEXT);
+    assert_eq!(store.endpoints()[0].reason.len(), MAX_TEXT);
+    let record = store.records().next().unwrap();
+    assert_eq!((record.reason.len(), record.attempts.len()), (MAX_TEXT, MAX_ATTEMPTS));
+    assert!(record.attempts.iter().all(|attempt| attempt.endpoint.len() == MAX_TEXT));
+    assert_eq!(store.routes(&Filter::default(), FINE, T0)[0].count, u64::MAX);
+    assert_eq!(store.edges()[0].count, u64::MAX);
+    assert_eq!(store.dropped, 2 * (MAX_ITEMS + MAX_NACKED) as u64);
+}
