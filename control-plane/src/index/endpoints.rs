@@ -41,7 +41,9 @@ impl Index {
             let Some((_, target)) = named.or(only) else { continue };
             for endpoint in &slice.endpoints {
                 for address in &endpoint.addresses {
-                    let endpoint = self.of_slice(service, endpoint, *address, *target);
+                    let Some(endpoint) = self.of_slice(service, endpoint, *address, *target) else {
+                        continue;
+                    };
                     // One entry a pod: its first address family, as the pod itself lists them.
                     let keep_old =
                         found.get(&endpoint.uid).is_some_and(|old: &Endpoint| self.prefers(old, &endpoint));
@@ -53,7 +55,15 @@ impl Index {
         }
     }
 
-    fn of_slice(&self, service: &Name, from: &SliceEndpoint, address: IpAddr, target: u16) -> Endpoint {
+    /// `None` for a pod that is not there: its slice is a moment late. Without the pod nobody knows who
+    /// answers at that address, and callers would speak plaintext to whoever has it next.
+    fn of_slice(
+        &self,
+        service: &Name,
+        from: &SliceEndpoint,
+        address: IpAddr,
+        target: u16,
+    ) -> Option<Endpoint> {
         let by_ref = match (&from.pod_uid, &from.pod_name) {
             (Some(uid), _) => self.pod_by_uid(uid),
             (None, Some(name)) => self.pods.get_key_value(name),
@@ -66,11 +76,13 @@ impl Index {
                 (health, _) => health,
             };
             let zone = from.zone.clone().unwrap_or_else(|| pod.zone.clone());
-            return Endpoint { health, zone, ..pod.endpoint(SocketAddr::new(address, target)) };
+            return Some(Endpoint { health, zone, ..pod.endpoint(SocketAddr::new(address, target)) });
         }
-        let uid = from.pod_uid.clone().unwrap_or_else(|| anonymous(service, address, target));
-        Endpoint {
-            uid,
+        if from.pod_uid.is_some() || from.pod_name.is_some() {
+            return None;
+        }
+        Some(Endpoint {
+            uid: anonymous(service, address, target),
             address: SocketAddr::new(address, target),
             weight: 1,
             health: from.health,
@@ -78,7 +90,7 @@ impl Index {
             tunnel: Tunnel::None,
             zone: from.zone.clone().unwrap_or_default(),
             labels: BTreeMap::new(),
-        }
+        })
     }
 
     fn prefers(&self, old: &Endpoint, new: &Endpoint) -> bool {

@@ -95,8 +95,11 @@ pub struct Index {
     pub(crate) unreadable: BTreeMap<Name, BTreeMap<String, String>>,
     pub(crate) mesh: BTreeMap<Name, PolicyEntry<MeshConfigSpec>>,
     slices_of: BTreeMap<Name, BTreeSet<Name>>,
-    by_uid: BTreeMap<PodUid, Name>,
-    by_ip: BTreeMap<IpAddr, Name>,
+    /// Uids and addresses are reused and mistyped: everybody who claims one is kept, and who has it is
+    /// decided when it is asked, so that the order of events decides nothing.
+    by_uid: BTreeMap<PodUid, BTreeSet<Name>>,
+    by_ip: BTreeMap<IpAddr, BTreeSet<Name>>,
+    by_vip: BTreeMap<IpAddr, BTreeSet<Name>>,
     origins: BTreeMap<ObjectKey, Placed>,
 }
 
@@ -119,6 +122,8 @@ pub struct Meta {
 pub(crate) struct ServiceEntry {
     pub(crate) meta: Meta,
     pub(crate) kind: ServiceKind,
+    /// Those of its addresses that the cluster gave it.
+    pub(crate) cluster_ips: Vec<IpAddr>,
     pub(crate) ports: Vec<ServicePort>,
     pub(crate) selector: BTreeMap<String, String>,
     pub(crate) publish_not_ready: bool,
@@ -211,6 +216,7 @@ impl Index {
             slices_of: BTreeMap::new(),
             by_uid: BTreeMap::new(),
             by_ip: BTreeMap::new(),
+            by_vip: BTreeMap::new(),
             origins: BTreeMap::new(),
         }
     }
@@ -222,6 +228,20 @@ impl Index {
             Event::Delete(key) | Event::Unreadable { key, .. } => key.clone(),
         };
         let mut dirty = self.affected_by(&key);
+        // Whose pods they are may change with its first slice, and with its last: those that it had by its
+        // selector, too.
+        let mut of_slice: BTreeSet<Name> = BTreeSet::new();
+        if key.kind == Kind::EndpointSlice {
+            of_slice.extend(self.slices.get(&name_of(&key)).map(|slice| slice.service.clone()));
+            if let Event::Apply { object, .. } = &event
+                && let Some(service) = lookup(&object.metadata().labels, SERVICE_NAME)
+            {
+                of_slice.insert((key.namespace.clone(), service.into()));
+            }
+        }
+        for service in &of_slice {
+            self.affected_by_service(service, false, &mut dirty);
+        }
         match event {
             Event::Apply { object, origin } => {
                 // Debug text shows every field, in a fixed order.
@@ -238,6 +258,9 @@ impl Index {
             }
         }
         dirty.append(&mut self.affected_by(&key));
+        for service in &of_slice {
+            self.affected_by_service(service, false, &mut dirty);
+        }
         dirty
     }
 
@@ -266,7 +289,7 @@ impl Index {
 
     /// A workload's namespace and pod name.
     pub fn workload_name(&self, uid: &PodUid) -> Option<&Name> {
-        self.by_uid.get(uid)
+        Some(self.pod_by_uid(uid)?.0)
     }
 
     /// Every key whose compile reads the object. Also what "applied N of M" of an object counts over.
@@ -289,6 +312,11 @@ impl Index {
             Kind::GrpcRoute => {
                 if let Some(route) = self.grpc_routes.get(&name) {
                     self.affected_by_parents(&name, &route.spec.parent_refs, &mut keys);
+                    // It says what the pods' ports speak.
+                    let parents = route.spec.parent_refs.iter().filter_map(|p| parent_service(&name, p));
+                    for parent in parents.collect::<BTreeSet<_>>() {
+                        self.affected_by_service(&parent, false, &mut keys);
+                    }
                 }
             }
             Kind::TrafficPolicy => {
@@ -322,6 +350,15 @@ impl Index {
 
     fn affected_by_service(&self, name: &Name, policy_too: bool, keys: &mut BTreeSet<Key>) {
         let Some(service) = self.services.get(name) else { return };
+        if policy_too {
+            // Who else claims its addresses may lose or get them.
+            let rivals: BTreeSet<_> =
+                service.vips().iter().filter_map(|ip| self.by_vip.get(ip)).flatten().collect();
+            for (rival, service) in rivals.into_iter().filter_map(|rival| self.services.get_key_value(rival))
+            {
+                keys.extend(service.ports.iter().map(|port| Key::Service(service_name(rival, port.port))));
+            }
+        }
         for port in &service.ports {
             let port = service_name(name, port.port);
             if policy_too {
@@ -390,7 +427,11 @@ impl Index {
         self.remove(key);
         match object {
             Object::Service(service) => {
-                self.services.insert(name, ServiceEntry::new(&service));
+                let entry = ServiceEntry::new(&service);
+                for ip in entry.vips() {
+                    self.by_vip.entry(*ip).or_default().insert(name.clone());
+                }
+                self.services.insert(name, entry);
             }
             Object::EndpointSlice(slice) => {
                 if let Some(entry) = SliceEntry::new(&name.0, &slice) {
@@ -400,9 +441,9 @@ impl Index {
             }
             Object::Pod(pod) => {
                 if let Some(entry) = PodEntry::new(&self.trust_domain, &name, &pod) {
-                    self.by_uid.insert(entry.uid.clone(), name.clone());
+                    self.by_uid.entry(entry.uid.clone()).or_default().insert(name.clone());
                     for ip in &entry.ips {
-                        self.by_ip.insert(*ip, name.clone());
+                        self.by_ip.entry(*ip).or_default().insert(name.clone());
                     }
                     self.pods.insert(name, entry);
                 }
@@ -432,7 +473,11 @@ impl Index {
         let name = name_of(key);
         match key.kind {
             Kind::Service => {
-                self.services.remove(&name);
+                if let Some(old) = self.services.remove(&name) {
+                    for ip in old.vips() {
+                        unclaim(&mut self.by_vip, ip, &name);
+                    }
+                }
             }
             Kind::EndpointSlice => {
                 if let Some(old) = self.slices.remove(&name)
@@ -446,14 +491,9 @@ impl Index {
             }
             Kind::Pod => {
                 if let Some(old) = self.pods.remove(&name) {
-                    // Another pod may have taken the address (or, wrongly, the uid) already.
-                    if self.by_uid.get(&old.uid) == Some(&name) {
-                        self.by_uid.remove(&old.uid);
-                    }
-                    for ip in old.ips {
-                        if self.by_ip.get(&ip) == Some(&name) {
-                            self.by_ip.remove(&ip);
-                        }
+                    unclaim(&mut self.by_uid, &old.uid, &name);
+                    for ip in &old.ips {
+                        unclaim(&mut self.by_ip, ip, &name);
                     }
                 }
             }
@@ -476,15 +516,30 @@ impl Index {
         }
     }
 
-    /// The pod with an address.
+    /// The pod with an address. One that goes away may be listed beside the one that has its address now.
     pub(crate) fn pod_by_ip(&self, ip: IpAddr) -> Option<(&Name, &PodEntry)> {
-        let name = self.by_ip.get(&ip)?;
-        Some((name, self.pods.get(name)?))
+        let claims = self.by_ip.get(&ip)?.iter().filter_map(|name| self.pods.get_key_value(name));
+        claims.min_by_key(|(name, pod)| {
+            (pod.health == EndpointHealth::Draining, std::cmp::Reverse(pod.meta.created), *name)
+        })
     }
 
+    /// The pod with a uid: of two that wrongly have one, the older, so that nobody takes it from a pod.
     pub(crate) fn pod_by_uid(&self, uid: &PodUid) -> Option<(&Name, &PodEntry)> {
-        let name = self.by_uid.get(uid)?;
-        Some((name, self.pods.get(name)?))
+        let claims = self.by_uid.get(uid)?.iter().filter_map(|name| self.pods.get_key_value(name));
+        claims.min_by_key(|(name, pod)| (pod.meta.created, *name))
+    }
+
+    /// Whether a service has a virtual address on a port. One service's external address may be another's
+    /// cluster address: the cluster's word counts first, then age, so that nobody takes over an address
+    /// by claiming it.
+    pub(crate) fn has_vip(&self, name: &Name, ip: IpAddr, port: u16) -> bool {
+        let claims = self.by_vip.get(&ip).into_iter().flatten();
+        let claims = claims.filter_map(|name| self.services.get_key_value(name));
+        let first = claims
+            .filter(|(_, service)| service.port(port).is_some())
+            .min_by_key(|(name, service)| (!service.cluster_ips.contains(&ip), service.meta.created, *name));
+        first.is_some_and(|(first, _)| first == name)
     }
 
     /// Slices of a service, in name order.
@@ -562,6 +617,8 @@ impl ServiceEntry {
         } else {
             ServiceKind::Addressed(ips.iter().filter_map(|ip| ip.parse().ok()).collect())
         };
+        let cluster_ips = spec.into_iter().flat_map(|s| s.cluster_ips.iter().flatten().chain(&s.cluster_ip));
+        let cluster_ips = cluster_ips.filter_map(|ip| ip.parse().ok()).collect();
         let ports = spec.and_then(|s| s.ports.as_ref()).into_iter().flatten();
         let ports =
             ports.filter(|port| port.protocol.as_deref().is_none_or(|p| p == "TCP")).filter_map(|port| {
@@ -581,9 +638,18 @@ impl ServiceEntry {
         Self {
             meta: Meta::new(&service.metadata),
             kind,
+            cluster_ips,
             ports: ports.collect(),
             selector: spec.and_then(|s| s.selector.clone()).unwrap_or_default(),
             publish_not_ready: spec.and_then(|s| s.publish_not_ready_addresses).unwrap_or_default(),
+        }
+    }
+
+    /// Addresses that callers may dial.
+    pub(crate) fn vips(&self) -> &[IpAddr] {
+        match &self.kind {
+            ServiceKind::Addressed(vips) => vips,
+            ServiceKind::Headless | ServiceKind::External => &[],
         }
     }
 
@@ -701,6 +767,16 @@ impl PodEntry {
                 })
                 .collect(),
         })
+    }
+}
+
+/// Takes one of several claims back.
+fn unclaim<K: Ord>(claims: &mut BTreeMap<K, BTreeSet<Name>>, key: &K, name: &Name) {
+    if let Some(names) = claims.get_mut(key) {
+        names.remove(name);
+        if names.is_empty() {
+            claims.remove(key);
+        }
     }
 }
 

@@ -86,10 +86,7 @@ impl Index {
     pub fn service(&self, name: &ServiceName) -> Option<(Service, Meta)> {
         let (key, entry, port) = self.service_port(name)?;
         let policy = self.service_policy(&key, port);
-        let vips = match &entry.kind {
-            ServiceKind::Addressed(vips) => vips.clone(),
-            ServiceKind::Headless | ServiceKind::External => Vec::new(),
-        };
+        let vips = entry.vips().iter().copied().filter(|ip| self.has_vip(&key, *ip, name.port)).collect();
         let has_route = self.attached_http(&key, entry, name.port).next().is_some()
             || self.attached_grpc(&key, entry, name.port).next().is_some();
         let service = Service {

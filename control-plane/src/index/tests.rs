@@ -448,3 +448,91 @@ spec:
         conditions.iter().filter(|c| c.kind == "Accepted").map(|c| (c.status, c.reason)).collect();
     assert_eq!(accepted, [(false, "NoMatchingParent"); 4]);
 }
+
+#[test]
+fn an_endpoint_whose_pod_is_gone_is_not_called_in_plaintext() {
+    let mut index = index(SHOP);
+    let slice = "
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {name: cart-x, namespace: shop, labels: {kubernetes.io/service-name: cart}}
+addressType: IPv4
+ports: [{name: http, port: 8080}]
+endpoints:
+  - addresses: [10.0.0.1]
+    targetRef: {kind: Pod, name: cart-1, namespace: shop, uid: cart-1-uid}
+  - addresses: [10.0.0.3]
+    targetRef: {kind: Pod, name: cart-3, namespace: shop}
+";
+    // The other pod of its selector is no longer one of the service's: what it is told changes.
+    assert!(apply(&mut index, slice).contains(&Key::Workload(uid("cart-2-uid"))));
+    let cart = service("shop/cart:80");
+    assert_eq!(index.endpoints(&cart).unwrap()[&uid("cart-1-uid")].tunnel, Tunnel::Weft);
+    // The slice is late: nobody knows who has that address now.
+    delete(&mut index, Kind::Pod, "cart-1");
+    assert!(index.endpoints(&cart).unwrap().is_empty());
+    assert!(delete(&mut index, Kind::EndpointSlice, "cart-x").contains(&Key::Workload(uid("cart-2-uid"))));
+}
+
+#[test]
+fn an_address_and_a_uid_belong_to_one_pod_whatever_the_order() {
+    let pod = |name: &str, uid: &str, created: &str, end: &str| {
+        format!(
+            "apiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, namespace: shop, uid: {uid}, \
+             creationTimestamp: \"2026-01-01T00:00:0{created}Z\"{end}}}\nstatus: {{podIP: 10.0.0.9}}\n"
+        )
+    };
+    let old = pod("a-old", "old-uid", "1", ", deletionTimestamp: \"2026-01-01T00:01:00Z\"");
+    let new = pod("new", "new-uid", "2", "");
+    let thief = pod("thief", "new-uid", "3", "");
+    for order in [[&old, &new, &thief], [&thief, &new, &old], [&new, &thief, &old]] {
+        let mut index = index(SHOP);
+        for text in order {
+            apply(&mut index, text);
+        }
+        assert_eq!(&*index.workload_name(&uid("new-uid")).unwrap().1, "new");
+        delete(&mut index, Kind::Pod, "thief");
+        let owner = |index: &Index| index.pod_address("10.0.0.9".parse().unwrap());
+        assert_eq!(owner(&index).unwrap().service(1).pod.unwrap().uid, uid("new-uid"));
+        // The new one is gone first: the address is the old one's as long as it is listed.
+        delete(&mut index, Kind::Pod, "new");
+        assert_eq!(owner(&index).unwrap().service(1).pod.unwrap().uid, uid("old-uid"));
+        delete(&mut index, Kind::Pod, "a-old");
+        assert!(owner(&index).is_none() && index.workload_name(&uid("new-uid")).is_none());
+    }
+}
+
+#[test]
+fn nobody_takes_over_a_service_address_by_claiming_it() {
+    let mut index = index(SHOP);
+    let ip: std::net::IpAddr = "10.96.0.10".parse().unwrap();
+    let thief = "
+apiVersion: v1
+kind: Service
+metadata: {name: a-thief, namespace: aaa}
+spec: {clusterIP: 10.96.0.66, externalIPs: [10.96.0.10], ports: [{port: 80}, {port: 81}]}
+";
+    let dirty = apply(&mut index, thief);
+    assert!(dirty.contains(&Key::Service(service("shop/cart:80"))));
+    let vips = |index: &Index, name: &str| index.service(&service(name)).unwrap().0.vips;
+    assert_eq!(vips(&index, "shop/cart:80"), [ip]);
+    assert!(!vips(&index, "aaa/a-thief:80").contains(&ip));
+    assert!(vips(&index, "aaa/a-thief:81").contains(&ip), "another port is free");
+    // Whoever is left gets it, and is compiled anew.
+    let dirty = delete(&mut index, Kind::Service, "cart");
+    assert!(dirty.contains(&Key::Service(service("aaa/a-thief:80"))));
+    assert!(vips(&index, "aaa/a-thief:80").contains(&ip));
+}
+
+#[test]
+fn a_grpc_route_says_what_the_pods_speak() {
+    let mut index = index(SHOP);
+    let route = "
+apiVersion: gateway.networking.k8s.io/v1
+kind: GRPCRoute
+metadata: {name: g, namespace: shop}
+spec: {parentRefs: [{group: \"\", kind: Service, name: cart}], rules: [{}]}
+";
+    assert!(apply(&mut index, route).contains(&Key::Workload(uid("cart-1-uid"))));
+    assert!(delete(&mut index, Kind::GrpcRoute, "g").contains(&Key::Workload(uid("cart-1-uid"))));
+}

@@ -54,6 +54,9 @@ pub struct Publisher {
     state: Arc<RwLock<State>>,
     /// Whose a name is: two services may claim one address.
     owners: HashMap<Arc<str>, Key>,
+    /// Names that a key gave up in this batch: taken back last, so that one that passes from one service to
+    /// another is never seen to be gone.
+    given_up: Vec<(Key, Arc<str>)>,
     epoch: u64,
     generation: u64,
 }
@@ -73,6 +76,7 @@ impl Publisher {
             published,
             state: Arc::new(RwLock::new(state)),
             owners: HashMap::new(),
+            given_up: Vec::new(),
             // Differs from run to run and from replica to replica.
             epoch: rand::random(),
             // Grows over restarts, too.
@@ -136,6 +140,14 @@ impl Publisher {
                 Key::Endpoints(name) => self.endpoints(&key, name),
                 Key::Address(ip) => self.address(*ip),
                 Key::Workload(uid) => self.workload(&key, uid),
+            }
+        }
+        for (key, name) in std::mem::take(&mut self.given_up) {
+            // Somebody else may have taken the name since.
+            if self.owners.get(&name) == Some(&key) {
+                self.owners.remove(&name);
+                self.published.resources.update([(name.clone(), None)]);
+                self.wake(&name, true);
             }
         }
     }
@@ -277,14 +289,7 @@ impl Publisher {
             state.unpublished.remove(name);
         }
         drop(state);
-        for name in gone {
-            // Somebody else may have taken the name since.
-            if self.owners.get(&name) == Some(key) {
-                self.owners.remove(&name);
-                self.published.resources.update([(name.clone(), None)]);
-                self.wake(&name, true);
-            }
-        }
+        self.given_up.extend(gone.into_iter().map(|name| (key.clone(), name)));
     }
 
     fn wake(&self, name: &str, urgent: bool) {
