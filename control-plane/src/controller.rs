@@ -232,8 +232,9 @@ async fn publish(
                 }
                 known.clone_from(&batch.problems);
                 metrics.batches.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                let listed = !batch.unlisted;
                 publisher.apply(batch);
-                if !synced {
+                if !synced && listed {
                     let wait = if last_good.lacks_most(publisher.counts()) { COLD_START_HOLD } else { Duration::ZERO };
                     if !wait.is_zero() && held.is_none() {
                         tracing::error!(was = ?last_good.0, now = ?publisher.counts(),

@@ -121,7 +121,7 @@ pub struct Look {
     /// What the index has been told, and where it came from.
     live: BTreeMap<ObjectKey, Live>,
     /// Authorization policies that were never readable.
-    closed: BTreeMap<ObjectKey, BTreeMap<String, String>>,
+    closed: BTreeMap<ObjectKey, Closed>,
     problems: Vec<Problem>,
     foreign: usize,
     /// Since when the folder lacks most of what is live.
@@ -142,6 +142,13 @@ struct Stamp {
     inode: u64,
     len: u64,
     modified: (i64, i64),
+}
+
+/// What an unreadable authorization policy is about.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Closed {
+    file: Arc<str>,
+    labels: BTreeMap<String, String>,
 }
 
 #[derive(Clone, Debug)]
@@ -178,7 +185,8 @@ impl Look {
                 reason,
                 kept_last_good: true,
             });
-            return self.finish(Vec::new(), problems, self.foreign);
+            let batch = self.finish(Vec::new(), problems, self.foreign);
+            return batch.map(|batch| Batch { unlisted: true, ..batch });
         }
         let mut seen = self.collect(&mut problems);
         self.keep_last_good(&mut seen, &mut problems);
@@ -193,7 +201,7 @@ impl Look {
         let same = events.is_empty() && problems == self.problems && foreign == self.foreign;
         self.problems.clone_from(&problems);
         self.foreign = foreign;
-        (!same).then_some(Batch { events, problems, foreign })
+        (!same).then_some(Batch { events, problems, foreign, unlisted: false })
     }
 
     /// Brings `files` up to date; an unchanged file is not read again.
@@ -255,11 +263,14 @@ impl Look {
                 match document {
                     Document::Foreign => seen.foreign += 1,
                     Document::Object { object, origin } => seen.add(object, origin, problems),
-                    Document::Bad { problem, scope } => {
-                        match &problem.object {
-                            Some(key) => seen.bad.push((key.clone(), scope.clone())),
-                            None => {
+                    Document::Bad { problem, scope, policy } => {
+                        let closed = Closed { file: name.clone(), labels: scope.clone() };
+                        match (&problem.object, policy) {
+                            (Some(key), _) => seen.bad.push((key.clone(), closed)),
+                            (None, policy) => {
                                 seen.unnamed.insert(name.clone());
+                                let guess = policy.iter().map(|key| (key.clone(), closed.clone()));
+                                seen.guessed.extend(guess);
                             }
                         }
                         problems.push(problem.clone());
@@ -283,6 +294,24 @@ impl Look {
                 }
             } else if key.kind == Kind::AuthorizationPolicy {
                 seen.closed.insert(key, scope);
+            }
+        }
+        // A policy that hides behind a syntax error closes its namespace, unless its last good version, or
+        // what it closed before, stays in force below.
+        for (key, scope) in std::mem::take(&mut seen.guessed) {
+            let had = |key: &ObjectKey, file: &Arc<str>| {
+                key.kind == Kind::AuthorizationPolicy && *file == scope.file
+            };
+            let known = self.live.iter().any(|(key, live)| had(key, &live.origin.file))
+                || self.closed.iter().any(|(key, closed)| had(key, &closed.file));
+            if !known && !seen.objects.contains_key(&key) {
+                seen.closed.insert(key, scope);
+            }
+        }
+        for (key, closed) in &self.closed {
+            let hidden = seen.unnamed.contains(&closed.file);
+            if hidden && !seen.objects.contains_key(key) && !seen.closed.contains_key(key) {
+                seen.closed.insert(key.clone(), closed.clone());
             }
         }
         for (key, live) in &self.live {
@@ -327,7 +356,7 @@ impl Look {
     fn difference(
         &mut self,
         now_there: BTreeMap<ObjectKey, Live>,
-        closed: BTreeMap<ObjectKey, BTreeMap<String, String>>,
+        closed: BTreeMap<ObjectKey, Closed>,
     ) -> Vec<Event> {
         let mut events = Vec::new();
         for (key, live) in &now_there {
@@ -337,9 +366,9 @@ impl Look {
                 events.push(Event::Apply { object, origin: live.origin.clone() });
             }
         }
-        for (key, labels) in &closed {
-            if self.closed.get(key) != Some(labels) {
-                events.push(Event::Unreadable { key: key.clone(), labels: labels.clone() });
+        for (key, policy) in &closed {
+            if self.closed.get(key).is_none_or(|old| old.labels != policy.labels) {
+                events.push(Event::Unreadable { key: key.clone(), labels: policy.labels.clone() });
             }
         }
         let gone = |key: &&ObjectKey| !now_there.contains_key(key) && !closed.contains_key(key);
@@ -354,8 +383,10 @@ impl Look {
 #[derive(Default)]
 struct Seen {
     objects: BTreeMap<ObjectKey, Live>,
-    bad: Vec<(ObjectKey, BTreeMap<String, String>)>,
-    closed: BTreeMap<ObjectKey, BTreeMap<String, String>>,
+    bad: Vec<(ObjectKey, Closed)>,
+    /// Authorization policies that documents without a readable name seem to be.
+    guessed: Vec<(ObjectKey, Closed)>,
+    closed: BTreeMap<ObjectKey, Closed>,
     /// Files with a document whose name cannot be read.
     unnamed: BTreeSet<Arc<str>>,
     foreign: usize,
@@ -394,6 +425,8 @@ fn list(folder: &Path, depth: usize, found: &mut Vec<PathBuf>) -> std::io::Resul
             if depth < MAX_DEPTH {
                 list(&path, depth + 1, found)?;
             }
+        } else if !meta.is_file() {
+            // Reading a pipe or a device might never end.
         } else if matches!(path.extension().and_then(|e| e.to_str()), Some("yaml" | "yml" | "json")) {
             found.push(path);
         }
@@ -553,6 +586,49 @@ mod tests {
         );
         folder.write("p.yaml", &format!("{policy}spec: {{action: Deny}}\n"));
         assert_eq!(names(&look.look(Instant::now()).unwrap().events), ["+p"]);
+    }
+
+    #[test]
+    fn a_policy_behind_a_syntax_error_closes_too_and_stays_closed() {
+        let folder = Folder::new("hidden");
+        let policy = |name: &str| {
+            format!(
+                "apiVersion: weft.dev/v1alpha1\nkind: AuthorizationPolicy\n\
+                 metadata: {{name: {name}, namespace: shop}}\n"
+            )
+        };
+        folder.write("p.yaml", &format!("{}spec: [unclosed\n", policy("p")));
+        folder.write("q.yaml", &format!("{}spec: {{action: Maybe}}\n", policy("q")));
+        let mut look = Look::new(folder.0.clone());
+        let batch = look.look(Instant::now()).unwrap();
+        assert_eq!(names(&batch.events), ["!p", "!q"]);
+        assert!(matches!(&batch.events[0], Event::Unreadable { key, labels }
+            if &*key.namespace == "shop" && labels.is_empty()));
+        // Made worse, it must not open.
+        folder.write("q.yaml", &format!("{}spec: [\n", policy("q")));
+        assert_eq!(names(&look.look(Instant::now()).unwrap().events), [""; 0]);
+        folder.write("q.yaml", &format!("{}spec: {{action: Deny}}\n", policy("q")));
+        assert_eq!(names(&look.look(Instant::now()).unwrap().events), ["+q"]);
+        // One that was good once stays as it was.
+        folder.write("q.yaml", &format!("{}spec: [\n", policy("q")));
+        assert_eq!(names(&look.look(Instant::now()).unwrap().events), [""; 0]);
+        fs::remove_file(folder.0.join("q.yaml")).unwrap();
+        fs::remove_file(folder.0.join("p.yaml")).unwrap();
+        assert_eq!(names(&look.look(Instant::now()).unwrap().events), ["-p", "-q"]);
+    }
+
+    #[test]
+    fn a_folder_that_cannot_be_listed_is_not_an_empty_one_and_a_pipe_is_not_read() {
+        let folder = Folder::new("unlisted");
+        let inner = folder.0.join("mesh");
+        let mut look = Look::new(inner.clone());
+        assert!(look.look(Instant::now()).unwrap().unlisted);
+        fs::create_dir(&inner).unwrap();
+        let made = std::process::Command::new("mkfifo").arg(inner.join("pipe.yaml")).status();
+        assert!(made.unwrap().success());
+        folder.write("mesh/a.yaml", &service("a", "80"));
+        let batch = look.look(Instant::now()).unwrap();
+        assert_eq!((names(&batch.events), batch.unlisted), (vec!["+a".to_owned()], false));
     }
 
     #[tokio::test]

@@ -19,6 +19,8 @@ pub struct Batch {
     pub problems: Vec<Problem>,
     /// Objects that are ignored because their kind is nothing to the mesh.
     pub foreign: usize,
+    /// Whether the source could not even be listed: what it has is not known, which is not "nothing".
+    pub unlisted: bool,
 }
 
 /// One thing that could not be used.

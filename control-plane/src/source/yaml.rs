@@ -35,6 +35,9 @@ pub enum Document {
         /// For an authorization policy: the labels of the workloads that it is about, as far as they can
         /// be read. Such workloads are closed until it can be read (fail closed).
         scope: BTreeMap<String, String>,
+        /// Where the name cannot be read: the authorization policy that the text seems to be. It closes
+        /// its namespace.
+        policy: Option<ObjectKey>,
     },
 }
 
@@ -174,7 +177,9 @@ impl Part<'_> {
             }
             _ => BTreeMap::new(),
         };
+        let policy = if object.is_none() { self.policy() } else { None };
         Document::Bad {
+            policy,
             problem: Problem {
                 object,
                 origin: Origin { file: file.clone(), line },
@@ -184,6 +189,29 @@ impl Part<'_> {
             },
             scope,
         }
+    }
+
+    /// The authorization policy that an unreadable text seems to be. Why guess: a typo in a policy must not
+    /// let everybody in.
+    fn policy(&self) -> Option<ObjectKey> {
+        let lines = self.text.lines().filter(|line| !line.trim_start().starts_with('#'));
+        let bare: String = lines
+            .flat_map(|line| line.chars().chain(['\n']))
+            .filter(|c| !matches!(c, '"' | '\'' | ' ' | '\t' | '\r'))
+            .collect();
+        let after = |field: &str| {
+            let mut found = bare.match_indices(field);
+            // `name:` must not be found in `hostname:`.
+            let (at, _) = found.find(|(at, _)| !bare[..*at].ends_with(|c: char| c.is_alphanumeric()))?;
+            let rest = &bare[at + field.len()..];
+            let end = rest.find(['\n', ',', '}', '#']).unwrap_or(rest.len());
+            Some(&rest[..end]).filter(|text| !text.is_empty() && text.len() <= 253)
+        };
+        bare.contains("kind:AuthorizationPolicy").then(|| {
+            let unknown = format!("unreadable-{}", self.line);
+            let name = after("name:").unwrap_or(&unknown);
+            ObjectKey::new(Kind::AuthorizationPolicy, after("namespace:").unwrap_or_default(), name)
+        })
     }
 
     fn decode<T>(
