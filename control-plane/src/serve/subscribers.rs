@@ -43,8 +43,8 @@ struct Subscription {
 #[derive(Debug, Default)]
 struct Streams {
     by_id: HashMap<u64, Peer>,
-    /// A pod's newest stream.
-    by_pod: HashMap<PodUid, u64>,
+    /// A pod's streams, the newest last.
+    by_pod: HashMap<PodUid, Vec<u64>>,
 }
 
 impl Default for Subscribers {
@@ -54,20 +54,30 @@ impl Default for Subscribers {
 }
 
 impl Subscribers {
-    /// A stream is open.
-    pub fn open(&self, subscriber: &Subscriber) {
+    /// A stream is open. False: its pod has too many already. A sidecar has one, and for a moment a second
+    /// one; each may hold as many names as a stream may have.
+    #[must_use]
+    pub fn open(&self, subscriber: &Subscriber) -> bool {
         let mut streams = lock(&self.streams);
+        let own = streams.by_pod.entry(subscriber.peer.uid.clone()).or_default();
+        if own.len() >= MAX_STREAMS_OF_POD {
+            return false;
+        }
+        own.push(subscriber.id);
         streams.by_id.insert(subscriber.id, subscriber.peer.clone());
-        streams.by_pod.insert(subscriber.peer.uid.clone(), subscriber.id);
+        true
     }
 
     /// A stream has ended; its subscriptions were removed one by one.
     pub fn close(&self, id: u64) {
         let mut streams = lock(&self.streams);
         if let Some(peer) = streams.by_id.remove(&id)
-            && streams.by_pod.get(&peer.uid) == Some(&id)
+            && let Some(own) = streams.by_pod.get_mut(&peer.uid)
         {
-            streams.by_pod.remove(&peer.uid);
+            own.retain(|stream| *stream != id);
+            if own.is_empty() {
+                streams.by_pod.remove(&peer.uid);
+            }
         }
     }
 
@@ -116,7 +126,7 @@ impl Subscribers {
 
     /// Since when a pod is subscribed to a name, in milliseconds since 1970.
     pub fn since(&self, name: &str, pod: &PodUid) -> Option<u64> {
-        let id = *lock(&self.streams).by_pod.get(pod)?;
+        let id = *lock(&self.streams).by_pod.get(pod)?.last()?;
         Some(lock(self.shard(name)).get(name)?.get(&id)?.since_ms)
     }
 
@@ -166,10 +176,35 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 const SHARDS: u64 = 64;
+/// Dead ones included, until their PINGs time out.
+const MAX_STREAMS_OF_POD: usize = 8;
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_pod_has_few_streams_and_the_newest_counts() {
+        let subscribers = Subscribers::default();
+        let peer = Peer {
+            identity: "spiffe://cluster.local/ns/shop/sa/web".parse().unwrap(),
+            uid: PodUid::new("web-1").unwrap(),
+            not_after: std::time::SystemTime::now(),
+        };
+        let stream = |id| Subscriber { id, peer: peer.clone(), wake: Arc::default() };
+        for id in 0..MAX_STREAMS_OF_POD as u64 {
+            assert!(subscribers.open(&stream(id)));
+        }
+        assert!(!subscribers.open(&stream(99)));
+        subscribers.add("svc/a/b:80", &stream(6));
+        assert!(subscribers.since("svc/a/b:80", &peer.uid).is_none(), "not on the newest");
+        subscribers.close(7);
+        assert!(subscribers.since("svc/a/b:80", &peer.uid).is_some(), "the next newest");
+        assert!(subscribers.open(&stream(99)));
+        (0..100).for_each(|id| subscribers.close(id));
+        assert!(subscribers.streams().is_empty());
+        assert!(lock(&subscribers.streams).by_pod.is_empty());
+    }
 
     #[test]
     fn addresses_are_watched_with_and_without_port() {
