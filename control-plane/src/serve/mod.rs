@@ -6,10 +6,12 @@
 //! offers none of the four.
 
 use std::{
+    collections::HashMap,
     convert::Infallible,
     io,
+    net::IpAddr,
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
@@ -71,6 +73,7 @@ impl Server {
         let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
         let handshakes = Arc::new(Semaphore::new(MAX_HANDSHAKES));
         let mut bucket = Bucket::new(ACCEPT_RATE, ACCEPT_RATE);
+        let (all_of_one, new_of_one) = (Shares::new(MAX_OF_ONE), Shares::new(MAX_HANDSHAKES_OF_ONE));
         loop {
             // Whoever has to wait waits in the kernel's queue, where it costs nothing.
             if let Some(wait) = bucket.take(Instant::now()) {
@@ -84,8 +87,8 @@ impl Server {
                 () = closed(&mut closing) => break,
                 accepted = server.listener.accept() => accepted,
             };
-            let stream = match accepted {
-                Ok((stream, _)) => stream,
+            let (stream, peer) = match accepted {
+                Ok((stream, peer)) => (stream, peer.ip()),
                 Err(error) => {
                     // EMFILE and the like pass; a loop without a pause would not let them.
                     tracing::warn!(%error, "accept failed");
@@ -93,9 +96,16 @@ impl Server {
                     continue;
                 }
             };
+            let (Some(share), Some(new)) = (Share::take(&all_of_one, peer), Share::take(&new_of_one, peer))
+            else {
+                server.metrics.handshakes_failed.fetch_add(1, Ordering::Relaxed);
+                tracing::debug!(%peer, "too many connections of one address");
+                continue;
+            };
             let (server, closing) = (server.clone(), closing.clone());
             tokio::spawn(async move {
-                let _slot = slot;
+                let _slot = (slot, share);
+                let handshake = (handshake, new);
                 server.metrics.connections.fetch_add(1, Ordering::Relaxed);
                 match timeout(HANDSHAKE_TIMEOUT, server.handshake(stream)).await {
                     Ok(Ok((stream, peer))) => {
@@ -190,6 +200,48 @@ pub(crate) async fn closed(closing: &mut watch::Receiver<bool>) {
     }
 }
 
+/// Places by address. Why: silent connections of one address would keep everybody else waiting.
+#[derive(Debug)]
+struct Shares {
+    of_one: usize,
+    held: Mutex<HashMap<IpAddr, usize>>,
+}
+
+impl Shares {
+    fn new(of_one: usize) -> Arc<Self> {
+        Arc::new(Self { of_one, held: Mutex::default() })
+    }
+}
+
+/// One place.
+#[derive(Debug)]
+struct Share(Arc<Shares>, IpAddr);
+
+impl Share {
+    /// `None`: that address has as many as it may. Our own host may have all: a laptop's whole mesh is there.
+    fn take(shares: &Arc<Shares>, peer: IpAddr) -> Option<Self> {
+        let peer = peer.to_canonical();
+        let mut held = shares.held.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = held.entry(peer).or_default();
+        (*count < shares.of_one || peer.is_loopback()).then(|| {
+            *count += 1;
+            Self(shares.clone(), peer)
+        })
+    }
+}
+
+impl Drop for Share {
+    fn drop(&mut self) {
+        let mut held = self.0.held.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(count) = held.get_mut(&self.1) {
+            *count -= 1;
+            if *count == 0 {
+                held.remove(&self.1);
+            }
+        }
+    }
+}
+
 /// A token bucket that says how long to wait.
 #[derive(Debug)]
 pub struct Bucket {
@@ -254,7 +306,11 @@ impl Wake {
 const MAX_CONNECTIONS: usize = 20_000;
 /// Handshakes under way: each may cost a millisecond of CPU.
 const MAX_HANDSHAKES: usize = 256;
-/// Connections a second, before the handshake .
+/// … of which one address may have so many: a node's sidecars behind one address are fewer.
+const MAX_HANDSHAKES_OF_ONE: usize = 64;
+/// Connections of one address.
+const MAX_OF_ONE: usize = 1_024;
+/// Connections a second, before the handshake.
 const ACCEPT_RATE: f64 = 2_000.0;
 const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
@@ -270,6 +326,20 @@ const DRAIN: Duration = Duration::from_secs(5);
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn one_address_does_not_take_everybodys_place() {
+        let shares = Shares::new(2);
+        let (hostile, other) = (IpAddr::from([10, 0, 0, 1]), IpAddr::from([10, 0, 0, 2]));
+        let held: Vec<_> = (0..5).filter_map(|_| Share::take(&shares, hostile)).collect();
+        assert_eq!(held.len(), 2);
+        let one = Share::take(&shares, other);
+        assert!(one.is_some());
+        let own: Vec<_> = (0..5).filter_map(|_| Share::take(&shares, IpAddr::from([127, 0, 0, 1]))).collect();
+        assert_eq!(own.len(), 5);
+        drop((held, one, own));
+        assert!(shares.held.lock().unwrap().is_empty());
+    }
 
     #[tokio::test(start_paused = true)]
     async fn a_bucket_spreads_what_is_above_its_rate() {
