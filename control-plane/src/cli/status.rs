@@ -117,7 +117,7 @@ fn lines(status: &Status, all: bool, details: bool, screen: &Screen) -> Vec<Stri
         })
         .collect();
     if !shown.is_empty() {
-        lines.extend(objects(&shown).lines(screen));
+        lines.extend(objects(&shown, &status.problems).lines(screen));
         lines.push(String::new());
     }
     if details {
@@ -153,7 +153,7 @@ fn lines(status: &Status, all: bool, details: bool, screen: &Screen) -> Vec<Stri
     lines
 }
 
-fn objects(objects: &[&ObjectStatus]) -> Table {
+fn objects(objects: &[&ObjectStatus], problems: &[ProblemStatus]) -> Table {
     let mut table = Table::new(vec![
         Column::text("OBJECT").cut(12),
         Column::text("STATE"),
@@ -166,6 +166,10 @@ fn objects(objects: &[&ObjectStatus]) -> Table {
     for object in objects {
         let (state, because) = match wrong(object) {
             Some((reason, message)) => (Cell::toned(Tone::Bad, reason), message),
+            None if problems.iter().any(|problem| problem.object == key(object)) => (
+                Cell::toned(Tone::Warn, "last good"),
+                "its newest text could not be used: see above".to_owned(),
+            ),
             None => (Cell::toned(Tone::Good, "ok"), behind(object)),
         };
         let tone = if object.applied < object.of { Tone::Warn } else { Tone::Plain };
@@ -378,8 +382,10 @@ mod tests {
         let shown: Vec<_> = status.objects.iter().collect();
         for columns in 30..200 {
             let screen = Screen::plain(columns);
-            for line in
-                objects(&shown).lines(&screen).iter().chain(&sidecars(&status.sidecars).lines(&screen))
+            for line in objects(&shown, &status.problems)
+                .lines(&screen)
+                .iter()
+                .chain(&sidecars(&status.sidecars).lines(&screen))
             {
                 assert!(width(line) <= columns, "{columns}: {line}");
             }

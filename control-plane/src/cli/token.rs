@@ -9,12 +9,13 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, anyhow, ensure};
 use clap::Args;
+use weft_core::identity::TrustDomain;
 
 use super::{Format, Output, json, text};
 use crate::{
-    ca::{Claims, JoinKey},
+    ca::{self, Claims, JoinKey},
     resources::values::GatewayDuration,
 };
 
@@ -57,7 +58,9 @@ pub(super) fn main(args: &TokenArgs) -> Result<ExitCode> {
     let key = JoinKey::open(state).context("opening the join key (it belongs to the controller's user)")?;
     let claims = Claims::new(&args.namespace, &args.service_account, &args.uid, pod, until);
     let token = key.sign(&claims);
-    key.check(&token, SystemTime::now()).context("namespace, service account and uid are not a workload")?;
+    // The controller would refuse it when it is used; better now.
+    ca::workload_subject(&TrustDomain::new("cluster.local")?, &claims)
+        .map_err(|error| anyhow!("namespace, service account and uid cannot be a workload: {error}"))?;
     match args.format.output {
         Output::Json => json(&serde_json::json!({ "token": token, "claims": claims }))?,
         Output::Text => text(&[token])?,
