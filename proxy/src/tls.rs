@@ -320,6 +320,12 @@ impl Material {
         verify(trust, leaf, rest, UnixTime::since_unix_epoch(since), Role::Client).is_ok()
     }
 
+    /// Whether a chain that a caller showed before would be accepted from it now.
+    pub(crate) fn still_accepts(&self, chain: &[CertificateDer<'_>]) -> bool {
+        let Some((leaf, rest)) = chain.split_first() else { return false };
+        verify(&self.trust, leaf, rest, UnixTime::now(), Role::Client).is_ok()
+    }
+
     /// Whom this workload trusts.
     pub fn trust(&self) -> &Trust {
         &self.trust

@@ -23,13 +23,16 @@ use weft_core::{
     retry,
 };
 
-use super::Caller;
+use super::{
+    Caller,
+    slow::{Answer, Patience, Requests},
+};
 use crate::{
     body::{Body, Held, Replay, Tail},
     drain::{Graceful, RequestGuard},
     error::{Component, Error, is_grpc},
     head::{self, Outgoing, WEFT_ATTEMPT, WEFT_CLIENT_ID, WEFT_HTTP},
-    listener::Accepted,
+    listener::{Accepted, Open},
     pool::{self, Checkout, LocalExec, Peer, SendOptions, Sent},
     tcp::{self, Prefixed},
     telemetry::{
@@ -55,9 +58,10 @@ pub(super) async fn serve_mesh(
     original: SocketAddr,
     port: Arc<PortPolicy>,
     caller: Rc<Caller>,
+    open: Rc<Open>,
 ) {
     let streams = worker.config.limits.streams_mesh;
-    let server = Server::new(worker.clone(), original, port, caller.clone(), client);
+    let server = Server::new(worker.clone(), original, port, caller.clone(), client, open);
     let connection = h2_builder(&worker, streams)
         .serve_connection(TokioIo::new(tls), service_fn(move |request| server.clone().handle(request)));
     run(&worker, connection, &caller).await;
@@ -72,14 +76,31 @@ pub(super) async fn serve_plain(
     first: Bytes,
     h2: bool,
 ) {
-    let server = Server::new(worker.clone(), accepted.original, port, caller.clone(), accepted.client);
-    let io = TokioIo::new(Prefixed::new(first, accepted.stream));
-    let service = service_fn(move |request| server.clone().handle(request));
+    let Accepted { stream, client, original, open } = accepted;
+    let server = Server::new(worker.clone(), original, port, caller.clone(), client, open);
+    let stream = Prefixed::new(first, stream);
     let limits = &worker.config.limits;
     if h2 {
-        let connection = h2_builder(&worker, limits.streams_outside).serve_connection(io, service);
+        let service = service_fn(move |request| server.clone().handle(request));
+        let connection =
+            h2_builder(&worker, limits.streams_outside).serve_connection(TokioIo::new(stream), service);
         run(&worker, connection, &caller).await;
     } else {
+        let requests = Requests::default();
+        let io = TokioIo::new(Patience::new(stream, requests.clone(), worker.config.times.header));
+        let service = service_fn(move |request| {
+            let (server, in_progress) = (server.clone(), requests.begin());
+            async move {
+                let Ok(response) = server.handle(request).await;
+                let in_progress = if response.status() == StatusCode::SWITCHING_PROTOCOLS {
+                    in_progress.for_ever();
+                    None
+                } else {
+                    Some(in_progress)
+                };
+                Ok::<_, Infallible>(response.map(|body| Answer { body, in_progress }))
+            }
+        });
         let mut builder = hyper::server::conn::http1::Builder::new();
         builder
             .timer(TokioTimer::new())
@@ -108,22 +129,25 @@ fn h2_builder(worker: &Worker, streams: u32) -> hyper::server::conn::http2::Buil
     builder
 }
 
-/// Runs a connection until it ends, its caller's certificate has run out, or time is up.
+/// Runs a connection until it ends, its caller is believed no more, or time is up.
 async fn run<C: Graceful>(worker: &Rc<Worker>, connection: C, caller: &Caller) {
     let mut serving = worker.drain.serve(connection, Component::Inbound);
-    let expired = caller.expired();
-    let mut expired = std::pin::pin!(expired);
     let ended = tokio::select! {
-        ended = &mut serving => Some(ended),
-        () = &mut expired => None,
+        ended = &mut serving => Ok(ended),
+        why = caller.distrusted(worker) => Err(why),
         () = worker.drain.cut() => return,
     };
     let ended = match ended {
-        Some(ended) => ended,
-        None => {
-            worker.recorder.count(Counter::PeerExpired);
+        Ok(ended) => ended,
+        Err(why) => {
+            tracing::info!(why, client = %caller.address, "inbound connection is to end");
+            // What is in flight was authorized while the caller was believed: it may finish, but not for ever.
             serving.finish();
-            serving.await
+            tokio::select! {
+                ended = serving => ended,
+                () = tokio::time::sleep(worker.config.times.drain) => return,
+                () = worker.drain.cut() => return,
+            }
         }
     };
     if let Err(error) = ended {
@@ -150,6 +174,8 @@ struct Inner {
     edges: RefCell<HashMap<Arc<str>, u64>>,
     /// When edges were last handed on.
     settled: Cell<Instant>,
+    /// Counted as open for as long as anything of it is.
+    _open: Rc<Open>,
 }
 
 impl Server {
@@ -159,6 +185,7 @@ impl Server {
         port: Arc<PortPolicy>,
         caller: Rc<Caller>,
         client: SocketAddr,
+        open: Rc<Open>,
     ) -> Self {
         let address = HeaderValue::from_str(&caller.address.to_string());
         let address = address.unwrap_or_else(|_| HeaderValue::from_static("unknown"));
@@ -176,21 +203,29 @@ impl Server {
             series: RefCell::default(),
             edges: RefCell::default(),
             settled: Cell::new(now()),
+            _open: open,
         }))
     }
 
     async fn handle(self, request: Request<Incoming>) -> Result<Response<Body>, Infallible> {
-        let inner = &*self.0;
+        let inner = &self.0;
         let worker = &inner.worker;
         // Counted before the question whether to refuse, so that a drain waits for it or it sees the drain.
         let guard = worker.drain.request();
         let mut exchange = Exchange::start(&worker.recorder, now());
         let grpc = is_grpc(request.headers());
-        let spoken = inner.spoken(&request, grpc);
+        let (spoken, h2) = (inner.spoken(&request, grpc), request.version() == Version::HTTP_2);
         exchange.belongs_to(inner.series(spoken));
         let mut decision = Decision::default();
         let handled = inner.forward(request, grpc, guard, &mut exchange, &mut decision).await;
-        Ok(handled.unwrap_or_else(|error| inner.answer(&error, grpc, exchange, decision)))
+        Ok(handled.unwrap_or_else(|error| {
+            let mut response = inner.answer(&error, grpc, exchange, decision);
+            if error == Error::BadTarget && !h2 {
+                // What follows on the connection may be meant otherwise than we read it.
+                response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+            }
+            response
+        }))
     }
 }
 
@@ -198,6 +233,11 @@ impl Inner {
     /// Every exit by error: recorded, logged, told.
     fn answer(&self, error: &Error, grpc: bool, exchange: Exchange, decision: Decision) -> Response<Body> {
         let answer = error.answer();
+        if error.is_the_clients() {
+            tracing::debug!(%error, destination = %self.original, client = %self.client, "nobody reads the answer");
+            exchange.finish(error.class(), now());
+            return error.response(Component::Inbound, grpc);
+        }
         self.worker.recorder.error(answer.code);
         tracing::warn!(component = "inbound", code = answer.code, status = answer.status.as_u16(), %error,
             destination = %self.original, client = %self.client,
@@ -209,7 +249,7 @@ impl Inner {
     }
 
     async fn forward(
-        &self,
+        self: &Rc<Self>,
         mut request: Request<Incoming>,
         grpc: bool,
         guard: RequestGuard,
@@ -316,6 +356,9 @@ impl Inner {
                         fresh = true;
                         continue;
                     }
+                    if replay.is_some_and(Replay::source_failed) {
+                        return Err(Error::UploadBroken);
+                    }
                     tracing::debug!(detail = %error.detail, app = %self.original, "no answer from the app");
                     return Err(Error::from_failure(error.failure));
                 }
@@ -325,7 +368,7 @@ impl Inner {
 
     #[expect(clippy::too_many_arguments, reason = "everything that the response carries on with")]
     fn respond(
-        &self,
+        self: &Rc<Self>,
         outgoing: Outgoing,
         upgrade: Option<OnUpgrade>,
         sent: Sent,
@@ -335,12 +378,15 @@ impl Inner {
         exchange: Exchange,
     ) -> Response<Body> {
         let status = sent.response.status();
-        let switched = status == StatusCode::SWITCHING_PROTOCOLS || (sent.h2 && status == StatusCode::OK);
-        if let (Some(asked), Some(client), true) = (&outgoing.upgrade, upgrade, switched) {
+        let switched =
+            status == StatusCode::SWITCHING_PROTOCOLS || (sent.upgrades_by_ok && status == StatusCode::OK);
+        if let (Some(asked), Some(client), true) = (outgoing.upgrade.clone(), upgrade, switched) {
             let (head, body) = sent.response.into_parts();
             let mut response = Response::from_parts(head, body);
             let server = hyper::upgrade::on(&mut response);
-            let carried = Carried { exchange, _guard: guard, _checkout: sent.checkout };
+            let version = outgoing.version;
+            let carried =
+                Carried { inner: self.clone(), outgoing, exchange, _guard: guard, _checkout: sent.checkout };
             tokio::task::spawn_local(carried.carry(client, server));
             let (mut head, _) = response.into_parts();
             head::remove_connection_headers(&mut head.headers);
@@ -348,16 +394,19 @@ impl Inner {
             head.extensions.clear();
             head.version = Version::default();
             let mut response = Response::from_parts(head, Body::empty());
-            if self.caller.identity.is_some() || !matches!(outgoing.version, Version::HTTP_11) {
+            if self.caller.identity.is_some() || version != Version::HTTP_11 {
                 *response.status_mut() = StatusCode::OK;
             } else {
-                head::switching(&mut response, asked);
+                head::switching(&mut response, &asked);
             }
             return response;
         }
         let (mut head, body) = sent.response.into_parts();
         head::remove_connection_headers(&mut head.headers);
         head.version = Version::default();
+        if outgoing.upgrade.is_some() && self.caller.identity.is_some() && head.status.is_success() {
+            head::hide_status(&mut head);
+        }
         let trailers_only = classify::grpc_status(&head.headers).is_some();
         let tail = Tail {
             lease: None,
@@ -461,6 +510,10 @@ fn app_version(request: &Request<Incoming>, mesh: bool) -> Version {
 
 /// What lives as long as an upgraded connection.
 struct Carried {
+    /// The connection that it came by, counted as open; h1 gives it up at the upgrade.
+    inner: Rc<Inner>,
+    /// The request: it must stay permitted.
+    outgoing: Outgoing,
     exchange: Exchange,
     _guard: RequestGuard,
     _checkout: Checkout,
@@ -468,20 +521,39 @@ struct Carried {
 
 impl Carried {
     async fn carry(self, client: OnUpgrade, server: OnUpgrade) {
-        let both = async { tokio::try_join!(client, server) };
-        let class = match both.await {
-            Ok((client, server)) => {
-                let (mut client, mut server) = (TokioIo::new(client), TokioIo::new(server));
-                match tcp::splice_any(&mut client, &mut server).await {
-                    Ok(()) | Err(tcp::Broken::Client) => Class::Ok,
-                    Err(tcp::Broken::Server) => Class::ServerError,
-                }
-            }
-            Err(error) => {
-                tracing::debug!(%error, "an upgrade did not come about");
+        self.inner.settle_edges();
+        let Inner { worker, caller, original, .. } = &*self.inner;
+        let permits = |port: &PortPolicy| {
+            let Outgoing { method, headers, path, .. } = &self.outgoing;
+            let ask = Ask::Http { method, host: self.outgoing.host(), path: path.path(), headers };
+            authz::authorize(&port.authorization, &caller.peer(), &ask).is_permit()
+        };
+        let class = tokio::select! {
+            biased;
+            code = caller.revoked(worker, original.port(), permits) => {
+                tracing::warn!(code, client = %caller.address, destination = %original, "upgraded connection ended");
                 Class::ClientError
             }
+            () = worker.drain.cut() => Class::ClientError,
+            class = splice(client, server) => class,
         };
         self.exchange.finish(class, now());
+    }
+}
+
+async fn splice(client: OnUpgrade, server: OnUpgrade) -> Class {
+    let both = async { tokio::try_join!(client, server) };
+    match both.await {
+        Ok((client, server)) => {
+            let (mut client, mut server) = (TokioIo::new(client), TokioIo::new(server));
+            match tcp::splice_any(&mut client, &mut server).await {
+                Ok(()) | Err(tcp::Broken::Client) => Class::Ok,
+                Err(tcp::Broken::Server) => Class::ServerError,
+            }
+        }
+        Err(error) => {
+            tracing::debug!(%error, "an upgrade did not come about");
+            Class::ClientError
+        }
     }
 }

@@ -5,10 +5,12 @@
 //! which pod the caller means: a reused pod IP is never served by the wrong pod.
 
 mod http;
+mod slow;
 mod tcp;
 
-use std::{net::IpAddr, rc::Rc, sync::Arc, time::SystemTime};
+use std::{cell::Cell, net::IpAddr, rc::Rc, sync::Arc, time::SystemTime};
 
+use rustls_pki_types::CertificateDer;
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use weft_core::{
     detect::Detected,
@@ -20,9 +22,9 @@ use crate::{
     detect::{self, Begun, First},
     error::{Component, Error},
     listener::Accepted,
-    tcp::{Prefixed, reset},
+    tcp::{Prefixed, Stream, reset},
     telemetry::metrics::Counter,
-    tls::{self, Alpn},
+    tls::{self, Alpn, Material},
     worker::{Worker, port_policy},
 };
 
@@ -33,6 +35,10 @@ pub(crate) struct Caller {
     address: IpAddr,
     /// How long the caller's certificate is good.
     validity: Option<Validity>,
+    /// What the caller showed, its own certificate first.
+    chain: Vec<CertificateDer<'static>>,
+    /// The generation of our trust under which that was believed last.
+    believed: Cell<u64>,
 }
 
 /// Serves one connection to the pod.
@@ -40,25 +46,34 @@ pub(crate) async fn serve(worker: Rc<Worker>, mut accepted: Accepted) {
     let Some(policy) = worker.inbound_policy() else {
         return refuse(&worker, &accepted, &Error::NotReady);
     };
-    let port = port_policy(&policy, accepted.original.port()).clone();
-    let silence = match port.protocol {
-        // Only mesh traffic and the app's own plaintext come here: a silent client may be of a server-first app.
-        Protocol::Detect | Protocol::Opaque | Protocol::Tls => Some(port.detect_timeout),
-        Protocol::Http1 | Protocol::Http2 | Protocol::Grpc => Some(worker.config.times.header),
-    };
-    let begun = detect::begin(&mut accepted.stream, silence, worker.config.times.header).await;
-    let first = match begun {
-        Ok(Begun::Spoke(first)) => first,
+    let port = port_policy(&policy, accepted.original.port());
+    let http = matches!(port.protocol, Protocol::Http1 | Protocol::Http2 | Protocol::Grpc);
+    // Where the client must speak first (HTTP, and a sidecar where nobody else is admitted), a slow one is waited for.
+    let must_speak = http || port.mtls == MtlsMode::Strict;
+    let silence = if must_speak { worker.config.times.header } else { port.detect_timeout };
+    match detect::begin(&mut accepted.stream, Some(silence), worker.config.times.header).await {
+        Ok(Begun::Spoke(first)) => spoken(worker, accepted, first).await,
         Ok(Begun::Silent) => {
             worker.recorder.count(Counter::DetectTimeouts);
-            if matches!(port.protocol, Protocol::Http1 | Protocol::Http2 | Protocol::Grpc) {
-                return;
+            if http {
+                // Nobody is there to be answered.
+            } else if must_speak {
+                spoken(worker, accepted, First::nothing()).await;
+            } else if let Some((accepted, first)) = tcp::whoever_speaks(&worker, accepted).await {
+                spoken(worker, accepted, first).await;
             }
-            First::nothing()
         }
-        Ok(Begun::Ended) => First::nothing(),
-        Err(_) => return,
+        Ok(Begun::Ended) => spoken(worker, accepted, First::nothing()).await,
+        Err(_) => {}
+    }
+}
+
+/// Serves a connection of which it is known how it begins, under the policy of now.
+async fn spoken(worker: Rc<Worker>, accepted: Accepted, first: First) {
+    let Some(policy) = worker.inbound_policy() else {
+        return refuse(&worker, &accepted, &Error::NotReady);
     };
+    let port = port_policy(&policy, accepted.original.port()).clone();
     if let Detected::Tls { sni, alpn, .. } = &first.detected {
         let offered = alpn.iter().find_map(|name| Alpn::from_name(name));
         if let Some(alpn) = offered {
@@ -88,10 +103,12 @@ async fn mesh(
     if alpn == Alpn::Tcp && worker.drain.is_refusing() {
         return reset(&accepted.stream);
     }
+    // Before the configuration is taken: should trust change in between, the caller is looked at again.
+    let generation = worker.material.borrow().as_ref().map_or(0, |material| material.generation);
     let Some(config) = worker.server_config(&policy) else {
         return refuse(&worker, &accepted, &Error::NotReady);
     };
-    let Accepted { stream, client, original } = accepted;
+    let Accepted { stream, client, original, open } = accepted;
     let accepting = TlsAcceptor::from(config).accept(Prefixed::new(first.bytes, stream));
     let tls = match tokio::time::timeout(worker.config.times.handshake, accepting).await {
         Ok(Ok(tls)) => tls,
@@ -105,31 +122,43 @@ async fn mesh(
             return tracing::warn!(%client, "TLS handshake took too long");
         }
     };
-    let caller = match authenticated(&tls, client.ip()) {
+    let caller = match authenticated(&tls, client.ip(), generation) {
         Ok(caller) => Rc::new(caller),
         Err(error) => {
             worker.recorder.count(Counter::HandshakesFailed);
             return tracing::warn!(%client, %error, "the caller's certificate names nobody");
         }
     };
+    let (policy, material) = (worker.inbound_policy(), worker.material.borrow().clone());
+    if !caller.is_trusted(policy.as_deref(), material.as_deref()) {
+        // Whom we trust has changed since the handshake began.
+        worker.recorder.count(Counter::HandshakesFailed);
+        tracing::warn!(%client, "the caller's certificate is not trusted any more");
+        return reset(tls.tcp());
+    }
     match alpn {
-        Alpn::H2 => http::serve_mesh(worker, tls, client, original, port, caller).await,
-        Alpn::Tcp => tcp::serve(worker, tls, original, port, caller).await,
+        Alpn::H2 => http::serve_mesh(worker, tls, client, original, port, caller, open).await,
+        Alpn::Tcp => {
+            tcp::serve(&worker, tls, original, &caller).await;
+            drop(open);
+        }
     }
 }
 
-fn authenticated<S>(tls: &TlsStream<S>, address: IpAddr) -> Result<Caller, tls::TlsError> {
+fn authenticated<S>(tls: &TlsStream<S>, address: IpAddr, generation: u64) -> Result<Caller, tls::TlsError> {
     let certificates = tls.get_ref().1.peer_certificates().unwrap_or_default();
     Ok(Caller {
         identity: Some(tls::peer_identity(certificates)?),
         address,
         validity: Some(tls::peer_validity(certificates)?),
+        chain: certificates.iter().map(|certificate| certificate.clone().into_owned()).collect(),
+        believed: Cell::new(generation),
     })
 }
 
 /// A caller outside the mesh.
 async fn plaintext(worker: Rc<Worker>, accepted: Accepted, port: Arc<PortPolicy>, first: First) {
-    let caller = Rc::new(Caller { identity: None, address: accepted.client.ip(), validity: None });
+    let caller = Rc::new(Caller::outside(accepted.client.ip()));
     let strict = port.mtls == MtlsMode::Strict;
     let http = match first.detected {
         Detected::Http1 => Some(false),
@@ -147,9 +176,9 @@ async fn plaintext(worker: Rc<Worker>, accepted: Accepted, port: Arc<PortPolicy>
         }
         _ if worker.drain.is_refusing() => reset(&accepted.stream),
         _ => {
-            let original = accepted.original;
-            let stream = Prefixed::new(first.bytes, accepted.stream);
-            tcp::serve(worker, stream, original, port, caller).await;
+            let Accepted { stream, original, open, .. } = accepted;
+            tcp::serve(&worker, Prefixed::new(first.bytes, stream), original, &caller).await;
+            drop(open);
         }
     }
 }
@@ -164,9 +193,93 @@ fn refuse(worker: &Worker, accepted: &Accepted, error: &Error) {
 }
 
 impl Caller {
+    /// Somebody who showed no certificate.
+    fn outside(address: IpAddr) -> Self {
+        Self { identity: None, address, validity: None, chain: Vec::new(), believed: Cell::new(0) }
+    }
+
     /// As authorization sees it.
     fn peer(&self) -> weft_core::authz::Peer<'_> {
         weft_core::authz::Peer { identity: self.identity.as_ref(), address: self.address }
+    }
+
+    /// Whether the caller's certificate would be accepted now; plaintext has none to lose.
+    fn is_trusted(&self, policy: Option<&InboundPolicy>, material: Option<&Material>) -> bool {
+        let Some(identity) = &self.identity else { return true };
+        let (Some(policy), Some(material)) = (policy, material) else { return false };
+        let accepted = policy.trust_domains.iter().any(|domain| domain.as_str() == identity.trust_domain());
+        if accepted && material.generation != self.believed.get() && material.still_accepts(&self.chain) {
+            self.believed.set(material.generation);
+        }
+        accepted && material.generation == self.believed.get()
+    }
+
+    /// Ends when the caller's certificate is believed no more: it has run out or was revoked, or its root or trust
+    /// domain has gone. Never for plaintext.
+    async fn distrusted(&self, worker: &Worker) -> &'static str {
+        let why = self.disbelieved(worker).await;
+        worker.recorder.count(Counter::PeerExpired);
+        why
+    }
+
+    async fn disbelieved(&self, worker: &Worker) -> &'static str {
+        if self.identity.is_none() {
+            return std::future::pending().await;
+        }
+        let (mut policy, mut material) = (worker.discovery.inbound(), worker.material.clone());
+        let untrusted = async {
+            loop {
+                let (known, own) = (policy.borrow_and_update().clone(), material.borrow_and_update().clone());
+                if !self.is_trusted(known.as_deref(), own.as_deref()) {
+                    return;
+                }
+                drop((known, own));
+                let told =
+                    tokio::select! { told = policy.changed() => told, told = material.changed() => told };
+                if told.is_err() {
+                    // The control half has ended: nothing will change any more.
+                    return std::future::pending().await;
+                }
+            }
+        };
+        tokio::select! {
+            () = untrusted => "not_trusted",
+            () = self.expired() => "certificate_expired",
+        }
+    }
+
+    /// Ends when the caller may hold no longer what it has open at a port; says why. `permits` is asked now and at
+    /// every change of policy.
+    async fn revoked(
+        &self,
+        worker: &Worker,
+        number: u16,
+        permits: impl Fn(&PortPolicy) -> bool,
+    ) -> &'static str {
+        let mut policy = worker.discovery.inbound();
+        let denied = async {
+            loop {
+                let known = policy.borrow_and_update().clone();
+                let port = known.as_deref().map(|policy| port_policy(policy, number));
+                if port.is_some_and(|port| self.identity.is_none() && port.mtls == MtlsMode::Strict) {
+                    worker.recorder.count(Counter::PlaintextRefused);
+                    return "plaintext_refused";
+                }
+                if !port.is_some_and(|port| permits(port)) {
+                    worker.recorder.count(Counter::Denied);
+                    return "denied";
+                }
+                drop(known);
+                if policy.changed().await.is_err() {
+                    return std::future::pending().await;
+                }
+            }
+        };
+        tokio::select! {
+            biased;
+            why = denied => why,
+            why = self.distrusted(worker) => why,
+        }
     }
 
     /// Ends when the caller's certificate does; never for plaintext.

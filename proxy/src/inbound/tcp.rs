@@ -2,16 +2,21 @@
 
 use std::{net::SocketAddr, rc::Rc, sync::Arc};
 
+use bytes::{Bytes, BytesMut};
+use tokio::{io::AsyncReadExt as _, net::TcpStream};
 use weft_core::{
     authz::{self, Ask, Verdict},
     classify::Class,
-    policy::{CONNECT_TIMEOUT, PortPolicy},
+    detect::Detected,
+    policy::{MtlsMode, PortPolicy},
 };
 
 use super::Caller;
 use crate::{
+    detect::{self, Begun, First},
     error::Error,
-    tcp::{Broken, Stream, reset, splice},
+    listener::Accepted,
+    tcp::{Broken, Prefixed, Stream, reset, splice},
     telemetry::{
         exchange::{Exchange, now},
         metrics::{Counter, Direction, EdgeKey, SeriesKey},
@@ -19,14 +24,85 @@ use crate::{
     worker::{Spoken, Worker, port_policy},
 };
 
+/// Holds the greeting of any server-first protocol.
+const GREETING: usize = 2 * 1024;
+
 /// Serves a connection of which only the caller and the port are known.
-pub(super) async fn serve<S: Stream>(
-    worker: Rc<Worker>,
-    mut client: S,
+pub(super) async fn serve<S: Stream>(worker: &Worker, client: S, original: SocketAddr, caller: &Caller) {
+    if let Some((exchange, edge, app)) = open(worker, client.tcp(), original, caller).await {
+        worker.recorder.edge(&edge, false);
+        carry(worker, exchange, client, app, original, caller).await;
+    }
+}
+
+/// The client of a port that may be server-first is silent: dials the app, and lets whoever speaks first decide.
+/// Returns the connection when the client turned out to speak something that is to be understood, a late sidecar's
+/// handshake above all.
+pub(super) async fn whoever_speaks(worker: &Rc<Worker>, mut accepted: Accepted) -> Option<(Accepted, First)> {
+    let caller = Caller::outside(accepted.client.ip());
+    let original = accepted.original;
+    let (exchange, edge, mut app) = open(worker, &accepted.stream, original, &caller).await?;
+    let (mut asked, mut greeting) = (BytesMut::new(), BytesMut::with_capacity(GREETING));
+    let begun = {
+        let client_spoke =
+            detect::begin_into(&mut accepted.stream, &mut asked, None, worker.config.times.header);
+        tokio::select! {
+            biased;
+            begun = client_spoke => Ok(Some(begun)),
+            said = app.read_buf(&mut greeting) => match said {
+                Ok(_) => Ok(None),
+                // A reset shows once only: the next read would say that all ended well.
+                Err(_) => Err(Class::ServerError),
+            },
+            code = caller.revoked(worker, original.port(), |port| permits(port, &caller)) => {
+                tracing::warn!(code, client = %caller.address, destination = %original, "connection ended");
+                Err(Class::ClientError)
+            }
+            () = worker.drain.cut() => Err(Class::ClientError),
+        }
+    };
+    let first = match begun {
+        Ok(Some(Ok(Begun::Spoke(first)))) => match first.detected {
+            Detected::Http1 | Detected::Http2 | Detected::Tls { .. } => {
+                // The app was sent nothing: what the client says goes its own way.
+                exchange.discard();
+                return Some((accepted, first));
+            }
+            Detected::Opaque | Detected::NeedMore => first.bytes,
+        },
+        Ok(Some(Ok(Begun::Ended | Begun::Silent))) => Bytes::new(),
+        Ok(Some(Err(_))) => {
+            exchange.finish(Class::ClientError, now());
+            return None;
+        }
+        // The app spoke; what the client has said meanwhile is not lost.
+        Ok(None) => asked.freeze(),
+        Err(class) => {
+            reset(&accepted.stream);
+            reset(&app);
+            exchange.finish(class, now());
+            return None;
+        }
+    };
+    worker.recorder.edge(&edge, false);
+    let Accepted { stream, open, .. } = accepted;
+    let (client, app) = (Prefixed::new(first, stream), Prefixed::new(greeting.freeze(), app));
+    carry(worker, exchange, client, app, original, &caller).await;
+    drop(open);
+    None
+}
+
+fn permits(port: &PortPolicy, caller: &Caller) -> bool {
+    authz::authorize(&port.authorization, &caller.peer(), &Ask::Opaque).is_permit()
+}
+
+/// Authorizes and dials the app. `None`: refused, and all is said.
+async fn open(
+    worker: &Worker,
+    client: &TcpStream,
     original: SocketAddr,
-    port: Arc<PortPolicy>,
-    caller: Rc<Caller>,
-) {
+    caller: &Caller,
+) -> Option<(Exchange, EdgeKey, TcpStream)> {
     let mut exchange = Exchange::start(&worker.recorder, now());
     let parent: Arc<str> = original.port().to_string().into();
     exchange.belongs_to(worker.recorder.series(&SeriesKey {
@@ -43,35 +119,72 @@ pub(super) async fn serve<S: Stream>(
         method: "".into(),
         mtls: caller.identity.is_some(),
     };
+    match dial(worker, original, caller).await {
+        Ok(app) => Some((exchange, edge, app)),
+        Err((error, detail)) => {
+            worker.recorder.edge(&edge, true);
+            let answer = error.answer();
+            worker.recorder.error(answer.code);
+            tracing::warn!(component = "inbound", code = answer.code, %error, %detail, client = %caller.address,
+                caller = caller.identity.as_ref().map(|id| id.as_str()), destination = %original,
+                "connection refused");
+            reset(client);
+            exchange.finish(Class::Proxy, now());
+            None
+        }
+    }
+}
+
+async fn dial(
+    worker: &Worker,
+    original: SocketAddr,
+    caller: &Caller,
+) -> Result<TcpStream, (Error, Arc<str>)> {
+    // Counted before the question whether to refuse, so that a drain waits for the app's answer or this sees it.
+    let dialling = worker.drain.request();
+    if worker.drain.is_refusing() {
+        return Err((Error::Draining, "".into()));
+    }
+    // The policy of now: a handshake may have taken long.
+    let policy = worker.inbound_policy().ok_or((Error::NotReady, "".into()))?;
+    let port = port_policy(&policy, original.port());
+    if caller.identity.is_none() && port.mtls == MtlsMode::Strict {
+        worker.recorder.count(Counter::PlaintextRefused);
+        return Err((Error::PlaintextRefused, "".into()));
+    }
     if let Verdict::Deny { reason, .. } = authz::authorize(&port.authorization, &caller.peer(), &Ask::Opaque)
     {
         worker.recorder.count(Counter::Denied);
-        worker.recorder.edge(&edge, true);
-        return refuse(&worker, &client, original, &caller, exchange, Error::Denied, reason.name());
+        return Err((Error::Denied, reason.name().into()));
     }
-    let connecting = worker.pool.connect(original, true, CONNECT_TIMEOUT);
-    let mut app = match connecting.await {
-        Ok(app) => app,
-        Err(error) => {
-            worker.recorder.edge(&edge, true);
-            let detail = error.detail.to_string();
-            return refuse(&worker, &client, original, &caller, exchange, error.into(), &detail);
-        }
-    };
-    worker.recorder.edge(&edge, false);
+    let connected = worker.pool.connect(original, true, worker.config.times.connect).await;
+    drop(dialling);
+    connected.map_err(|error| (Error::from_failure(error.failure), error.detail))
+}
+
+async fn carry<C: Stream, A: Stream>(
+    worker: &Worker,
+    exchange: Exchange,
+    mut client: C,
+    mut app: A,
+    original: SocketAddr,
+    caller: &Caller,
+) {
     let broken = tokio::select! {
-        spliced = splice(&mut client, &mut app) => spliced.err(),
-        code = revoked(&worker, original.port(), &caller) => {
+        // Policy first: it may have changed while the app was dialled, and then no byte may pass.
+        biased;
+        code = caller.revoked(worker, original.port(), |port| permits(port, caller)) => {
             tracing::warn!(code, client = %caller.address, destination = %original, "connection ended");
             reset(client.tcp());
-            reset(&app);
+            reset(app.tcp());
             Some(Broken::Client)
         }
         () = worker.drain.cut() => {
             reset(client.tcp());
-            reset(&app);
+            reset(app.tcp());
             Some(Broken::Client)
         }
+        spliced = splice(&mut client, &mut app) => spliced.err(),
     };
     let class = match broken {
         None => Class::Ok,
@@ -79,47 +192,4 @@ pub(super) async fn serve<S: Stream>(
         Some(Broken::Server) => Class::ServerError,
     };
     exchange.finish(class, now());
-}
-
-/// Ends when the caller may no longer hold the connection; says why.
-async fn revoked(worker: &Worker, port: u16, caller: &Caller) -> &'static str {
-    let mut policy = worker.discovery.inbound();
-    policy.mark_changed();
-    let denied = async {
-        while policy.changed().await.is_ok() {
-            let permitted = policy.borrow_and_update().as_ref().is_some_and(|policy| {
-                let authorization = &port_policy(policy, port).authorization;
-                authz::authorize(authorization, &caller.peer(), &Ask::Opaque).is_permit()
-            });
-            if !permitted {
-                worker.recorder.count(Counter::Denied);
-                return;
-            }
-        }
-        std::future::pending::<()>().await;
-    };
-    tokio::select! {
-        () = denied => "denied",
-        () = caller.expired() => {
-            worker.recorder.count(Counter::PeerExpired);
-            "certificate_expired"
-        }
-    }
-}
-
-fn refuse(
-    worker: &Worker,
-    client: &impl Stream,
-    original: SocketAddr,
-    caller: &Caller,
-    exchange: Exchange,
-    error: Error,
-    detail: &str,
-) {
-    let answer = error.answer();
-    worker.recorder.error(answer.code);
-    tracing::warn!(component = "inbound", code = answer.code, %error, detail, client = %caller.address,
-        caller = caller.identity.as_ref().map(|id| id.as_str()), destination = %original, "connection refused");
-    reset(client.tcp());
-    exchange.finish(Class::Proxy, now());
 }

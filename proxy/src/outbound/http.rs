@@ -18,7 +18,7 @@ use crate::{
     body::{Body, Held, Replay, Tail},
     error::{Component, Error, WEFT_REASON, WEFT_UNSENT, is_grpc},
     head::{self, Outgoing, Upgrade},
-    listener::Accepted,
+    listener::{Accepted, Open},
     pool::{self, LocalExec, Peer, SendError, SendOptions, Sent},
     tcp::{self, Prefixed},
     telemetry::{
@@ -41,8 +41,9 @@ pub(super) async fn serve(
     first: Bytes,
     h2: bool,
 ) {
-    let client = Rc::new(Client { worker: worker.clone(), destination, address: accepted.client });
-    let io = TokioIo::new(Prefixed::new(first, accepted.stream));
+    let Accepted { stream, client: address, open, .. } = accepted;
+    let client = Rc::new(Client { worker: worker.clone(), destination, address, open });
+    let io = TokioIo::new(Prefixed::new(first, stream));
     let service = service_fn(move |request| {
         let client = client.clone();
         async move { Ok::<_, Infallible>(client.handle(request).await) }
@@ -72,7 +73,7 @@ pub(super) async fn serve(
         worker.drain.serve(connection, Component::Outbound).await
     };
     if let Err(error) = ended {
-        tracing::debug!(%error, client = %accepted.client, "connection from the app ended");
+        tracing::debug!(%error, client = %address, "connection from the app ended");
     }
 }
 
@@ -81,6 +82,8 @@ struct Client {
     worker: Rc<Worker>,
     destination: Rc<Destination>,
     address: SocketAddr,
+    /// Counted as open for as long as anything of it is.
+    open: Rc<Open>,
 }
 
 /// What all attempts of one request share.
@@ -100,7 +103,7 @@ impl Client {
     async fn handle(&self, request: Request<Incoming>) -> Response<Body> {
         let mut exchange = Exchange::start(&self.worker.recorder, now());
         let grpc = is_grpc(request.headers());
-        let spoken = Spoken::of(request.version(), grpc);
+        let (spoken, h2) = (Spoken::of(request.version(), grpc), request.version() == Version::HTTP_2);
         let resolved = self.destination.resolved(&self.worker);
         let mut decision = Decision::default();
         let handled = self.route(request, &resolved, grpc, spoken, &mut exchange, &mut decision).await;
@@ -108,13 +111,23 @@ impl Client {
             if !exchange.has_series() {
                 exchange.belongs_to(resolved.series(&self.worker.recorder, None, None, spoken));
             }
-            self.answer(&error, grpc, exchange, decision)
+            let mut response = self.answer(&error, grpc, exchange, decision);
+            if error == Error::BadTarget && !h2 {
+                // What follows on the connection may be meant otherwise than we read it.
+                response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+            }
+            response
         })
     }
 
     /// Every exit by error: recorded, logged, told.
     fn answer(&self, error: &Error, grpc: bool, exchange: Exchange, decision: Decision) -> Response<Body> {
         let answer = error.answer();
+        if error.is_the_clients() {
+            tracing::debug!(%error, client = %self.address, "nobody reads the answer");
+            exchange.finish(error.class(), now());
+            return error.response(Component::Outbound, grpc);
+        }
         self.worker.recorder.error(answer.code);
         if *error == Error::Overloaded {
             self.worker.recorder.count(Counter::RequestsShed);
@@ -269,8 +282,7 @@ impl Client {
                                 return Err(Error::Timeout);
                             }
                             if sending.replay.take().is_some_and(|r| r.source_failed()) {
-                                // The app broke off its own upload; nobody reads the answer.
-                                return Err(Error::BadTarget);
+                                return Err(Error::UploadBroken);
                             }
                             return Err(Error::from_failure(error.failure));
                         }
@@ -393,13 +405,21 @@ impl Client {
         let (mut head, body) = sent.response.into_parts();
         let reason = sent.mesh.then(|| head.headers.remove(WEFT_REASON)).flatten();
         let upgraded = sending.outgoing.upgrade.take().filter(|_| {
-            head.status == StatusCode::SWITCHING_PROTOCOLS || (sent.upgrades_by_ok && head.status == StatusCode::OK)
+            head.status == StatusCode::SWITCHING_PROTOCOLS
+                || (sent.upgrades_by_ok && head.status == StatusCode::OK)
         });
         if let (Some(upgrade), Some(client)) = (upgraded, sending.upgrade.take()) {
             let mut response = Response::from_parts(head, body);
             let server = hyper::upgrade::on(&mut response);
-            let tail = Upgraded { exchange, lease: Some(lease), _permit: permit, _checkout: sent.checkout };
-            tokio::task::spawn_local(tail.carry(client, server));
+            let tail = Upgraded {
+                exchange,
+                lease: Some(lease),
+                _permit: permit,
+                _checkout: sent.checkout,
+                _open: self.open.clone(),
+            };
+            let worker = self.worker.clone();
+            tokio::task::spawn_local(async move { tail.carry(&worker, client, server).await });
             let (mut head, _) = response.into_parts();
             head::remove_connection_headers(&mut head.headers);
             head.headers.remove(header::CONTENT_LENGTH);
@@ -460,23 +480,30 @@ struct Upgraded {
     lease: Option<Lease>,
     _permit: Permit,
     _checkout: pool::Checkout,
+    /// The app's connection, which HTTP has given up.
+    _open: Rc<Open>,
 }
 
 impl Upgraded {
-    async fn carry(mut self, client: OnUpgrade, server: OnUpgrade) {
-        let both = async { tokio::try_join!(client, server) };
-        let outcome = match both.await {
-            Ok((client, server)) => {
-                let (mut client, mut server) = (TokioIo::new(client), TokioIo::new(server));
-                match tcp::splice_any(&mut client, &mut server).await {
-                    Ok(()) | Err(tcp::Broken::Client) => Outcome::Success,
-                    Err(tcp::Broken::Server) => Outcome::Failure(Failure::Reset),
+    async fn carry(mut self, worker: &Worker, client: OnUpgrade, server: OnUpgrade) {
+        let spliced = async {
+            match tokio::try_join!(client, server) {
+                Ok((client, server)) => {
+                    let (mut client, mut server) = (TokioIo::new(client), TokioIo::new(server));
+                    match tcp::splice_any(&mut client, &mut server).await {
+                        Ok(()) | Err(tcp::Broken::Client) => Outcome::Success,
+                        Err(tcp::Broken::Server) => Outcome::Failure(Failure::Reset),
+                    }
+                }
+                Err(error) => {
+                    tracing::debug!(%error, "an upgrade did not come about");
+                    Outcome::Cancelled
                 }
             }
-            Err(error) => {
-                tracing::debug!(%error, "an upgrade did not come about");
-                Outcome::Cancelled
-            }
+        };
+        let outcome = tokio::select! {
+            outcome = spliced => outcome,
+            () = worker.drain.cut() => Outcome::Cancelled,
         };
         let now = now();
         if let Some(lease) = self.lease.take() {
