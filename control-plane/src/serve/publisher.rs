@@ -16,7 +16,7 @@ use std::{
 use bytes::Bytes;
 use weft_core::{
     identity::PodUid,
-    policy::{EndpointHealth, Service, ServiceName},
+    policy::{Endpoint, EndpointHealth, Service, ServiceName},
 };
 use weft_proto::{
     ads::{Collection, Priority, Versioned},
@@ -187,13 +187,16 @@ impl Publisher {
         let compiled = self.read().index.endpoints(service);
         let name: Arc<str> = Name::Collection(service.clone()).to_string().into();
         let Some(endpoints) = compiled else {
+            self.refused_members(service, &BTreeMap::new());
             self.published.collections.update([(name.clone(), None)]);
             self.write().names.remove(key);
             return self.published.subscribers.wake(&name, true);
         };
         let mut urgent = false;
+        let refused = self.refused_members(service, &endpoints);
         let members: Vec<_> = endpoints
             .values()
+            .filter(|endpoint| !refused.contains(&endpoint.uid))
             .map(|endpoint| {
                 let priority = match endpoint.health {
                     EndpointHealth::Healthy => Priority::Normal,
@@ -216,6 +219,31 @@ impl Publisher {
             self.published.subscribers.wake(&name, urgent);
         }
         self.write().names.insert(key.clone(), vec![name]);
+    }
+
+    /// Endpoints that every sidecar would refuse: nobody is told of them, and why stands in the status.
+    fn refused_members(
+        &self,
+        service: &ServiceName,
+        endpoints: &BTreeMap<PodUid, Endpoint>,
+    ) -> BTreeSet<PodUid> {
+        let mut refused = BTreeMap::new();
+        for endpoint in endpoints.values() {
+            let body = encode(&convert::endpoint::to_pb(endpoint));
+            if let Err(error) = convert::endpoint::parse(&body, &service.namespace) {
+                tracing::error!(%service, uid = %endpoint.uid, %error, "endpoint not published");
+                refused.insert(endpoint.uid.clone(), error.to_string());
+            }
+        }
+        let prefix = format!("ep/{service}/");
+        let is_stale = |name: &Arc<str>| name.starts_with(&*prefix);
+        if !refused.is_empty() || self.read().unpublished.keys().any(is_stale) {
+            let mut state = self.write();
+            state.unpublished.retain(|name, _| !is_stale(name));
+            let named = |(uid, reason): (&PodUid, &String)| (format!("{prefix}{uid}").into(), reason.clone());
+            state.unpublished.extend(refused.iter().map(named));
+        }
+        refused.into_keys().collect()
     }
 
     fn address(&mut self, ip: IpAddr) {
@@ -350,4 +378,78 @@ fn encode(message: &impl prost::Message) -> Bytes {
 pub fn now_ms() -> u64 {
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     u64::try_from(now.as_millis()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        index::{Event, tests::objects},
+        resources::{Kind, ObjectKey},
+        source::Origin,
+    };
+
+    fn batch(text: &str) -> Batch {
+        let origin = Origin { file: "test.yaml".into(), line: 1 };
+        let apply = |object| Event::Apply { object: Box::new(object), origin: origin.clone() };
+        Batch { events: objects(text).into_iter().map(apply).collect(), ..Batch::default() }
+    }
+
+    fn publisher() -> (Publisher, Arc<Published>) {
+        let domain = weft_core::identity::TrustDomain::new("cluster.local").unwrap();
+        let published = Arc::new(Published::new(domain.clone()));
+        (Publisher::new(published.clone(), Index::new(domain)), published)
+    }
+
+    #[test]
+    fn an_endpoint_that_every_sidecar_would_refuse_is_told_to_none() {
+        let (mut publisher, published) = publisher();
+        let slice = |port: u16| {
+            batch(&format!(
+                "apiVersion: v1\nkind: Service\nmetadata: {{name: a, namespace: shop}}\n\
+                 spec: {{clusterIP: 10.96.0.1, ports: [{{port: 80}}]}}\n---\n\
+                 apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\n\
+                 metadata: {{name: a-1, namespace: shop, labels: {{kubernetes.io/service-name: a}}}}\n\
+                 addressType: IPv4\nports: [{{port: {port}}}]\nendpoints: [{{addresses: [10.0.0.1]}}]\n"
+            ))
+        };
+        publisher.apply(slice(0));
+        let members = || published.collections.get("ep/shop/a:80/*").unwrap().len();
+        assert_eq!(members(), 0);
+        assert_eq!(publisher.state().read().unwrap().unpublished.len(), 1);
+        publisher.apply(slice(8080));
+        assert_eq!(members(), 1);
+        assert!(publisher.state().read().unwrap().unpublished.is_empty());
+    }
+
+    #[test]
+    fn an_address_passes_from_one_service_to_another() {
+        let (mut publisher, published) = publisher();
+        let service = |name: &str| {
+            batch(&format!(
+                "apiVersion: v1\nkind: Service\nmetadata: {{name: {name}, namespace: shop}}\n\
+                 spec: {{clusterIP: 10.96.0.1, ports: [{{port: 80}}]}}\n"
+            ))
+        };
+        let gone = |name: &str| Event::Delete(ObjectKey::new(Kind::Service, "shop", name));
+        let body = || published.resource("ip/10.96.0.1:80").map(|resource| resource.versioned.body);
+        let of = |name: &str| published.resource(&format!("svc/shop/{name}:80")).map(|r| r.versioned.body);
+        publisher.apply(service("m"));
+        assert_eq!(body(), of("m"));
+        // Renamed in one batch, to a name before and to one behind: whichever is compiled first.
+        for (old, new) in [("m", "a"), ("a", "z")] {
+            let mut renamed = service(new);
+            renamed.events.push(gone(old));
+            publisher.apply(renamed);
+            assert!(body().is_some() && body() == of(new), "{new}");
+            assert!(of(old).is_none());
+        }
+        // Both claim it, then the one that had it goes.
+        publisher.apply(service("b"));
+        assert_eq!(body(), of("b"), "of the same age the first name counts");
+        publisher.apply(Batch { events: vec![gone("b")], ..Batch::default() });
+        assert_eq!(body(), of("z"));
+        publisher.apply(Batch { events: vec![gone("z")], ..Batch::default() });
+        assert!(body().is_none());
+    }
 }
