@@ -753,6 +753,23 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn roots_that_were_replaced_while_it_was_cut_off_make_it_renew() {
+        let controller = FakeController::start("weft-controller").await;
+        let shared = Arc::new(Shared::default());
+        let control = start(&controller.config(), &shared, Vec::new());
+        until("certificate", || control.material.borrow().is_some()).await;
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        assert_eq!(controller.state.issued.load(Ordering::SeqCst), 1, "known: no reason to renew");
+        // This controller still shows its old root, so renewal fails until the file knows it again.
+        let file = controller.dir.join("roots.pem");
+        std::fs::write(&file, &Authority::new("cluster.local").pem).unwrap();
+        until("an early renewal", || shared.counter(Counter::RenewalFailures) >= 1).await;
+        assert!(control.material.borrow().is_some(), "kept until its end");
+        std::fs::write(&file, &controller.authority.pem).unwrap();
+        until("renewal", || controller.state.issued.load(Ordering::SeqCst) == 2).await;
+    }
+
+    #[tokio::test]
     async fn nobody_else_is_the_controller() {
         let impostor = FakeController::start("web").await;
         impostor.configure();

@@ -104,6 +104,8 @@ impl Keeper {
         let mut failures = 0;
         let mut due = Instant::now();
         let mut wall_checked = Instant::now();
+        let mut stranger_asked: Option<Instant> = None;
+        let check_every = WALL_CHECK.min(self.config.times.reconnect_cap);
         let mut sequence = self.bundles.borrow_and_update().sequence;
         loop {
             let end = self.issued.as_ref().map(|issued| issued.end);
@@ -150,7 +152,14 @@ impl Keeper {
                     }
                     sequence = now;
                 }
-                () = tokio::time::sleep(WALL_CHECK) => {
+                () = tokio::time::sleep(check_every) => {
+                    if self.is_stranger() && stranger_asked.is_none_or(|at| at.elapsed() >= STRANGER_RENEWALS) {
+                        let spread = self.config.times.renew_spread.mul_f64(rand::rng().random::<f64>());
+                        warn!(in_ms = spread.as_millis() as u64,
+                            "the trust anchors no longer know who issued our certificate: renewing");
+                        stranger_asked = Some(Instant::now());
+                        due = due.min(Instant::now() + spread);
+                    }
                     let expired = self.issued.as_ref().is_some_and(|issued| {
                         SystemTime::now() > issued.material.validity.not_after
                     });
@@ -218,6 +227,15 @@ impl Keeper {
         let end = issued.material.validity.not_after.duration_since(UNIX_EPOCH).unwrap_or_default();
         self.shared.set(Gauge::CertificateNotAfter, i64::try_from(end.as_secs()).unwrap_or(i64::MAX));
         self.publish.send_replace(Some(Arc::new(issued.material.with_trust(self.generation, trust))));
+    }
+
+    /// Whether the anchor file no longer knows who issued our certificate. Roots that were replaced while
+    /// this sidecar was cut off are told by no stream: the controller refuses the certificate that a
+    /// stream needs, until the next renewal, half a day later.
+    fn is_stranger(&self) -> bool {
+        let Some(issued) = &self.issued else { return false };
+        Trust::from_file(&self.config.trust_domain, &self.config.trust_anchors)
+            .is_ok_and(|anchors| !issued.material.is_trusted_by(&anchors))
     }
 
     fn expire(&mut self) {
@@ -305,6 +323,8 @@ const MAX_ANSWER: usize = 1024 * 1024;
 const WALL_CHECK: Duration = Duration::from_secs(30);
 /// And how often it may ask for a renewal.
 const WALL_RENEWALS: Duration = Duration::from_secs(600);
+/// How often an anchor file that does not know our issuer may.
+const STRANGER_RENEWALS: Duration = Duration::from_secs(60);
 /// Beyond this a clock is worth a line.
 const SKEW_WARNING: u64 = 60;
 
