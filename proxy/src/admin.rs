@@ -6,11 +6,12 @@
 //! have in common).
 
 use std::{
+    collections::HashMap,
     future::Future,
     io,
     net::{IpAddr, Ipv4Addr, SocketAddr},
     path::Path,
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
@@ -76,9 +77,15 @@ pub async fn start(
     tokio::spawn({
         let (admin, slots) = (Arc::clone(&admin), slots);
         async move {
+            let peers = Arc::new(Peers::default());
             loop {
                 match open.accept().await {
-                    Ok((stream, _)) => admin.clone().spawn(stream, Door::Open, &slots),
+                    Ok((stream, peer)) => {
+                        let share = Share::take(&peers, peer.ip());
+                        if let Some(share) = share {
+                            admin.clone().spawn(stream, Door::Open, &slots, Some(share));
+                        }
+                    }
                     Err(error) => pause(&error).await,
                 }
             }
@@ -92,7 +99,7 @@ pub async fn start(
             match socket.accept().await {
                 Ok((stream, _)) => match stream.peer_cred() {
                     Ok(peer) if peer.uid() == us || peer.uid() == 0 => {
-                        admin.clone().spawn(stream, Door::Socket, &slots);
+                        admin.clone().spawn(stream, Door::Socket, &slots, None);
                     }
                     Ok(peer) => warn!(uid = peer.uid(), "admin socket refused"),
                     Err(error) => warn!(%error, "admin socket refused"),
@@ -131,13 +138,13 @@ pub async fn call(socket: &Path, method: Method, target: &str, limit: Duration) 
 }
 
 impl Admin {
-    fn spawn<S>(self: Arc<Self>, stream: S, door: Door, slots: &Arc<Semaphore>)
+    fn spawn<S>(self: Arc<Self>, stream: S, door: Door, slots: &Arc<Semaphore>, share: Option<Share>)
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
         let Ok(slot) = Arc::clone(slots).try_acquire_owned() else { return };
         tokio::spawn(async move {
-            let _slot = slot;
+            let _slot = (slot, share);
             let service = service_fn(move |request: Request<Incoming>| {
                 let admin = Arc::clone(&self);
                 async move { Ok::<_, std::convert::Infallible>(admin.answer(request, door).await) }
@@ -284,6 +291,38 @@ impl Admin {
     }
 }
 
+/// Connections at the open door by who holds them.
+type Peers = Mutex<HashMap<IpAddr, usize>>;
+
+/// One connection's share of the open door. Why there are shares: whoever could hold all connections would
+/// fail the kubelet's probes, and with them the pod.
+struct Share(Arc<Peers>, IpAddr);
+
+impl Share {
+    /// `None`: that address has as many as it may.
+    fn take(peers: &Arc<Peers>, peer: IpAddr) -> Option<Self> {
+        let peer = peer.to_canonical();
+        let mut held = peers.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = held.entry(peer).or_default();
+        (*count < MAX_OF_ONE).then(|| {
+            *count += 1;
+            Self(Arc::clone(peers), peer)
+        })
+    }
+}
+
+impl Drop for Share {
+    fn drop(&mut self) {
+        let mut held = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(count) = held.get_mut(&self.1) {
+            *count -= 1;
+            if *count == 0 {
+                held.remove(&self.1);
+            }
+        }
+    }
+}
+
 fn describe(policy: &OutboundPolicy) -> serde_json::Value {
     let rules: Vec<_> = policy
         .routes
@@ -385,6 +424,8 @@ async fn pause(error: &io::Error) {
 
 /// Probes and scrapes at a time, at each door.
 const MAX_CONNECTIONS: usize = 64;
+/// … of which one address may have so many at the open one.
+const MAX_OF_ONE: usize = 16;
 /// Bytes of a request's head (hyper's least is 8 KiB).
 const MAX_HEAD: usize = 16 * 1024;
 /// For a request's head.
@@ -399,6 +440,20 @@ const MAX_ANSWER: usize = 64 * 1024 * 1024;
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn one_address_does_not_hold_the_open_door() {
+        let peers = Arc::new(Peers::default());
+        let (prober, hostile) = (IpAddr::from([10, 0, 0, 1]), IpAddr::from([10, 0, 0, 2]));
+        let mut held: Vec<_> = (0..MAX_OF_ONE).filter_map(|_| Share::take(&peers, hostile)).collect();
+        assert_eq!(held.len(), MAX_OF_ONE);
+        assert!(Share::take(&peers, hostile).is_none());
+        assert!(Share::take(&peers, prober).is_some());
+        held.pop();
+        assert!(Share::take(&peers, hostile).is_some());
+        drop(held);
+        assert!(peers.lock().unwrap().is_empty());
+    }
 
     #[test]
     fn parameters_are_decoded() {
