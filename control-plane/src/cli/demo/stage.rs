@@ -318,7 +318,7 @@ fn start_app(mesh: &Mesh, meshed: &Meshed) -> Result<Process> {
 
 /// The endpoint of api v1 that is slower than its siblings.
 pub(super) const SLOW: &str = "api-v1-4";
-pub(super) const SLOW_MS: &str = "150";
+pub(super) const SLOW_MS: &str = "300";
 /// The one that fails.
 pub(super) const FAILING: &str = "api-v1-5";
 pub(super) const FAIL_PERCENT: &str = "60";
