@@ -54,6 +54,9 @@ fn main() -> ExitCode {
 }
 
 fn serve() -> ExitCode {
+    // The allocator asks for huge pages, and a sidecar that holds 2 MiB would be given 20: refused before it has grown.
+    // Where the kernel has none there is nothing to refuse.
+    let _ = nix::sys::prctl::set_thp_disable(true);
     match Config::from_env() {
         Ok(config) => match weft_proxy::run(config) {
             Ok(()) => ExitCode::SUCCESS,
