@@ -195,8 +195,13 @@ impl App {
 
     async fn answered(&self, request: Request<Incoming>) -> Result<Answer> {
         let n = self.served.fetch_add(1, Ordering::Relaxed);
-        let (parts, body) = request.into_parts();
+        let (mut parts, body) = request.into_parts();
         let path = parts.uri.path().to_owned();
+        if path == "/switch"
+            && let Some(upgrade) = parts.extensions.remove::<hyper::upgrade::OnUpgrade>()
+        {
+            return Ok(self.named(switch(upgrade)));
+        }
         if let Some(size) = path.strip_prefix("/bytes/") {
             let body = Repeat { left: size.parse()? };
             return Ok(self.named(Response::new(body.boxed())));
@@ -260,6 +265,23 @@ fn describe(parts: &http::request::Parts) -> String {
         lines.push_str(&format!("{name}: {}\n", String::from_utf8_lossy(value.as_bytes())));
     }
     lines
+}
+
+/// Switches to a protocol that sends back what it gets.
+fn switch(upgrade: hyper::upgrade::OnUpgrade) -> Answer {
+    tokio::spawn(async move {
+        // How a client leaves is its own business.
+        if let Ok(upgraded) = upgrade.await {
+            let (mut read, mut write) = tokio::io::split(TokioIo::new(upgraded));
+            let _ = tokio::io::copy(&mut read, &mut write).await;
+            let _ = write.shutdown().await;
+        }
+    });
+    let mut answer = text(StatusCode::SWITCHING_PROTOCOLS, "");
+    let headers = answer.headers_mut();
+    headers.insert("connection", HeaderValue::from_static("upgrade"));
+    headers.insert("upgrade", HeaderValue::from_static("echo"));
+    answer
 }
 
 fn text(status: StatusCode, text: impl Into<Bytes>) -> Answer {

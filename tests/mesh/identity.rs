@@ -178,12 +178,13 @@ impl ServerCertVerifier for TrustsAnyone {
     }
 }
 
-/// Shakes hands as a caller and asks for a byte: `Ok` if the server let it in.
+/// Shakes hands as a caller, after some silence, and asks for a byte: `Ok` if the server let it in.
 fn knock(
     pod: &Pod,
     to: SocketAddr,
     server_name: &str,
     identity: Option<(CertificateDer<'static>, KeyPair)>,
+    silent: Duration,
 ) -> io::Result<()> {
     use std::io::{Read as _, Write as _};
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
@@ -205,6 +206,7 @@ fn knock(
     pod.enter_as(ports::PROXY_UID, ports::PROXY_UID, || {
         let mut tcp = std::net::TcpStream::connect(to)?;
         tcp.set_read_timeout(Some(Duration::from_secs(5)))?;
+        std::thread::sleep(silent);
         let mut tls = rustls::ClientConnection::new(Arc::new(config), name).map_err(io::Error::other)?;
         let mut stream = rustls::Stream::new(&mut tls, &mut tcp);
         stream.write_all(b"hello")?;
@@ -228,7 +230,11 @@ fn certificates_of_strangers_are_refused_by_the_called_side() {
     let good = "spiffe://cluster.local/ns/shop/sa/client";
     let now = std::time::SystemTime::now();
     let day = Duration::from_secs(86_400);
-    knock(client, to, &name, Some(ours.leaf(good, |_| {}))).expect("the control: our own issuer is let in");
+    let at_once = Duration::ZERO;
+    knock(client, to, &name, Some(ours.leaf(good, |_| {})), at_once)
+        .expect("the control: our own issuer is let in");
+    // Later than detection waits: a handshake still, and nothing for the app.
+    knock(client, to, &name, Some(ours.leaf(good, |_| {})), Duration::from_secs(1)).expect("late");
     let stranger = Authority::new("weft");
     let cases: Vec<(&str, Option<(CertificateDer<'static>, KeyPair)>)> = vec![
         ("no certificate", None),
@@ -260,10 +266,10 @@ fn certificates_of_strangers_are_refused_by_the_called_side() {
         ("a longer path", Some(ours.leaf("spiffe://cluster.local/ns/shop/sa/client/x", |_| {}))),
     ];
     for (case, identity) in cases {
-        let result = knock(client, to, &name, identity);
+        let result = knock(client, to, &name, identity, at_once);
         assert!(result.is_err(), "{case} was let in");
     }
-    let wrong_pod = knock(client, to, "another-pod.weft.internal", Some(ours.leaf(good, |_| {})));
+    let wrong_pod = knock(client, to, "another-pod.weft.internal", Some(ours.leaf(good, |_| {})), at_once);
     assert!(wrong_pod.is_err(), "another pod's name was let in");
 }
 

@@ -8,6 +8,7 @@
 mod delivery;
 mod http;
 mod identity;
+mod inbound;
 mod nothing_lost;
 mod routing;
 mod secrecy;
