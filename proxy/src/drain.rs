@@ -391,4 +391,40 @@ mod tests {
         );
         assert_eq!(two, (false, false));
     }
+
+    /// A connection that notes what is done to it: `p`olled, told to `s`hut down.
+    struct Noted(Rc<RefCell<String>>);
+
+    impl Future for Noted {
+        type Output = hyper::Result<()>;
+
+        fn poll(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Self::Output> {
+            self.0.borrow_mut().push('p');
+            Poll::Pending
+        }
+    }
+
+    impl Graceful for Noted {
+        fn graceful_shutdown(self: Pin<&mut Self>) {
+            self.0.borrow_mut().push('s');
+        }
+    }
+
+    #[tokio::test]
+    async fn whoever_comes_while_all_ends_is_read_once_and_then_told() {
+        let drain = Drain::new();
+        for (to, side, noted) in [
+            (Phase::Refusing, Component::Inbound, "p"),
+            (Phase::Stopping, Component::Inbound, "psp"),
+            (Phase::Stopping, Component::Outbound, "psp"),
+        ] {
+            drain.advance(to);
+            let local = LocalDrain::new(drain.clone());
+            let seen = Rc::new(RefCell::new(String::new()));
+            let mut serving = local.serve(Noted(seen.clone()), side);
+            let polled = std::future::poll_fn(|cx| Poll::Ready(Pin::new(&mut serving).poll(cx))).await;
+            assert!(polled.is_pending());
+            assert_eq!(*seen.borrow(), noted, "{to:?} {side:?}");
+        }
+    }
 }

@@ -1079,6 +1079,11 @@ mod tests {
         let trust = Trust::default().with(&a.domain, &roots, &[list]).unwrap();
         assert_eq!(judge(&trust, &[with_serial(7)]), (false, false));
         assert_eq!(judge(&trust, &[with_serial(8)]), (true, true));
+        // A caller that was let in before the list came, too.
+        let own = Material::new(1, &key, vec![with_serial(8)], a.trust(), UnixTime::now()).unwrap();
+        assert!(own.still_accepts(&[with_serial(7)]));
+        let own = own.with_trust(2, trust);
+        assert!(!own.still_accepts(&[with_serial(7)]) && own.still_accepts(&[with_serial(8)]));
         assert!(Trust::default().with(&a.domain, &roots, &[b"0nonsense".to_vec()]).is_err());
     }
 
