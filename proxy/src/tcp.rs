@@ -4,6 +4,7 @@
 //! takes a truncated stream for a whole one; and its buffers do not grow with the stream.
 
 use std::{
+    cell::Cell,
     future::poll_fn,
     io,
     pin::Pin,
@@ -118,11 +119,24 @@ pub(crate) enum Broken {
     Server,
 }
 
+/// Bytes carried so far, to be read also when carrying was cut short.
+#[derive(Default)]
+pub(crate) struct Moved {
+    /// From the client to the server.
+    pub(crate) up: Cell<u64>,
+    /// From the server to the client.
+    pub(crate) down: Cell<u64>,
+}
+
 /// Carries bytes both ways until both directions have ended. A side that breaks off makes the other one end
 /// with a reset.
-pub(crate) async fn splice<A: Stream, B: Stream>(client: &mut A, server: &mut B) -> Result<(), Broken> {
-    let mut up = Direction::default();
-    let mut down = Direction::default();
+pub(crate) async fn splice<A: Stream, B: Stream>(
+    client: &mut A,
+    server: &mut B,
+    moved: &Moved,
+) -> Result<(), Broken> {
+    let mut up = Direction { moved: Some(&moved.up), ..Direction::default() };
+    let mut down = Direction { moved: Some(&moved.down), ..Direction::default() };
     let result = poll_fn(|cx| {
         let up = up.poll(cx, client, server);
         if let Poll::Ready(Err(side)) = up {
@@ -176,7 +190,8 @@ enum Side {
 }
 
 #[derive(Default)]
-struct Direction {
+struct Direction<'a> {
+    moved: Option<&'a Cell<u64>>,
     buffer: Vec<u8>,
     from: usize,
     to: usize,
@@ -185,7 +200,7 @@ struct Direction {
     done: bool,
 }
 
-impl Direction {
+impl Direction<'_> {
     fn poll<R, W>(&mut self, cx: &mut Context<'_>, reader: &mut R, writer: &mut W) -> Poll<Result<(), Side>>
     where
         R: AsyncRead + Unpin,
@@ -201,6 +216,9 @@ impl Direction {
                     Ok(0) | Err(_) => return Poll::Ready(Err(Side::Writer)),
                     Ok(n) => {
                         self.from += n;
+                        if let Some(moved) = self.moved {
+                            moved.set(moved.get() + n as u64);
+                        }
                         self.unflushed = true;
                     }
                 }
@@ -269,10 +287,18 @@ mod tests {
         (a.unwrap(), b.unwrap().0)
     }
 
-    async fn spliced() -> (TcpStream, TcpStream, tokio::task::JoinHandle<Result<(), Broken>>) {
+    type Carried = (Result<(), Broken>, u64, u64);
+
+    async fn spliced() -> (TcpStream, TcpStream, tokio::task::JoinHandle<Carried>) {
         let (client, mut near) = pair().await;
         let (mut far, server) = pair().await;
-        let task = tokio::spawn(async move { splice(&mut near, &mut far).await });
+        let task = tokio::task::spawn_blocking(move || {
+            // Cells stay on one thread, as they do on a worker.
+            let handle = tokio::runtime::Handle::current();
+            let moved = Moved::default();
+            let result = handle.block_on(splice(&mut near, &mut far, &moved));
+            (result, moved.up.get(), moved.down.get())
+        });
         (client, server, task)
     }
 
@@ -289,7 +315,7 @@ mod tests {
         let mut answer = Vec::new();
         client.read_to_end(&mut answer).await.unwrap();
         assert_eq!(answer, b"answer");
-        assert_eq!(task.await.unwrap(), Ok(()));
+        assert_eq!(task.await.unwrap(), (Ok(()), 8, 6));
     }
 
     #[tokio::test]
@@ -299,7 +325,7 @@ mod tests {
         drop(server);
         let error = client.read(&mut [0; 1]).await.unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
-        assert_eq!(task.await.unwrap(), Err(Broken::Server));
+        assert_eq!(task.await.unwrap().0, Err(Broken::Server));
     }
 
     #[tokio::test]

@@ -16,7 +16,7 @@ use crate::{
     detect::{self, Begun, First},
     error::Error,
     listener::Accepted,
-    tcp::{Broken, Prefixed, Stream, reset, splice},
+    tcp::{Broken, Moved, Prefixed, Stream, reset, splice},
     telemetry::{
         exchange::{Exchange, now},
         metrics::{Counter, Direction, EdgeKey, SeriesKey},
@@ -170,6 +170,7 @@ async fn carry<C: Stream, A: Stream>(
     original: SocketAddr,
     caller: &Caller,
 ) {
+    let moved = Moved::default();
     let broken = tokio::select! {
         // Policy first: it may have changed while the app was dialled, and then no byte may pass.
         biased;
@@ -184,8 +185,10 @@ async fn carry<C: Stream, A: Stream>(
             reset(app.tcp());
             Some(Broken::Client)
         }
-        spliced = splice(&mut client, &mut app) => spliced.err(),
+        spliced = splice(&mut client, &mut app, &moved) => spliced.err(),
     };
+    worker.recorder.add(Counter::InboundBytesReceived, moved.up.get());
+    worker.recorder.add(Counter::InboundBytesSent, moved.down.get());
     let class = match broken {
         None => Class::Ok,
         Some(Broken::Client) => Class::ClientError,

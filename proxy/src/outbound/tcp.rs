@@ -17,7 +17,7 @@ use crate::{
     error::{Component, Error},
     listener::Accepted,
     pool::{ConnectError, Peer},
-    tcp::{Broken, Prefixed, Stream, reset, splice},
+    tcp::{Broken, Moved, Prefixed, Stream, reset, splice},
     telemetry::{
         exchange::{Exchange, now},
         metrics::{Counter, Direction, SeriesKey},
@@ -257,14 +257,17 @@ async fn carry<C: Stream, S: Stream>(
     client: &mut C,
     server: &mut S,
 ) {
+    let moved = Moved::default();
     let broken = tokio::select! {
-        spliced = splice(client, server) => spliced.err(),
+        spliced = splice(client, server, &moved) => spliced.err(),
         () = worker.drain.cut() => {
             reset(client.tcp());
             reset(server.tcp());
             Some(Broken::Client)
         }
     };
+    worker.recorder.add(Counter::OutboundBytesSent, moved.up.get());
+    worker.recorder.add(Counter::OutboundBytesReceived, moved.down.get());
     let (outcome, class) = match broken {
         None => (Outcome::Success, Class::Ok),
         Some(Broken::Client) => (Outcome::Cancelled, Class::ClientError),
