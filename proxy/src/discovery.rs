@@ -10,7 +10,7 @@
 //! keeping it. Ten minutes after the last holder is gone it is unsubscribed, but never while the control
 //! plane is away: it could not be had again.
 //!
-//! This file is the side that the workers see; [`store`] is what the control stream feeds.
+//! This file is the side that the workers see; `store` is what the control stream feeds.
 
 pub(crate) mod store;
 
