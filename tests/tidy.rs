@@ -463,6 +463,34 @@ fn the_readmes_links_lead_somewhere() {
     report("a link in a document leads to a file", &violations);
 }
 
+/// The table is how a reader finds the test of a behaviour: a name in it that no test bears leads nowhere.
+#[test]
+fn the_tests_that_behaviours_name_exist() {
+    let mut tests = BTreeSet::new();
+    for path in rust_files() {
+        let text = read(&path);
+        for name in text.split("fn ").skip(1).filter_map(|rest| rest.split(['(', '<']).next()) {
+            tests.insert(name.to_owned());
+        }
+    }
+    let mut violations = Vec::new();
+    for (number, line) in read("tests/BEHAVIOURS.md").lines().enumerate() {
+        let Some(row) = line.strip_prefix("| ").filter(|row| !row.starts_with("behaviour")) else { continue };
+        let names: Vec<&str> =
+            row.rsplit(" | ").next().unwrap_or_default().split('`').skip(1).step_by(2).collect();
+        if names.is_empty() {
+            violations.push(format!("tests/BEHAVIOURS.md:{} names no test", number + 1));
+        }
+        for name in names {
+            // `module::test`, or the test alone.
+            if !tests.contains(name.rsplit("::").next().unwrap_or(name)) {
+                violations.push(format!("tests/BEHAVIOURS.md:{} {name}", number + 1));
+            }
+        }
+    }
+    report("a behaviour names the tests that show it", &violations);
+}
+
 struct Package {
     /// Normal and build dependencies, whatever their target.
     normal: BTreeSet<String>,
