@@ -237,7 +237,7 @@ impl Config {
 
         let workers = env.number("WEFT_WORKERS", 1, 1..=256);
         let log = env.or("WEFT_LOG", "info");
-        if let Err(e) = log.parse::<tracing_subscriber::EnvFilter>() {
+        if let Err(e) = log.parse::<tracing_subscriber::filter::Targets>() {
             env.error(format!("WEFT_LOG: {log:?} is not a log filter such as info,weft_proxy=debug: {e}"));
         }
         let log_format = env.with("WEFT_LOG_FORMAT", "json", |text| match text {

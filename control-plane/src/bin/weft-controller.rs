@@ -7,7 +7,7 @@ use std::{process::ExitCode, time::SystemTime};
 use anyhow::Context as _;
 use clap::Parser as _;
 use tokio::signal::unix::{SignalKind, signal};
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::{filter::Targets, layer::SubscriberExt as _, util::SubscriberInitExt as _};
 use weft_control_plane::{
     ca::JoinKey,
     config::{Cli, Command, Config, LogFormat, ServeArgs, TokenArgs},
@@ -53,11 +53,12 @@ fn serve(args: &ServeArgs) -> anyhow::Result<()> {
 }
 
 fn log(args: &ServeArgs) -> anyhow::Result<()> {
-    let filter = EnvFilter::try_new(&args.log).with_context(|| format!("--log {}", args.log))?;
-    let logs = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let filter: Targets = args.log.parse().with_context(|| format!("--log {}", args.log))?;
+    let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+    let logs = tracing_subscriber::registry().with(filter);
     let set = match args.log_format {
-        LogFormat::Text => logs.try_init(),
-        LogFormat::Json => logs.json().try_init(),
+        LogFormat::Text => logs.with(lines).try_init(),
+        LogFormat::Json => logs.with(lines.json()).try_init(),
     };
     set.map_err(|error| anyhow::anyhow!("logging: {error}"))
 }
