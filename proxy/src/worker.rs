@@ -17,7 +17,7 @@ use tokio::sync::watch;
 use weft_core::{
     balance::Balancer,
     budget::Budget,
-    policy::{InboundPolicy, OutboundPolicy, PortPolicy, ServiceName},
+    policy::{BackendKey, InboundPolicy, OutboundPolicy, PortPolicy},
 };
 
 use crate::{
@@ -47,7 +47,7 @@ pub(crate) struct Worker {
     inbound: RefCell<Option<Arc<InboundPolicy>>>,
     server_config: RefCell<Option<Configured>>,
     destinations: RefCell<HashMap<SocketAddr, Rc<Destination>>>,
-    backends: RefCell<HashMap<ServiceName, Rc<Backend>>>,
+    backends: RefCell<HashMap<BackendKey, Rc<Backend>>>,
     budgets: Budgets,
 }
 
@@ -66,7 +66,7 @@ pub(crate) struct Parts {
 
 /// Retry budgets of the pod, by destination: all workers draw from the same ones.
 #[derive(Clone, Default)]
-pub(crate) struct Budgets(Arc<Mutex<HashMap<ServiceName, Weak<Budget>>>>);
+pub(crate) struct Budgets(Arc<Mutex<HashMap<BackendKey, Weak<Budget>>>>);
 
 /// One destination as this worker knows it.
 pub(crate) struct Destination {
@@ -240,7 +240,7 @@ impl Worker {
         let backends = policy.backends.iter().map(|backend| {
             let mut known = self.backends.borrow_mut();
             let service = &backend.service;
-            let state = known.entry(service.name.clone()).or_insert_with(|| {
+            let state = known.entry(service.key()).or_insert_with(|| {
                 Rc::new(Backend {
                     balancer: RefCell::new(Balancer::new(&service.load_balancing, &service.health)),
                     name: service.name.to_string().into(),
@@ -282,14 +282,14 @@ impl Budgets {
     fn of(&self, policy: &OutboundPolicy, now: Instant) -> Arc<Budget> {
         let params = policy.service.retry.budget;
         let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(budget) = all.get(&policy.service.name).and_then(Weak::upgrade)
+        if let Some(budget) = all.get(&policy.service.key()).and_then(Weak::upgrade)
             && budget.params() == params
         {
             return budget;
         }
         all.retain(|_, budget| budget.strong_count() > 0);
         let budget = Arc::new(Budget::new(params, now));
-        all.insert(policy.service.name.clone(), Arc::downgrade(&budget));
+        all.insert(policy.service.key(), Arc::downgrade(&budget));
         budget
     }
 }

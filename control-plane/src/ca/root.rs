@@ -95,15 +95,17 @@ impl Roots {
             Ok(bytes) => {
                 let register: Register = serde_json::from_slice(&bytes)
                     .map_err(|e| CaError::Content { path: path.clone(), reason: e.to_string() })?;
-                let loaded =
-                    register.trusted.iter().map(|name| load(state, name)).collect::<Result<Vec<_>, _>>()?;
                 if !register.trusted.contains(&register.active) {
                     return Err(CaError::Content {
                         path,
                         reason: "the active root is not a trusted one".to_owned(),
                     });
                 }
-                Self { state: state.to_owned(), register, roots: loaded }
+                let loaded = register.trusted.iter().map(|name| load(state, name));
+                let mut roots =
+                    Self { roots: loaded.collect::<Result<_, _>>()?, state: state.to_owned(), register };
+                roots.forget_expired(SystemTime::now())?;
+                roots
             }
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
                 let root = create(state, "root-1", trust_domain)?;
@@ -222,6 +224,27 @@ impl Roots {
         self.roots.iter().map(info).collect()
     }
 
+    /// A root that has expired is no anchor any more: those who verify do not look at an anchor's dates. Only
+    /// that of the root that signs is an error.
+    fn forget_expired(&mut self, now: SystemTime) -> Result<(), CaError> {
+        let active = &self.register.active;
+        if self.roots.iter().any(|root| root.name == *active && root.not_after <= now) {
+            let path = self.state.join(format!("{active}.pem"));
+            let reason = "the certificate has expired, and it is the one that signs: move the state folder \
+                          away for a new authority, and restart the sidecars";
+            return Err(CaError::Content { path, reason: reason.to_owned() });
+        }
+        self.roots.retain(|root| {
+            let expired = root.not_after <= now;
+            if expired {
+                tracing::warn!(root = root.name, "has expired: no longer trusted");
+            }
+            !expired
+        });
+        self.register.trusted.retain(|name| self.roots.iter().any(|root| root.name == *name));
+        Ok(())
+    }
+
     fn active(&self) -> Result<&Root, CaError> {
         let active = self.roots.iter().find(|root| root.name == self.register.active);
         active.ok_or_else(|| CaError::Signing("there is no active root".to_owned()))
@@ -286,9 +309,6 @@ fn load(state: &Path, name: &str) -> Result<Root, CaError> {
     let not_before = at(parsed.validity().not_before.timestamp());
     let not_after = at(parsed.validity().not_after.timestamp());
     let serial = hex(parsed.raw_serial());
-    if not_after <= SystemTime::now() {
-        return Err(bad("the certificate has expired".to_owned()));
-    }
     Ok(Root { name: name.to_owned(), certificate, key, not_before, not_after, serial })
 }
 
@@ -421,6 +441,30 @@ pub(crate) mod tests {
         assert_ne!(roots.bundle().roots, old.roots);
         roots.rotate(RotateRoot::Add, &domain()).unwrap();
         assert_eq!(roots.describe()[1].name, "root-3");
+    }
+
+    #[test]
+    fn an_expired_root_that_only_was_trusted_keeps_nobody_from_starting() {
+        let state = StateDir::new("expired");
+        let mut roots = Roots::open(&state.0, &domain()).unwrap();
+        roots.rotate(RotateRoot::Add, &domain()).unwrap();
+        roots.rotate(RotateRoot::Activate, &domain()).unwrap();
+        let new = roots.bundle().roots[1].clone();
+        // The old root runs out before anybody retired it.
+        let mut params = CertificateParams::default();
+        params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+        (params.not_before, params.not_after) =
+            (rcgen::date_time_ymd(2020, 1, 1), rcgen::date_time_ymd(2021, 1, 1));
+        let key = KeyPair::generate().unwrap();
+        let text = params.self_signed(&key).unwrap().pem() + &key.serialize_pem();
+        fs::write(state.0.join("root-1.pem"), &text).unwrap();
+        let roots = Roots::open(&state.0, &domain()).unwrap();
+        // Verifiers do not look at an anchor's dates: what has expired must not be handed out as one.
+        assert_eq!((roots.bundle().roots, anchors(&state)), (vec![new], 1));
+        // The one that signs is another matter: nothing could be signed.
+        fs::write(state.0.join("root-2.pem"), &text).unwrap();
+        let error = Roots::open(&state.0, &domain()).unwrap_err().to_string();
+        assert!(error.contains("root-2.pem") && error.contains("expired"), "{error}");
     }
 
     #[test]

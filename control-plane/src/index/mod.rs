@@ -378,6 +378,11 @@ impl Index {
         let Some(pod) = self.pods.get(name) else { return };
         keys.insert(Key::Workload(pod.uid.clone()));
         keys.extend(pod.ips.iter().copied().map(Key::Address));
+        // A service that claims the pod's address gets it, or loses it.
+        for claimant in pod.ips.iter().filter_map(|ip| self.by_vip.get(ip)).flatten() {
+            let ports = self.services.get(claimant).into_iter().flat_map(|service| &service.ports);
+            keys.extend(ports.map(|port| Key::Service(service_name(claimant, port.port))));
+        }
         for (service_name_, service) in in_namespace(&self.services, &name.0) {
             if self.is_pod_of(service_name_, service, name, pod) {
                 keys.extend(
@@ -531,15 +536,17 @@ impl Index {
     }
 
     /// Whether a service has a virtual address on a port. One service's external address may be another's
-    /// cluster address: the cluster's word counts first, then age, so that nobody takes over an address
-    /// by claiming it.
+    /// cluster address, or a pod's: the cluster's word counts first, then the pod, then age, so that nobody
+    /// takes over an address by claiming it.
     pub(crate) fn has_vip(&self, name: &Name, ip: IpAddr, port: u16) -> bool {
         let claims = self.by_vip.get(&ip).into_iter().flatten();
         let claims = claims.filter_map(|name| self.services.get_key_value(name));
         let first = claims
             .filter(|(_, service)| service.port(port).is_some())
             .min_by_key(|(name, service)| (!service.cluster_ips.contains(&ip), service.meta.created, *name));
-        first.is_some_and(|(first, _)| first == name)
+        first.is_some_and(|(first, service)| {
+            first == name && (service.cluster_ips.contains(&ip) || !self.by_ip.contains_key(&ip))
+        })
     }
 
     /// Slices of a service, in name order.

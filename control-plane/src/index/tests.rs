@@ -525,6 +525,27 @@ spec: {clusterIP: 10.96.0.66, externalIPs: [10.96.0.10], ports: [{port: 80}, {po
 }
 
 #[test]
+fn an_external_address_that_is_a_pods_stays_the_pods() {
+    let mut index = index(SHOP);
+    let ip: std::net::IpAddr = "10.0.0.1".parse().unwrap();
+    let thief = "
+apiVersion: v1
+kind: Service
+metadata: {name: thief, namespace: aaa}
+spec: {clusterIP: 10.96.0.66, externalIPs: [10.0.0.1], ports: [{port: 80}]}
+";
+    apply(&mut index, thief);
+    let vips = |index: &Index| index.service(&service("aaa/thief:80")).unwrap().0.vips;
+    assert!(!vips(&index).contains(&ip), "callers of the pod would be sent to another service");
+    // The pod goes, and the address is the service's until a pod has it again.
+    let thief = Key::Service(service("aaa/thief:80"));
+    assert!(delete(&mut index, Kind::Pod, "cart-1").contains(&thief));
+    assert!(vips(&index).contains(&ip));
+    assert!(apply(&mut index, SHOP).contains(&thief));
+    assert!(!vips(&index).contains(&ip));
+}
+
+#[test]
 fn a_grpc_route_says_what_the_pods_speak() {
     let mut index = index(SHOP);
     let route = "

@@ -1,7 +1,8 @@
 //! `Certify`: a token and a public key in, a certificate out. The only way to the authority.
 //!
 //! Why rate limits here: a certificate costs a signature and this port needs no certificate to reach. One
-//! workload that asks in a loop must not keep the others from renewing.
+//! workload that asks in a loop must not keep the others from renewing: each pod has its bound, all pods of one
+//! identity together have half of everything.
 
 use std::{
     collections::HashMap,
@@ -11,7 +12,7 @@ use std::{
 
 use tokio::time::Instant;
 use tonic::{Request, Response, Status};
-use weft_core::identity::PodUid;
+use weft_core::identity::{PodUid, SpiffeId};
 use weft_proto::pb::v1::{CertifyRequest, CertifyResponse, identity_server::Identity};
 
 use super::{Bucket, published::Published};
@@ -34,14 +35,39 @@ pub struct Certify {
 #[derive(Debug)]
 struct Limits {
     all: Bucket,
+    by_identity: HashMap<SpiffeId, Bucket>,
     by_pod: HashMap<PodUid, Bucket>,
+}
+
+impl Limits {
+    fn new() -> Self {
+        Self { all: Bucket::new(RATE, RATE), by_identity: HashMap::new(), by_pod: HashMap::new() }
+    }
+
+    /// `Some`: not before so long. Whoever is refused by a narrower bound takes nothing from a wider one.
+    fn take(&mut self, identity: &SpiffeId, uid: &PodUid, now: Instant) -> Option<Duration> {
+        if self.by_pod.len() >= MAX_PODS {
+            self.by_pod.retain(|_, bucket| !bucket.is_full(now));
+        }
+        if self.by_identity.len() >= MAX_PODS {
+            self.by_identity.retain(|_, bucket| !bucket.is_full(now));
+        }
+        let pod = || Bucket::new(POD_RATE, POD_BURST);
+        let identity_bucket = || Bucket::new(IDENTITY_RATE, IDENTITY_RATE);
+        self.by_pod
+            .entry(uid.clone())
+            .or_insert_with(pod)
+            .take(now)
+            .or_else(|| self.by_identity.entry(identity.clone()).or_insert_with(identity_bucket).take(now))
+            .or_else(|| self.all.take(now))
+    }
 }
 
 impl Certify {
     /// Signs by `ca`.
     pub fn new(ca: Arc<Ca>, published: Arc<Published>, metrics: Arc<Metrics>) -> Self {
-        let limits = Limits { all: Bucket::new(RATE, RATE), by_pod: HashMap::new() };
-        Self { ca, published, metrics, limits: Arc::new(Mutex::new(limits)), issued: Arc::default() }
+        let limits = Arc::new(Mutex::new(Limits::new()));
+        Self { ca, published, metrics, limits, issued: Arc::default() }
     }
 
     /// The newest certificate of every workload.
@@ -69,7 +95,7 @@ impl Certify {
             tracing::warn!(%uid, token = %subject.identity, pod = %known, "token and pod disagree");
             return Err(Status::permission_denied("the token is for another service account than the pod's"));
         }
-        self.admit(&uid)?;
+        self.admit(&subject.identity, &uid)?;
         let issued = self.ca.issue(&request.csr_der, &subject).map_err(|error| {
             tracing::warn!(%uid, %error, "not certified");
             Status::invalid_argument(error.to_string())
@@ -93,19 +119,9 @@ impl Certify {
         Ok(response)
     }
 
-    fn admit(&self, uid: &PodUid) -> Result<(), Status> {
-        let now = Instant::now();
+    fn admit(&self, identity: &SpiffeId, uid: &PodUid) -> Result<(), Status> {
         let mut limits = self.limits.lock().unwrap_or_else(PoisonError::into_inner);
-        if limits.by_pod.len() >= MAX_PODS {
-            limits.by_pod.retain(|_, bucket| !bucket.is_full(now));
-        }
-        let wait = limits
-            .by_pod
-            .entry(uid.clone())
-            .or_insert_with(|| Bucket::new(POD_RATE, POD_BURST))
-            .take(now)
-            .or_else(|| limits.all.take(now));
-        match wait {
+        match limits.take(identity, uid, Instant::now()) {
             None => Ok(()),
             Some(wait) => {
                 Err(Status::resource_exhausted(format!("too many requests: try again in {wait:?}")))
@@ -145,8 +161,35 @@ fn seconds(at: SystemTime) -> i64 {
 
 /// Certificates a second, all together: ten thousand sidecars come back within 20 s.
 const RATE: f64 = 500.0;
+/// Certificates a second for one identity: half of all, so that whoever can make tokens of one service account
+/// leaves the others their renewals.
+const IDENTITY_RATE: f64 = 250.0;
 /// Certificates a second for one pod, and at once: restarts, rotations, not a loop.
 const POD_RATE: f64 = 0.5;
 const POD_BURST: f64 = 20.0;
 /// Pods that are remembered.
 const MAX_PODS: usize = 100_000;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn neither_a_pod_nor_an_identity_takes_the_others_certificates() {
+        let mut limits = Limits::new();
+        let now = Instant::now();
+        let identity = |account: &str| -> SpiffeId {
+            format!("spiffe://cluster.local/ns/shop/sa/{account}").parse().unwrap()
+        };
+        let pod = |n: u32| PodUid::new(&format!("pod-{n}")).unwrap();
+        let (greedy, other) = (identity("greedy"), identity("other"));
+        let mut granted = |identity: &SpiffeId, pods: std::ops::Range<u32>, each: u32| {
+            let asked = pods.flat_map(|n| (0..each).map(move |_| pod(n)));
+            asked.filter(|uid| limits.take(identity, uid, now).is_none()).count()
+        };
+        assert_eq!(granted(&greedy, 0..1, 100), POD_BURST as usize, "one pod in a loop");
+        let burst = IDENTITY_RATE as usize - POD_BURST as usize;
+        assert_eq!(granted(&greedy, 1..1_000, 1), burst, "many pods of one identity");
+        assert_eq!(granted(&other, 1_000..2_000, 1), IDENTITY_RATE as usize, "the other half is there");
+    }
+}

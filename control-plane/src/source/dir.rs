@@ -124,8 +124,8 @@ pub struct Look {
     closed: BTreeMap<ObjectKey, Closed>,
     problems: Vec<Problem>,
     foreign: usize,
-    /// Since when the folder lacks most of what is live.
-    removal_since: Option<Instant>,
+    /// A removal of most objects that waits.
+    removal: Option<Removal>,
 }
 
 /// One file's content, by what tells that it changed.
@@ -151,6 +151,13 @@ struct Closed {
     labels: BTreeMap<String, String>,
 }
 
+/// Since when most is missing, and of how many.
+#[derive(Clone, Copy, Debug)]
+struct Removal {
+    since: Instant,
+    of: usize,
+}
+
 #[derive(Clone, Debug)]
 struct Live {
     object: Object,
@@ -167,7 +174,7 @@ impl Look {
             closed: BTreeMap::new(),
             problems: Vec::new(),
             foreign: 0,
-            removal_since: None,
+            removal: None,
         }
     }
 
@@ -190,9 +197,7 @@ impl Look {
         }
         let mut seen = self.collect(&mut problems);
         self.keep_last_good(&mut seen, &mut problems);
-        if self.hold_removals(&seen.objects, now, &mut problems) {
-            return self.finish(Vec::new(), problems, seen.foreign);
-        }
+        self.hold_removals(&mut seen.objects, now, &mut problems);
         let events = self.difference(seen.objects, seen.closed);
         self.finish(events, problems, seen.foreign)
     }
@@ -325,32 +330,40 @@ impl Look {
         }
     }
 
-    /// Whether a removal of more than half of more than 20 is to be waited out.
+    /// A removal of more than half of more than 20 is waited out: what is gone stays for a while. What was
+    /// added or changed at the same time does not wait.
     fn hold_removals(
         &mut self,
-        now_there: &BTreeMap<ObjectKey, Live>,
+        now_there: &mut BTreeMap<ObjectKey, Live>,
         now: Instant,
         problems: &mut Vec<Problem>,
-    ) -> bool {
-        let removed = self.live.keys().filter(|key| !now_there.contains_key(key)).count();
-        if self.live.len() <= HOLD_ABOVE || removed * 2 <= self.live.len() {
-            self.removal_since = None;
-            return false;
+    ) {
+        let removed: Vec<ObjectKey> =
+            self.live.keys().filter(|key| !now_there.contains_key(key)).cloned().collect();
+        let removal = self.removal.unwrap_or(Removal { since: now, of: self.live.len() });
+        // What is added meanwhile makes it no smaller.
+        if removal.of <= HOLD_ABOVE || removed.len() * 2 <= removal.of {
+            self.removal = None;
+            return;
         }
-        let since = *self.removal_since.get_or_insert(now);
-        let held = now.duration_since(since);
-        if held >= REMOVAL_HOLD {
-            self.removal_since = None;
-            return false;
+        if now.duration_since(removal.since) >= REMOVAL_HOLD {
+            self.removal = None;
+            return;
         }
+        self.removal = Some(removal);
         let origin = Origin { file: self.folder.display().to_string().into(), line: 0 };
         let reason = format!(
-            "{removed} of {} objects are gone at once: held until it has been so for {} s",
-            self.live.len(),
+            "{} of {} objects are gone at once: held until it has been so for {} s",
+            removed.len(),
+            removal.of,
             REMOVAL_HOLD.as_secs()
         );
         problems.push(Problem { object: None, origin, path: String::new(), reason, kept_last_good: true });
-        true
+        for key in removed {
+            if let Some(live) = self.live.get(&key) {
+                now_there.insert(key, live.clone());
+            }
+        }
     }
 
     fn difference(
@@ -567,6 +580,30 @@ mod tests {
         assert!(held.events.is_empty());
         assert!(held.problems[0].reason.contains("29 of 30"));
         assert_eq!(look.look(start + REMOVAL_HOLD).unwrap().events.len(), 29);
+    }
+
+    #[test]
+    fn what_is_added_does_not_wait_for_a_removal_that_is_held() {
+        let folder = Folder::new("mass-added");
+        let many = |prefix: &str| -> String {
+            (0..30).map(|i| format!("{}---\n", service(&format!("{prefix}{i}"), "80"))).collect()
+        };
+        folder.write("a.yaml", &many("old"));
+        let mut look = Look::new(folder.0.clone());
+        let start = Instant::now();
+        look.look(start);
+        // Everything is renamed, and a moment later something else is changed.
+        folder.write("a.yaml", &many("new"));
+        let batch = look.look(start).unwrap();
+        let added: Vec<_> = batch.events.iter().map(|e| matches!(e, Event::Apply { .. })).collect();
+        assert_eq!((added.len(), added.iter().all(|added| *added)), (30, true), "{:?}", names(&batch.events));
+        assert!(batch.problems[0].reason.contains("30 of 30"), "{:?}", batch.problems);
+        folder.write("b.yaml", &service("urgent", "80"));
+        assert_eq!(names(&look.look(start + REMOVAL_HOLD / 2).unwrap().events), ["+urgent"]);
+        let gone = look.look(start + REMOVAL_HOLD).unwrap().events;
+        assert_eq!(gone.len(), 30);
+        assert!(gone.iter().all(|event| matches!(event, Event::Delete(_))));
+        assert!(look.look(start + REMOVAL_HOLD * 2).is_none());
     }
 
     #[test]

@@ -5,8 +5,10 @@
 //! p99 of all their requests, not a mean of forty p99s.
 //!
 //! Why it is bounded: every part of it comes from outside. Histograms live in slots of time, encoded; when the
-//! bytes run out the oldest slot goes, and that is counted. Series, edges and sidecars have hard caps, and what
-//! is above a cap is counted under one overflow name.
+//! bytes run out the oldest of whoever has most goes, and that is counted. Series, edges, failures and sidecars
+//! have hard caps, each workload's far below everybody's together, so that one that reports nonsense takes
+//! nobody else's room; what is above a cap is counted under one overflow name. What nobody reports any more is
+//! forgotten.
 //!
 //! It is told the time and does no IO; `serve/telemetry.rs` feeds it and `api` reads it.
 
@@ -33,12 +35,19 @@ const COARSE: Duration = Duration::from_secs(60);
 const COARSE_KEPT: u64 = 60 * 60;
 /// All histograms of closed steps together, encoded.
 const MAX_BYTES: usize = 32 * 1024 * 1024;
-/// Distinct series; the rest is counted under the overflow route.
+/// Distinct series, and those of one workload; the rest is counted under the overflow route.
 const MAX_SERIES: usize = 20_000;
-/// Distinct edges.
+const MAX_SERIES_OF_ONE: usize = 2_000;
+/// Distinct edges, and those of one callee.
 const MAX_EDGES: usize = 20_000;
-/// Failures that are kept with their story.
+const MAX_EDGES_OF_ONE: usize = 2_000;
+/// How long an edge is remembered that is not used.
+const EDGE_KEPT: Duration = Duration::from_secs(24 * 60 * 60);
+/// Failures that are kept with their story, and those of one workload.
 const MAX_RECORDS: usize = 10_000;
+const MAX_RECORDS_OF_ONE: usize = 1_000;
+/// Endpoints that one sidecar describes.
+const MAX_ENDPOINTS_OF_ONE: usize = 5_000;
 /// One text of a report; longer ones are cut.
 const MAX_TEXT: usize = 512;
 /// Items of one list in one report.
@@ -68,7 +77,11 @@ pub struct Store {
     fine: Ring,
     coarse: Ring,
     edges: HashMap<EdgeKey, EdgeCount>,
-    records: VecDeque<pb::DecisionRecord>,
+    /// How many of them each callee has.
+    edges_of: HashMap<SpiffeId, usize>,
+    records: Records,
+    /// All histograms of closed steps together, encoded.
+    max_bytes: usize,
     /// When the first histogram came: before it there was not nothing, but nothing is known.
     first_ms: Option<u64>,
     /// What was left out because a bound was reached.
@@ -123,10 +136,22 @@ struct EdgeCount {
     last_ms: u64,
 }
 
+/// Series by number. A number is given away again an hour after its series was last reported: then no step
+/// has it any more.
 #[derive(Default)]
 struct Interner {
-    keys: Vec<Key>,
+    keys: Vec<Option<(Key, u64)>>,
     ids: HashMap<Key, u32>,
+    free: Vec<u32>,
+    of: HashMap<SpiffeId, usize>,
+}
+
+/// Failures, the newest last.
+#[derive(Default)]
+struct Records {
+    all: BTreeMap<u64, (SpiffeId, pb::DecisionRecord)>,
+    of: HashMap<SpiffeId, VecDeque<u64>>,
+    next: u64,
 }
 
 /// Steps of one width, the newest still open.
@@ -177,7 +202,9 @@ impl Default for Store {
             fine: Ring::new(FINE, FINE_KEPT),
             coarse: Ring::new(COARSE, COARSE_KEPT),
             edges: HashMap::new(),
-            records: VecDeque::new(),
+            edges_of: HashMap::new(),
+            records: Records::default(),
+            max_bytes: MAX_BYTES,
             first_ms: None,
             dropped: 0,
             repeated: 0,
@@ -221,31 +248,44 @@ impl Store {
             sidecar.gauges = pb::Gauges { version: cut(gauges.version), ..gauges };
         }
         if !report.endpoints.is_empty() || !report.routes.is_empty() {
-            sidecar.endpoints = report.endpoints.into_iter().take(MAX_ITEMS).map(cut_endpoint).collect();
+            let left_out = report.endpoints.len().saturating_sub(MAX_ENDPOINTS_OF_ONE);
+            self.dropped = self.dropped.saturating_add(left_out as u64);
+            let endpoints = report.endpoints.into_iter().take(MAX_ENDPOINTS_OF_ONE);
+            sidecar.endpoints = endpoints.map(cut_endpoint).collect();
         }
         if !report.routes.is_empty() {
             self.first_ms.get_or_insert(now_ms);
         }
         for route in report.routes.into_iter().take(MAX_ITEMS) {
-            self.route(reporter, route);
+            self.route(reporter, route, now_ms);
         }
         for edge in report.edges.into_iter().take(MAX_ITEMS) {
             self.edge(reporter, edge, now_ms);
         }
         for record in report.records.into_iter().take(MAX_ITEMS) {
-            if self.records.len() >= MAX_RECORDS {
-                self.records.pop_front();
-                self.dropped += 1;
-            }
-            self.records.push_back(cut_record(record));
+            self.dropped += u64::from(self.records.push(&reporter.identity, cut_record(record)));
         }
         report.sequence
     }
 
-    /// A sidecar's streams have ended; it is forgotten when it does not come back.
+    /// A sidecar's streams have ended; it is forgotten when it does not come back. So are series that stand in
+    /// no step any more, and edges that were not used for a day.
     pub fn forget_gone(&mut self, now_ms: u64) {
-        let gone = u64::try_from(SIDECAR_GONE.as_millis()).unwrap_or(u64::MAX);
-        self.sidecars.retain(|_, sidecar| now_ms.saturating_sub(sidecar.last_seen_ms) < gone);
+        let is_recent = |at: u64, kept: Duration| {
+            now_ms.saturating_sub(at) < u64::try_from(kept.as_millis()).unwrap_or(u64::MAX)
+        };
+        self.sidecars.retain(|_, sidecar| is_recent(sidecar.last_seen_ms, SIDECAR_GONE));
+        // Steps that are too old must be gone before the numbers in them are given away.
+        self.advance(now_ms);
+        self.series.retain(|last_ms| is_recent(last_ms, Duration::from_secs(COARSE_KEPT) + COARSE));
+        let edges_of = &mut self.edges_of;
+        self.edges.retain(|key, count| {
+            let kept = is_recent(count.last_ms, EDGE_KEPT);
+            if !kept {
+                less_one(edges_of, &key.callee);
+            }
+            kept
+        });
     }
 
     /// The version of one resource that is live in each sidecar that reported it.
@@ -272,7 +312,7 @@ impl Store {
 
     /// The failures that are kept, the newest last.
     pub fn records(&self) -> impl DoubleEndedIterator<Item = &pb::DecisionRecord> {
-        self.records.iter()
+        self.records.all.values().map(|(_, record)| record)
     }
 
     /// The routes of a window that ends now, one row a (workload, direction, parent, route, backend).
@@ -284,11 +324,11 @@ impl Store {
         let since = now_ms.saturating_sub(window_ms);
         let since = since - since % ring.step_ms;
         let mut merged: BTreeMap<Key, BTreeMap<i32, Open>> = BTreeMap::new();
-        for (id, key) in self.series.keys.iter().enumerate() {
+        for (key, id) in &self.series.ids {
             if !filter.admits(key) {
                 continue;
             }
-            let Ok(id) = u32::try_from(id) else { continue };
+            let id = *id;
             let mut total = Open::default();
             ring.collect(id, since, &mut total);
             if total.count > 0 {
@@ -353,18 +393,59 @@ impl Store {
     fn advance(&mut self, now_ms: u64) {
         self.fine.advance(now_ms);
         self.coarse.advance(now_ms);
-        while self.bytes() > MAX_BYTES {
-            let fine = self.fine.closed.front().map_or(u64::MAX, |slot| slot.start_ms);
-            let coarse = self.coarse.closed.front().map_or(u64::MAX, |slot| slot.start_ms);
-            let dropped = if coarse <= fine { self.coarse.drop_oldest() } else { self.fine.drop_oldest() };
-            match dropped {
-                Some(samples) => self.dropped += samples,
-                None => break,
-            }
+        if self.bytes() > self.max_bytes {
+            self.make_room();
         }
     }
 
-    fn route(&mut self, reporter: &Reporter, route: pb::RouteDelta) {
+    /// Drops the oldest histograms of the workloads that have most.
+    fn make_room(&mut self) {
+        let mut bytes_of: HashMap<&SpiffeId, usize> = HashMap::new();
+        for slot in self.fine.closed.iter().chain(&self.coarse.closed) {
+            for (id, sample) in &slot.samples {
+                if let Some(workload) = self.series.workload(*id) {
+                    *bytes_of.entry(workload).or_default() += sample.bytes();
+                }
+            }
+        }
+        // Everybody may keep the same; a little is made free, so that this is not done at every report.
+        let mut all: Vec<usize> = bytes_of.values().copied().collect();
+        all.sort_unstable();
+        let (mut left, mut share) = (self.max_bytes - self.max_bytes / 8, 0);
+        for (position, bytes) in all.iter().enumerate() {
+            share = left / (all.len() - position);
+            if *bytes > share {
+                break;
+            }
+            left -= bytes;
+        }
+        let mut above: HashMap<SpiffeId, usize> = bytes_of
+            .into_iter()
+            .filter(|(_, bytes)| *bytes > share)
+            .map(|(workload, bytes)| (workload.clone(), bytes - share))
+            .collect();
+        // Steps in order of age, whichever their width.
+        let slots = self.fine.closed.iter().map(|slot| (slot.start_ms, false));
+        let mut slots: Vec<_> =
+            slots.chain(self.coarse.closed.iter().map(|slot| (slot.start_ms, true))).collect();
+        slots.sort_unstable();
+        for (start_ms, coarse) in slots {
+            let ring = if coarse { &mut self.coarse } else { &mut self.fine };
+            let Some(slot) = ring.closed.iter_mut().find(|slot| slot.start_ms == start_ms) else { continue };
+            let (before, count) = (slot.bytes, slot.samples.len());
+            slot.samples.retain(|id, sample| {
+                let above = self.series.workload(*id).and_then(|workload| above.get_mut(workload));
+                let Some(above) = above.filter(|above| **above > 0) else { return true };
+                *above = above.saturating_sub(sample.bytes());
+                slot.bytes -= sample.bytes();
+                false
+            });
+            ring.bytes -= before - slot.bytes;
+            self.dropped += (count - slot.samples.len()) as u64;
+        }
+    }
+
+    fn route(&mut self, reporter: &Reporter, route: pb::RouteDelta, now_ms: u64) {
         let known = Direction::try_from(route.direction).is_ok_and(|d| d != Direction::Unspecified)
             && OutcomeClass::try_from(route.outcome).is_ok_and(|o| o != OutcomeClass::Unspecified);
         let first_byte = histogram::decode(&route.first_byte);
@@ -382,7 +463,7 @@ impl Store {
             protocol: cut(route.protocol).into(),
             outcome: route.outcome,
         };
-        let id = self.series.id(key);
+        let id = self.series.id(key, now_ms);
         for ring in [&mut self.fine, &mut self.coarse] {
             let open = ring.open.entry(id).or_default();
             open.count = open.count.saturating_add(route.count);
@@ -401,11 +482,18 @@ impl Store {
             method: cut(edge.method),
             mtls: edge.mtls,
         };
-        if self.edges.len() >= MAX_EDGES && !self.edges.contains_key(&key) {
+        let own = self.edges_of.get(&key.callee).copied().unwrap_or_default();
+        let full = self.edges.len() >= MAX_EDGES || own >= MAX_EDGES_OF_ONE;
+        if full && !self.edges.contains_key(&key) {
             self.dropped += 1;
+            // Nothing of the reporter's making: two such edges a workload.
             key.caller = OVERFLOW.to_owned();
             key.caller_version = String::new();
+            key.service = String::new();
             key.method = String::new();
+        }
+        if !self.edges.contains_key(&key) {
+            *self.edges_of.entry(key.callee.clone()).or_default() += 1;
         }
         let count = self.edges.entry(key).or_default();
         count.count = count.count.saturating_add(edge.count);
@@ -461,23 +549,97 @@ impl Sidecar {
     }
 }
 
-impl Interner {
-    fn id(&mut self, key: Key) -> u32 {
-        if let Some(id) = self.ids.get(&key) {
-            return *id;
+impl Records {
+    /// Whether an older one had to go.
+    fn push(&mut self, of: &SpiffeId, record: pb::DecisionRecord) -> bool {
+        let own = self.of.entry(of.clone()).or_default();
+        let oldest = if own.len() >= MAX_RECORDS_OF_ONE {
+            own.front().copied()
+        } else if self.all.len() >= MAX_RECORDS {
+            self.all.keys().next().copied()
+        } else {
+            None
+        };
+        own.push_back(self.next);
+        self.all.insert(self.next, (of.clone(), record));
+        self.next += 1;
+        let dropped = oldest.and_then(|oldest| self.all.remove(&oldest));
+        if let Some((owner, _)) = &dropped
+            && let Some(own) = self.of.get_mut(owner)
+        {
+            // The oldest of all is the oldest of its owner's.
+            own.pop_front();
+            if own.is_empty() {
+                self.of.remove(owner);
+            }
         }
-        let key = if self.keys.len() < MAX_SERIES {
+        dropped.is_some()
+    }
+}
+
+impl Interner {
+    fn id(&mut self, key: Key, now_ms: u64) -> u32 {
+        if let Some(id) = self.ids.get(&key) {
+            return self.seen(*id, now_ms);
+        }
+        let own = self.of.get(&key.workload).copied().unwrap_or_default();
+        let key = if self.ids.len() < MAX_SERIES && own < MAX_SERIES_OF_ONE {
             key
         } else {
+            // Nothing of the reporter's making: few a workload, by direction and outcome.
             let overflow: Arc<str> = OVERFLOW.into();
-            Key { parent: overflow.clone(), route: overflow.clone(), backend: overflow, ..key }
+            Key {
+                parent: overflow.clone(),
+                route: overflow.clone(),
+                backend: overflow.clone(),
+                protocol: overflow,
+                ..key
+            }
         };
-        // Overflow keys are few: as many as workloads, directions, protocols and outcomes.
-        let next = u32::try_from(self.keys.len()).unwrap_or(u32::MAX);
-        *self.ids.entry(key.clone()).or_insert_with(|| {
-            self.keys.push(key);
-            next
-        })
+        if let Some(id) = self.ids.get(&key) {
+            return self.seen(*id, now_ms);
+        }
+        *self.of.entry(key.workload.clone()).or_default() += 1;
+        let id = self.free.pop().unwrap_or_else(|| {
+            self.keys.push(None);
+            u32::try_from(self.keys.len() - 1).unwrap_or(u32::MAX)
+        });
+        self.ids.insert(key.clone(), id);
+        if let Some(slot) = self.keys.get_mut(id as usize) {
+            *slot = Some((key, now_ms));
+        }
+        id
+    }
+
+    fn seen(&mut self, id: u32, now_ms: u64) -> u32 {
+        if let Some(Some((_, last_ms))) = self.keys.get_mut(id as usize) {
+            *last_ms = (*last_ms).max(now_ms);
+        }
+        id
+    }
+
+    fn workload(&self, id: u32) -> Option<&SpiffeId> {
+        self.keys.get(id as usize)?.as_ref().map(|(key, _)| &key.workload)
+    }
+
+    /// Keeps the series that were last reported at a time that `keep` likes.
+    fn retain(&mut self, keep: impl Fn(u64) -> bool) {
+        for (id, slot) in (0..).zip(&mut self.keys) {
+            if let Some((key, _)) = slot.take_if(|(_, last_ms)| !keep(*last_ms)) {
+                self.ids.remove(&key);
+                self.free.push(id);
+                less_one(&mut self.of, &key.workload);
+            }
+        }
+    }
+}
+
+fn less_one(counts: &mut HashMap<SpiffeId, usize>, of: &SpiffeId) {
+    if let Some(count) = counts.get_mut(of) {
+        *count -= 1;
+        if *count == 0 {
+            counts.remove(of);
+        }
     }
 }
 
@@ -511,10 +673,10 @@ impl Ring {
         }
     }
 
-    fn drop_oldest(&mut self) -> Option<u64> {
-        let slot = self.closed.pop_front()?;
-        self.bytes -= slot.bytes;
-        Some(slot.samples.len() as u64)
+    fn drop_oldest(&mut self) {
+        if let Some(slot) = self.closed.pop_front() {
+            self.bytes -= slot.bytes;
+        }
     }
 
     fn oldest_ms(&self) -> u64 {

@@ -101,10 +101,10 @@ fn a_histogram_that_would_allocate_much_is_refused() {
 
 #[test]
 fn series_edges_and_bytes_are_bounded() {
-    let mut store = Store::default();
+    let mut store = Store { max_bytes: 2 * 1024 * 1024, ..Store::default() };
     let values: Vec<u64> = (1..2_000).map(|n| n * 500).collect();
     let template = delta("r", &values);
-    for n in 0..30_u64 {
+    for n in 0..4_u64 {
         let routes = (0..1_000).map(|m| pb::RouteDelta { route: format!("{n}-{m}"), ..template.clone() });
         let edge = |m| pb::Edge { caller_identity: format!("{n}-{m}"), count: 1, ..Default::default() };
         let mut report = report(n + 1, routes.collect());
@@ -112,9 +112,9 @@ fn series_edges_and_bytes_are_bounded() {
         store.report(&reporter(1), report, T0 + n * 10_000);
     }
     store.routes(&Filter::default(), FINE, T0 + 400_000);
-    assert!(store.series.keys.len() <= MAX_SERIES + 8, "{}", store.series.keys.len());
-    assert!(store.edges.len() <= MAX_EDGES + 2);
-    assert!(store.bytes() <= MAX_BYTES, "{}", store.bytes());
+    assert!(store.series.ids.len() <= MAX_SERIES_OF_ONE + 8, "{}", store.series.ids.len());
+    assert!(store.edges.len() <= MAX_EDGES_OF_ONE + 2);
+    assert!(store.bytes() <= store.max_bytes, "{}", store.bytes());
     assert!(store.dropped > 0);
 }
 
@@ -205,4 +205,105 @@ fn a_sidecar_that_lies_fills_nothing_and_overflows_nothing() {
     assert_eq!(store.routes(&Filter::default(), FINE, T0)[0].count, u64::MAX);
     assert_eq!(store.edges()[0].count, u64::MAX);
     assert_eq!(store.dropped, 2 * (MAX_ITEMS + MAX_NACKED) as u64);
+}
+
+fn reporter_of(account: &str) -> Reporter {
+    Reporter {
+        identity: format!("spiffe://cluster.local/ns/shop/sa/{account}").parse().unwrap(),
+        uid: PodUid::new(&format!("{account}-1")).unwrap(),
+    }
+}
+
+#[test]
+fn one_workload_does_not_take_the_others_room() {
+    let mut store = Store::default();
+    let (hostile, honest) = (reporter_of("hostile"), reporter_of("honest"));
+    // As much of everything as fits into its reports, in names and protocols of its own making.
+    for sequence in 1..=3 {
+        let routes = (0..MAX_ITEMS).map(|n| pb::RouteDelta {
+            count: 1,
+            protocol: format!("p{n}"),
+            first_byte: bytes::Bytes::new(),
+            duration: bytes::Bytes::new(),
+            ..delta(&format!("{sequence}-{n}"), &[])
+        });
+        let edges = (0..MAX_ITEMS).map(|n| pb::Edge {
+            caller_identity: format!("{sequence}-{n}"),
+            service: format!("s{n}"),
+            count: 1,
+            ..Default::default()
+        });
+        let records =
+            (0..MAX_ITEMS).map(|n| pb::DecisionRecord { request_id: n.to_string(), ..Default::default() });
+        let flood = pb::ReportRequest {
+            edges: edges.collect(),
+            records: records.collect(),
+            endpoints: vec![pb::EndpointState::default(); MAX_ITEMS],
+            ..report(sequence, routes.collect())
+        };
+        store.report(&hostile, flood, T0);
+        if sequence == 1 {
+            let record = pb::DecisionRecord { request_id: "honest".into(), ..Default::default() };
+            store.report(&honest, pb::ReportRequest { records: vec![record], ..report(1, vec![]) }, T0);
+        }
+    }
+    let edge = pb::Edge { caller_identity: "friend".into(), count: 1, ..Default::default() };
+    let own = pb::ReportRequest { edges: vec![edge], ..report(2, vec![delta("own", &[5])]) };
+    store.report(&honest, own, T0);
+    let rows = store.routes(&Filter { workload: Some("shop/honest".into()), ..Filter::default() }, FINE, T0);
+    assert_eq!(rows.iter().map(|row| &*row.route).collect::<Vec<_>>(), ["own"]);
+    let of = |rows: &[EdgeRow], callee: &str| rows.iter().filter(|e| e.callee.ends_with(callee)).count();
+    let edges = store.edges();
+    assert!(edges.iter().any(|e| e.caller == "friend"));
+    assert!(of(&edges, "/hostile") <= MAX_EDGES_OF_ONE + 2, "{}", of(&edges, "/hostile"));
+    assert!(store.series.ids.len() <= MAX_SERIES_OF_ONE + 10, "{}", store.series.ids.len());
+    assert!(store.records().any(|record| record.request_id == "honest"));
+    assert!(store.endpoints().len() <= MAX_ENDPOINTS_OF_ONE);
+    assert!(store.dropped > 0);
+    // What it would have counted is counted all the same.
+    let hostile =
+        store.routes(&Filter { workload: Some("shop/hostile".into()), ..Filter::default() }, FINE, T0);
+    assert_eq!(hostile.iter().map(|row| row.count).sum::<u64>(), 3 * MAX_ITEMS as u64);
+}
+
+#[test]
+fn one_workload_does_not_push_out_the_others_histograms() {
+    let mut store = Store { max_bytes: 1024 * 1024, ..Store::default() };
+    let (hostile, honest) = (reporter_of("hostile"), reporter_of("honest"));
+    store.report(&honest, report(1, vec![delta("own", &[5, 50])]), T0);
+    // Wide histograms, each its own series.
+    let wide: Vec<u64> = (1..2_000).map(|n| n * 500).collect();
+    let wide = delta("x", &wide);
+    for sequence in 1..=12 {
+        let routes = (0..50).map(|n| pb::RouteDelta { route: format!("{n}"), ..wide.clone() });
+        store.report(&hostile, report(sequence, routes.collect()), T0 + sequence * 10_000);
+    }
+    let now = T0 + 130_000;
+    let filter = |workload: &str| Filter { workload: Some(format!("shop/{workload}")), ..Filter::default() };
+    let rows = store.routes(&filter("honest"), FINE * 60, now);
+    assert_eq!(rows.iter().map(|row| row.count).collect::<Vec<_>>(), [2]);
+    assert!(store.bytes() <= store.max_bytes && store.dropped > 0, "{} {}", store.bytes(), store.dropped);
+    assert!(!store.routes(&filter("hostile"), FINE, now).is_empty(), "its newest are kept");
+}
+
+#[test]
+fn what_nobody_reports_any_more_makes_room() {
+    let mut store = Store::default();
+    let names =
+        |n: usize| (0..n).map(|n| pb::RouteDelta { count: 1, ..delta(&n.to_string(), &[]) }).collect();
+    let edges = (0..100).map(|n| pb::Edge { caller_identity: n.to_string(), count: 1, ..Default::default() });
+    let all = pb::ReportRequest { edges: edges.collect(), ..report(1, names(MAX_SERIES_OF_ONE)) };
+    store.report(&reporter(1), all, T0);
+    let later = T0 + (COARSE_KEPT + 2 * 60) * 1_000;
+    store.report(&reporter(1), report(2, vec![delta("0", &[1])]), later);
+    store.forget_gone(later);
+    assert_eq!(store.series.ids.len(), 1);
+    store.report(&reporter(1), report(3, vec![delta("another", &[1, 2])]), later);
+    let rows = store.routes(&Filter::default(), FINE, later);
+    let mut rows: Vec<_> = rows.iter().map(|row| (&*row.route, row.count)).collect();
+    rows.sort_unstable();
+    assert_eq!(rows, [("0", 1), ("another", 2)]);
+    assert_eq!(store.edges().len(), 100, "who called yesterday is still of interest");
+    store.forget_gone(T0 + u64::try_from(EDGE_KEPT.as_millis()).unwrap() + 1);
+    assert!(store.edges().is_empty());
 }

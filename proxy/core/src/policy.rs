@@ -77,6 +77,14 @@ pub struct BackendPolicy {
     pub resolved: bool,
 }
 
+/// What tells one backend from another, and so what is learned of the one from what is learned of the other:
+/// a pod that is dialled by its own address may be named as a service is.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct BackendKey {
+    service: ServiceName,
+    pod: Option<SocketAddr>,
+}
+
 /// One port of a service, as its callers see it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Service {
@@ -627,6 +635,11 @@ impl StringMatch {
 }
 
 impl Service {
+    /// What tells it from other backends.
+    pub fn key(&self) -> BackendKey {
+        BackendKey { service: self.name.clone(), pod: self.pod.as_ref().map(|pod| pod.address) }
+    }
+
     /// A service with every setting at its default, no route and no endpoints.
     pub fn new(name: ServiceName) -> Self {
         Self {

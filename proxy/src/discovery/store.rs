@@ -31,8 +31,9 @@ use tracing::{debug, info, warn};
 use weft_core::{
     identity::{PodUid, SpiffeId, TrustDomain},
     policy::{
-        Action, Authorization, BackendPolicy, DETECT_TIMEOUT, Endpoint, HealthPolicy, InboundPolicy, Limits,
-        LoadBalancing, OutboundPolicy, Protocol, RetryPolicy, RouteTable, Service, ServiceName, Timeouts,
+        Action, Authorization, BackendKey, BackendPolicy, DETECT_TIMEOUT, Endpoint, HealthPolicy,
+        InboundPolicy, Limits, LoadBalancing, OutboundPolicy, Protocol, RetryPolicy, RouteTable, Service,
+        ServiceName, Timeouts,
     },
 };
 use weft_proto::{
@@ -82,7 +83,7 @@ struct State {
     held: BTreeMap<Name, Held>,
     refused: BTreeSet<Name>,
     destinations: BTreeMap<SocketAddr, Destination>,
-    backends: HashMap<ServiceName, Built>,
+    backends: HashMap<BackendKey, Built>,
     generation: u64,
     own: Own,
     // What this turn changed
@@ -816,7 +817,8 @@ impl State {
                 Ok(_) | Err(_) => warn!(%collection, "not the name of a collection"),
             }
         }
-        if let Some(built) = self.backends.get(name) {
+        let key = service.key();
+        if let Some(built) = self.backends.get(&key) {
             let policy = &built.policy;
             let same = Arc::ptr_eq(&policy.service, &service) || policy.service == service;
             if same && policy.resolved == resolved && built.endpoints == version {
@@ -825,7 +827,7 @@ impl State {
         }
         self.generation += 1;
         let policy = Arc::new(BackendPolicy { service, endpoints, generation: self.generation, resolved });
-        self.backends.insert(name.clone(), Built { policy: Arc::clone(&policy), endpoints: version });
+        self.backends.insert(key, Built { policy: Arc::clone(&policy), endpoints: version });
         policy
     }
 
@@ -1264,6 +1266,12 @@ mod tests {
             }
         }
 
+        /// What a destination was made of last.
+        fn state_of(&self, address: &str) -> Arc<BackendPolicy> {
+            let destination = &self.store.state.destinations[&address.parse::<SocketAddr>().unwrap()];
+            Arc::clone(&destination.made_of.as_ref().unwrap().backends[0])
+        }
+
         fn live(&self) -> BTreeSet<String> {
             self.reports.live().into_iter().map(|(_, name, _)| name.to_string()).collect()
         }
@@ -1618,6 +1626,40 @@ mod tests {
         let policy = world.service("10.1.0.1:8080").await.policy();
         assert_eq!(endpoints(&policy, 0), ["uid-1"]);
         assert_eq!(policy.routes.rules().len(), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_pod_that_is_named_as_a_service_is_another_backend() {
+        let (mut world, watched) = with_api().await;
+        let before = watched.policy();
+        world.ask("10.1.0.5:80").await;
+        let pod = pb::Service {
+            namespace: "shop".into(),
+            name: "api".into(),
+            port: 80,
+            pod: Some(pb::Endpoint {
+                address: Bytes::from_static(&[10, 1, 0, 5]),
+                port: 80,
+                uid: "uid-5".into(),
+                tunnel: pb::endpoint::Tunnel::Weft.into(),
+                service_account: "api".into(),
+                trust_domain: "cluster.local".into(),
+                ..Default::default()
+            }),
+            ..Default::default()
+        };
+        world.send(&[("ip/10.1.0.5:80", Body::new("Service", &pod))], &[]);
+        let pod = world.service("10.1.0.5:80").await.policy();
+        assert_ne!(pod.backends[0].service.key(), before.backends[0].service.key());
+        // Told again, neither has changed; before, each made the other look changed, in turns.
+        world.send(&[("ip/10.0.0.1:80", service("api", false))], &[]);
+        let again = world.state_of("10.0.0.1:80");
+        assert!(
+            Arc::ptr_eq(&again, &before.backends[0]),
+            "{} {}",
+            again.generation,
+            before.backends[0].generation
+        );
     }
 
     #[tokio::test(start_paused = true)]
