@@ -49,8 +49,8 @@ test: deps-test ## Every gate, cheapest first; redirect tests need root
 	$(CARGO) test --locked -p weft-tests $(addprefix --test ,$(ROOT_TARGETS))
 
 .PHONY: bench
-bench: deps-bench ## Weft against nothing, a bare relay and Envoy, in one run (needs root)
-	@$(CARGO) build --locked --release --workspace --bins
+bench: deps-bench ## Weft against nothing, a bare relay and Envoy, in one run (needs root; ARGS=--quick)
+	@$(CARGO) build --locked --release -p weft-proxy -p weft-control-plane -p weft-tests --bin weft-proxy --bin weft-controller --bin weft-bench --bin relay
 	exec $(BUILT)/release/weft-bench $(ARGS)
 
 .PHONY: soak
