@@ -53,7 +53,7 @@ pub struct Controller {
     identity: SocketAddr,
     api: SocketAddr,
     ca: Arc<Ca>,
-    published: Arc<Published>,
+    pub(crate) published: Arc<Published>,
     closing: watch::Sender<bool>,
     tasks: JoinSet<()>,
 }

@@ -75,6 +75,7 @@ impl AggregatedDiscoveryService for Discovery {
     ) -> Result<Response<Self::DeltaAggregatedResourcesStream>, Status> {
         let peer = request.extensions().get::<Peer>().cloned();
         let peer = peer.ok_or_else(|| Status::unauthenticated("a client certificate is needed"))?;
+        self.published.admit(&peer)?;
         let closing = request.extensions().get::<Closing>().map(|closing| closing.0.clone());
         let closing = closing.ok_or_else(|| Status::internal("the connection has no end"))?;
         let (out, responses) = mpsc::channel(OUT);
@@ -142,6 +143,10 @@ impl Task {
         let mut rested = Instant::now();
         loop {
             let is_synced = *synced.borrow_and_update();
+            // Asked at each turn: the pod may go while its certificate is good for hours.
+            if let Err(status) = self.discovery.published.admit(&self.subscriber.peer) {
+                return End::Broke(status);
+            }
             let at = due.filter(|_| is_synced).map(|due| due.max(rested));
             if at.is_some_and(|at| at <= Instant::now()) {
                 due = None;

@@ -1,5 +1,8 @@
 //! `Certify`: a token and a public key in, a certificate out. The only way to the authority.
 //!
+//! Why the pod must exist: a token is good until its own end, whatever became of its pod. What a deleted pod leaves
+//! behind (a volume, a log, a backup) must not be a way into the mesh.
+//!
 //! Why rate limits here: a certificate costs a signature and this port needs no certificate to reach. One
 //! workload that asks in a loop must not keep the others from renewing: each pod has its bound, all pods of one
 //! identity together have half of everything.
@@ -15,7 +18,10 @@ use tonic::{Request, Response, Status};
 use weft_core::identity::{PodUid, SpiffeId};
 use weft_proto::pb::v1::{CertifyRequest, CertifyResponse, identity_server::Identity};
 
-use super::{Bucket, published::Published};
+use super::{
+    Bucket,
+    published::{NO_POD, Published},
+};
 use crate::{
     api::types::WorkloadCertificate,
     ca::{Ca, workload_subject},
@@ -88,12 +94,23 @@ impl Certify {
         })?;
         let subject = workload_subject(self.ca.trust_domain(), &claims).map_err(|_| refused())?;
         let uid = PodUid::new(&claims.uid).map_err(|_| refused())?;
-        // A token says who; where the pod is known, both must agree.
-        if let Some(known) = self.published.workload(&uid)
-            && known != subject.identity
-        {
-            tracing::warn!(%uid, token = %subject.identity, pod = %known, "token and pod disagree");
-            return Err(Status::permission_denied("the token is for another service account than the pod's"));
+        // A token says who, and outlives its pod: the pod must be there, and both must agree. A sidecar that starts
+        // before its pod was seen, or while nothing has been seen yet, asks again.
+        if !*self.published.synced().borrow() {
+            return Err(Status::unavailable("not synced yet: ask again"));
+        }
+        match self.published.workload(&uid) {
+            Some(known) if known == subject.identity => {}
+            Some(known) => {
+                tracing::warn!(%uid, token = %subject.identity, pod = %known, "token and pod disagree");
+                return Err(Status::permission_denied(
+                    "the token is for another service account than the pod's",
+                ));
+            }
+            None => {
+                tracing::warn!(%uid, token = %subject.identity, "a token for a pod that is not there");
+                return Err(Status::permission_denied(NO_POD));
+            }
         }
         self.admit(&subject.identity, &uid)?;
         let issued = self.ca.issue(&request.csr_der, &subject).map_err(|error| {

@@ -89,6 +89,22 @@ impl Published {
         self.resources.get(name)
     }
 
+    /// Whether a peer is a pod that there is, under the service account that it has. Nobody is refused before
+    /// everything is known.
+    ///
+    /// # Errors
+    /// The pod is gone, or somebody else's.
+    pub fn admit(&self, peer: &Peer) -> Result<(), tonic::Status> {
+        if !*self.synced.borrow() {
+            return Ok(());
+        }
+        match self.workload(&peer.uid) {
+            Some(identity) if identity == peer.identity => Ok(()),
+            Some(_) => Err(tonic::Status::permission_denied("the pod has another service account")),
+            None => Err(tonic::Status::permission_denied(NO_POD)),
+        }
+    }
+
     /// A workload's identity.
     pub fn workload(&self, uid: &PodUid) -> Option<SpiffeId> {
         self.workloads.get(uid)
@@ -252,4 +268,6 @@ fn shard<Q: AsKey + ?Sized>(key: &Q) -> usize {
     usize::try_from(key.key_hash() % SHARDS).unwrap_or(0)
 }
 
+/// What somebody hears whose pod is gone, or not there yet.
+pub(super) const NO_POD: &str = "there is no such pod";
 const SHARDS: u64 = 64;

@@ -260,6 +260,7 @@ impl Publisher {
         let compiled = self.read().index.workload(uid);
         let Some((policy, meta)) = compiled else {
             self.published.workloads.update([(uid.clone(), None)]);
+            self.published.subscribers.wake_pod(uid);
             return self.names(key, Vec::new());
         };
         let (resource, authorizations) = convert::workload::split(&policy, uid);
@@ -280,7 +281,10 @@ impl Publisher {
             }
             names.push(name);
         }
-        self.published.workloads.update([(uid.clone(), Some(policy.identity))]);
+        if self.published.workload(uid).as_ref() != Some(&policy.identity) {
+            self.published.workloads.update([(uid.clone(), Some(policy.identity))]);
+            self.published.subscribers.wake_pod(uid);
+        }
         let body = encode(&v1::WorkloadConfig::from(&resource));
         let name: Arc<str> = Name::Workload(uid.clone()).to_string().into();
         if !self.refused(&name, convert::workload::parse(&body).err()) {

@@ -42,7 +42,7 @@ struct Subscription {
 
 #[derive(Debug, Default)]
 struct Streams {
-    by_id: HashMap<u64, Peer>,
+    by_id: HashMap<u64, Subscriber>,
     /// A pod's streams, the newest last.
     by_pod: HashMap<PodUid, Vec<u64>>,
 }
@@ -64,20 +64,31 @@ impl Subscribers {
             return false;
         }
         own.push(subscriber.id);
-        streams.by_id.insert(subscriber.id, subscriber.peer.clone());
+        streams.by_id.insert(subscriber.id, subscriber.clone());
         true
     }
 
     /// A stream has ended; its subscriptions were removed one by one.
     pub fn close(&self, id: u64) {
         let mut streams = lock(&self.streams);
-        if let Some(peer) = streams.by_id.remove(&id)
+        if let Some(Subscriber { peer, .. }) = streams.by_id.remove(&id)
             && let Some(own) = streams.by_pod.get_mut(&peer.uid)
         {
             own.retain(|stream| *stream != id);
             if own.is_empty() {
                 streams.by_pod.remove(&peer.uid);
             }
+        }
+    }
+
+    /// Wakes a pod's streams, whatever they are subscribed to: the pod is gone, or somebody else's.
+    pub fn wake_pod(&self, pod: &PodUid) {
+        let streams = lock(&self.streams);
+        let own = streams.by_pod.get(pod).into_iter().flatten();
+        let wakes: Vec<_> = own.filter_map(|id| Some(streams.by_id.get(id)?.wake.clone())).collect();
+        drop(streams);
+        for wake in wakes {
+            wake.wake(true);
         }
     }
 
@@ -149,7 +160,7 @@ impl Subscribers {
 
     /// Every open stream's other end.
     pub fn streams(&self) -> Vec<Peer> {
-        lock(&self.streams).by_id.values().cloned().collect()
+        lock(&self.streams).by_id.values().map(|subscriber| subscriber.peer.clone()).collect()
     }
 
     fn shard(&self, name: &str) -> &Mutex<Shard> {

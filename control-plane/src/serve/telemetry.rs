@@ -114,6 +114,7 @@ impl Telemetry for Reports {
     ) -> Result<Response<Self::ReportStream>, Status> {
         let peer = request.extensions().get::<Peer>().cloned();
         let peer = peer.ok_or_else(|| Status::unauthenticated("a client certificate is needed"))?;
+        self.published.admit(&peer)?;
         let closing = request.extensions().get::<Closing>().map(|closing| closing.0.clone());
         let closing = closing.ok_or_else(|| Status::internal("the connection has no end"))?;
         let (out, responses) = mpsc::channel(1);

@@ -103,6 +103,17 @@ impl Mesh {
         Ok((response.into_inner(), key))
     }
 
+    /// Waits until the controller has heard of a pod.
+    async fn known(&self, uid: &str) {
+        let uid = PodUid::new(uid).unwrap();
+        let known = async {
+            while self.controller.published.workload(&uid).is_none() {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        timeout(LONG, known).await.unwrap();
+    }
+
     async fn credentials(&self, account: &str, uid: &str) -> Credentials {
         let (response, key) = self.certify(self.token(account, uid)).await.unwrap();
         Credentials {
@@ -426,15 +437,17 @@ async fn who_gets_in() {
     assert_eq!(mesh.certify("x.y".to_owned()).await.unwrap_err().code(), tonic::Code::Unauthenticated);
     let lie = mesh.certify(mesh.token("admin", "cart-1-uid")).await.unwrap_err();
     assert_eq!(lie.code(), tonic::Code::PermissionDenied);
-    // A pod that nobody has heard of yet is certified; it gets no settings of its own until it is there.
-    let unknown = mesh.credentials("cart", "new-uid").await;
-    let mut wire = Wire::open(mesh.discovery(&unknown).await).await.unwrap();
-    wire.subscribe(ResourceType::WorkloadConfig, &["self/new-uid"]).await;
-    let none = wire.next().await;
-    assert_eq!(none.removed_resources, ["self/new-uid"]);
-    wire.ack(&none).await;
+    // A pod that nobody has heard of yet asks again.
+    let early = mesh.certify(mesh.token("cart", "new-uid")).await.unwrap_err();
+    assert_eq!(early.code(), tonic::Code::PermissionDenied);
     mesh.write(&format!("{SHOP}---\napiVersion: v1\nkind: Pod\nmetadata: {{name: new, namespace: shop, uid: new-uid}}\nspec: {{serviceAccountName: cart}}\n"));
-    assert_eq!(names(&wire.next().await), ["self/new-uid"]);
+    mesh.known("new-uid").await;
+    let new = mesh.credentials("cart", "new-uid").await;
+    let mut wire = Wire::open(mesh.discovery(&new).await).await.unwrap();
+    wire.subscribe(ResourceType::WorkloadConfig, &["self/new-uid"]).await;
+    let own = wire.next().await;
+    assert_eq!(names(&own), ["self/new-uid"]);
+    wire.ack(&own).await;
 
     // A rotation is seen by everybody at once; a root's takes its steps.
     wire.subscribe(ResourceType::TrustBundle, &["trust/cluster.local"]).await;
@@ -477,6 +490,53 @@ async fn who_gets_in() {
     assert_eq!(mesh.http("GET", "/api/v1/routes?window=10s&service=shop/cart").await.0, 200);
     assert_eq!(mesh.http("GET", "/nothing").await.0, 404);
     assert_eq!(mesh.http("GET", "/api/v1/certs/rotate").await.0, 405);
+    mesh.stop().await;
+}
+
+#[tokio::test]
+async fn a_deleted_pod_is_not_certified_and_its_streams_end() {
+    let pods = |named: &[&str]| {
+        let pod = |name: &&str| {
+            format!(
+                "---\napiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, namespace: shop, uid: {name}-uid}}\n\
+                 spec: {{serviceAccountName: cart}}\n"
+            )
+        };
+        SHOP.to_owned() + &named.iter().map(pod).collect::<String>()
+    };
+    let mesh = Mesh::start("deleted", &pods(&["gone", "stays"])).await;
+    let (gone, stays) =
+        (mesh.credentials("cart", "gone-uid").await, mesh.credentials("cart", "stays-uid").await);
+    let mut ending = Wire::open(mesh.discovery(&gone).await).await.unwrap();
+    let mut staying = Wire::open(mesh.discovery(&stays).await).await.unwrap();
+    // Subscribed to nothing of its own.
+    ending.subscribe(ResourceType::Service, &["svc/shop/cart:80"]).await;
+    assert_eq!(names(&ending.next().await), ["svc/shop/cart:80"]);
+    mesh.write(&pods(&["stays"]));
+    let ended = timeout(LONG, ending.responses.message()).await.unwrap().unwrap_err();
+    assert_eq!((ended.code(), ended.message()), (tonic::Code::PermissionDenied, "there is no such pod"));
+    // Its certificate is good for an hour, its token for as long as it says: neither opens anything.
+    let again = Wire::open(mesh.discovery(&gone).await).await.map(drop).unwrap_err();
+    assert_eq!(again.code(), tonic::Code::PermissionDenied);
+    let (_reports, seen) = mpsc::channel(1);
+    let mut telemetry = TelemetryClient::new(mesh.discovery(&gone).await);
+    let refused = telemetry.report(ReceiverStream::<ReportRequest>::new(seen)).await.map(drop).unwrap_err();
+    assert_eq!(refused.code(), tonic::Code::PermissionDenied);
+    let refused = mesh.certify(mesh.token("cart", "gone-uid")).await.map(drop).unwrap_err();
+    assert_eq!(refused.code(), tonic::Code::PermissionDenied);
+    // Nobody else notices.
+    staying.subscribe(ResourceType::Service, &["svc/shop/cart:80"]).await;
+    assert_eq!(names(&staying.next().await), ["svc/shop/cart:80"]);
+    // A pod of that uid under another service account is somebody else.
+    mesh.write(&pods(&["stays"]).replace("serviceAccountName: cart", "serviceAccountName: other"));
+    let ended = timeout(LONG, async {
+        loop {
+            if let Err(ended) = staying.responses.message().await {
+                return ended;
+            }
+        }
+    });
+    assert_eq!(ended.await.unwrap().code(), tonic::Code::PermissionDenied);
     mesh.stop().await;
 }
 
