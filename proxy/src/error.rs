@@ -36,6 +36,8 @@ impl Component {
 pub(crate) enum Error {
     #[error("routes exist for this destination and none matches the request")]
     NoRoute,
+    #[error("the destination has routes, and the control plane sent none that can be enforced")]
+    RouteUnusable,
     #[error("the rule has no backend")]
     NoBackend,
     #[error("the rule's backend does not exist")]
@@ -107,6 +109,7 @@ impl Error {
         const UNAVAILABLE: u16 = 14;
         let (status, grpc, code, unsent) = match self {
             Self::NoRoute => (StatusCode::NOT_FOUND, UNIMPLEMENTED, "no_route", true),
+            Self::RouteUnusable => (StatusCode::INTERNAL_SERVER_ERROR, UNAVAILABLE, "route_unusable", true),
             Self::NoBackend => (StatusCode::INTERNAL_SERVER_ERROR, UNAVAILABLE, "no_backend", true),
             Self::BackendUnresolved => {
                 (StatusCode::INTERNAL_SERVER_ERROR, UNAVAILABLE, "backend_unresolved", true)

@@ -43,6 +43,18 @@ pub struct CompiledRoute {
     pub rules: Vec<Rule>,
     /// Objects whose rules these are.
     pub objects: Vec<ObjectRef>,
+    /// The first rule that was dropped, without its conditions: what it answers is 500.
+    dropped: Option<Rule>,
+}
+
+impl CompiledRoute {
+    fn take(&mut self, rule: Result<Rule, String>, context: &RuleContext<'_>) {
+        match rule {
+            Ok(rule) => self.rules.push(rule),
+            Err(reason) if self.dropped.is_none() => self.dropped = Some(context.dropped(reason)),
+            Err(_) => {}
+        }
+    }
 }
 
 /// A pod as callers of its own address see it. Any port may be dialled, so the port comes last.
@@ -120,7 +132,7 @@ impl Index {
     /// The rules of one service port; `None` without routes: everything goes to the service itself.
     pub fn route(&self, name: &ServiceName) -> Option<(CompiledRoute, Meta)> {
         let (key, entry, port) = self.service_port(name)?;
-        let mut compiled = CompiledRoute { rules: Vec::new(), objects: Vec::new() };
+        let mut compiled = CompiledRoute { rules: Vec::new(), objects: Vec::new(), dropped: None };
         // GRPCRoute wins over HTTPRoute on one port; the other is told so (`Conflicted`).
         let grpc: Vec<_> = self.attached_grpc(&key, entry, name.port).collect();
         if grpc.is_empty() {
@@ -136,7 +148,7 @@ impl Index {
                         created: route.meta.created,
                         levels,
                     };
-                    compiled.rules.extend(context.http(rule).ok());
+                    compiled.take(context.http(rule), &context);
                 }
                 compiled.objects.push(object);
             }
@@ -153,9 +165,14 @@ impl Index {
                     created: route.meta.created,
                     levels,
                 };
-                compiled.rules.extend(context.grpc(rule).ok());
+                compiled.take(context.grpc(rule), &context);
             }
             compiled.objects.push(object);
+        }
+        // Rules that were all dropped are not the same as none: the service itself must not get what they kept
+        // from it.
+        if compiled.rules.is_empty() {
+            compiled.rules.extend(compiled.dropped.take());
         }
         (!compiled.objects.is_empty()).then(|| (compiled, entry.meta.clone()))
     }
@@ -330,6 +347,13 @@ impl RuleContext<'_> {
         let policy = merge(&self.levels);
         let bounds = timeouts(&policy.timeouts);
         Ok(self.rule(matches, &rule.filters, &rule.backend_refs, bounds, retry(policy.retries.as_ref())))
+    }
+
+    /// What stands for a rule that cannot be enforced.
+    fn dropped(&self, reason: String) -> Rule {
+        let mut rule = self.rule(Vec::new(), &[], &[], Timeouts::default(), RetryPolicy::default());
+        rule.filters.push(Filter::Invalid { reason: reason.into() });
+        rule
     }
 
     fn rule(

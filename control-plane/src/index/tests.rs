@@ -231,6 +231,30 @@ fn routes_compile_rule_by_rule() {
 }
 
 #[test]
+fn a_route_whose_rules_were_all_dropped_lets_nothing_through() {
+    let mut index = index(SHOP);
+    let route = |rules: &str| {
+        format!(
+            "apiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {{name: r, namespace: shop}}\n\
+             spec:\n  parentRefs: [{{group: core, kind: Service, name: cart, port: 80}}]\n  rules: {rules}\n"
+        )
+    };
+    apply(
+        &mut index,
+        &route("[{matches: [{path: {type: Glob, value: /x}}], backendRefs: [{name: cart, port: 80}]}]"),
+    );
+    let (compiled, _) = index.route(&service("shop/cart:80")).unwrap();
+    let [rule] = &compiled.rules[..] else { panic!("{compiled:?}") };
+    assert!(rule.matches.is_empty() && rule.backends.is_empty());
+    assert!(matches!(&rule.filters[..], [Filter::Invalid { reason }] if reason.contains("Glob")), "{rule:?}");
+    let accepted = index.conditions(&ObjectKey::new(Kind::HttpRoute, "shop", "r"));
+    assert!(!accepted[0].status, "{accepted:?}");
+    // No rules at all are no rules to keep.
+    apply(&mut index, &route("[]"));
+    assert!(index.route(&service("shop/cart:80")).unwrap().0.rules.is_empty());
+}
+
+#[test]
 fn grpc_routes_take_their_port() {
     let mut index = index(SHOP);
     apply(&mut index, ROUTE);

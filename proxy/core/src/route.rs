@@ -118,6 +118,16 @@ impl RouteTable {
         }])
     }
 
+    /// No rules, because those that there are cannot be enforced: every request is refused.
+    pub fn unusable() -> Self {
+        Self(Arc::new(Table { usable: false, ..Table::new(Vec::new()) }))
+    }
+
+    /// Whether the rules are known. If not, no match is an error of the mesh, not an answer about the request.
+    pub fn is_usable(&self) -> bool {
+        self.0.usable
+    }
+
     /// The rules as they were given.
     pub fn rules(&self) -> &[Arc<Rule>] {
         &self.0.rules
@@ -174,6 +184,7 @@ enum TextRank {
 
 struct Table {
     rules: Vec<Arc<Rule>>,
+    usable: bool,
     /// Best first.
     entries: Vec<Entry>,
     index: Option<Index>,
@@ -211,7 +222,7 @@ impl Table {
         }
         entries.sort_by(|a, b| a.rank.cmp(&b.rank));
         let index = (entries.len() > WALK).then(|| Index::new(&rules, &entries));
-        Self { rules, entries, index }
+        Self { rules, usable: true, entries, index }
     }
 
     fn find<'a>(&'a self, head: &RequestHead<'_>) -> Option<Found<'a>> {

@@ -161,8 +161,19 @@ struct Destination {
 #[derive(Clone)]
 struct MadeOf {
     service: Arc<Service>,
-    route: Option<Arc<Route>>,
+    route: Routes,
     backends: Vec<Arc<BackendPolicy>>,
+}
+
+/// What a service's route is.
+#[derive(Clone)]
+enum Routes {
+    /// It names none: everything goes to the service itself.
+    None,
+    Known(Arc<Route>),
+    /// It names one that was refused or does not come, and nothing was in force before: without it the service
+    /// itself would get what a rule may keep from it.
+    Unusable,
 }
 
 /// The newest policy of one backend.
@@ -650,7 +661,8 @@ impl State {
         let user = User::Destination(address);
         // Each round may reveal a need that is held already; a policy is three levels deep.
         let joined = loop {
-            let joined = self.gather(address);
+            let earlier = destination.made_of.as_ref().map(|made_of| made_of.route.clone());
+            let joined = self.gather(address, earlier.unwrap_or(Routes::Unusable));
             let fresh = joined.needs.difference(&destination.needs).next().is_some();
             if !fresh {
                 break joined;
@@ -707,9 +719,13 @@ impl State {
 
     fn publish(&mut self, address: SocketAddr, destination: &mut Destination, made_of: MadeOf) {
         let same = destination.made_of.as_ref().is_some_and(|old| old.is(&made_of));
-        let table = match made_of.route.as_ref().and_then(|route| route.table.clone()) {
-            Some(table) => table,
-            None => RouteTable::to_service(&made_of.service),
+        let table = match &made_of.route {
+            Routes::None => RouteTable::to_service(&made_of.service),
+            Routes::Unusable => RouteTable::unusable(),
+            Routes::Known(route) => match &route.table {
+                Some(table) => table.clone(),
+                None => RouteTable::to_service(&made_of.service),
+            },
         };
         let policy = || {
             Arc::new(OutboundPolicy {
@@ -732,8 +748,9 @@ impl State {
         }
     }
 
-    /// What a destination needs, and what there is of it.
-    fn gather(&mut self, address: SocketAddr) -> Joined {
+    /// What a destination needs, and what there is of it. `earlier` is the route in force: it stays until its
+    /// successor is known.
+    fn gather(&mut self, address: SocketAddr, earlier: Routes) -> Joined {
         let root = Name::address(address);
         let mut needs = BTreeSet::from([root.clone()]);
         let service = match self.held.get(&root).map(|held| &held.value) {
@@ -742,25 +759,34 @@ impl State {
             _ => return Joined { needs, found: Found::Pending },
         };
         let mut missing = BTreeSet::new();
-        let mut route = None;
+        let mut route = Routes::None;
         // A pod by its own address has no routes and no balancing.
         if let Some(name) = service.route.as_ref().filter(|_| service.pod.is_none()) {
             match name.parse::<Name>() {
                 Ok(name) => {
-                    match self.held.get(&name).map(|held| &held.value) {
-                        Some(Value::Route(found)) => route = Some(Arc::clone(found)),
-                        // On its way; one that is gone will come back, or the service will name it no more.
-                        _ => drop(missing.insert(name.clone())),
-                    }
+                    route = match self.held.get(&name).map(|held| &held.value) {
+                        Some(Value::Route(found)) => Routes::Known(Arc::clone(found)),
+                        // On its way; one that is gone will come back, or the service will name it no more. One
+                        // that was refused is not waited for.
+                        _ => {
+                            if !self.refused.contains(&name) {
+                                missing.insert(name.clone());
+                            }
+                            earlier
+                        }
+                    };
                     needs.insert(name);
                 }
-                Err(error) => warn!(%error, "route not used"),
+                Err(error) => {
+                    warn!(%error, "the name of no route: refusing");
+                    route = Routes::Unusable;
+                }
             }
         }
         let own = [service.name.clone()];
         let names = match &route {
-            Some(route) if route.table.is_some() => &route.backends[..],
-            _ => &own,
+            Routes::Known(route) if route.table.is_some() => &route.backends[..],
+            Routes::Known(_) | Routes::None | Routes::Unusable => &own,
         };
         let mut backends = Vec::with_capacity(names.len());
         for name in names {
@@ -1026,9 +1052,9 @@ enum Found {
 impl MadeOf {
     fn is(&self, other: &Self) -> bool {
         let route = match (&self.route, &other.route) {
-            (Some(a), Some(b)) => Arc::ptr_eq(a, b),
-            (None, None) => true,
-            (Some(_), None) | (None, Some(_)) => false,
+            (Routes::Known(a), Routes::Known(b)) => Arc::ptr_eq(a, b),
+            (Routes::None, Routes::None) | (Routes::Unusable, Routes::Unusable) => true,
+            (Routes::Known(_) | Routes::None | Routes::Unusable, _) => false,
         };
         route
             && Arc::ptr_eq(&self.service, &other.service)
@@ -1513,6 +1539,49 @@ mod tests {
         world.send(&[("svc/shop/v2:80", service("v2", false))], &[]);
         world.send_all("shop/v2:80", &[("uid-9", [10, 1, 0, 9])]);
         assert_eq!(endpoints(&watched.policy(), 1), ["uid-9"]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_route_that_is_refused_or_does_not_come_denies_where_nothing_was_in_force() {
+        let mut world = World::ready();
+        world.ask("10.0.0.1:80").await;
+        world.send(&[("ip/10.0.0.1:80", service("api", true))], &[]);
+        world.send_all("shop/api:80", &[("uid-1", [10, 1, 0, 1])]);
+        assert_eq!(world.send(&[("route/shop/api:80", Body::nonsense("Route"))], &[]), ["route/shop/api:80"]);
+        // At once: nobody waits for what was refused.
+        let watched = world.service("10.0.0.1:80").await;
+        assert!(!watched.policy().routes.is_usable() && watched.policy().routes.rules().is_empty());
+        // The next version may be better.
+        world.send(&[("route/shop/api:80", route(&["api"]))], &[]);
+        assert!(watched.policy().routes.is_usable());
+        assert_eq!(watched.policy().routes.rules().len(), 1);
+
+        let mut world = World::ready();
+        world.ask("10.0.0.1:80").await;
+        world.send(&[("ip/10.0.0.1:80", service("api", true))], &["route/shop/api:80"]);
+        world.send_all("shop/api:80", &[("uid-1", [10, 1, 0, 1])]);
+        advance(Duration::from_secs(16)).await;
+        world.store.tick();
+        assert!(!world.service("10.0.0.1:80").await.policy().routes.is_usable());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_route_that_is_refused_or_gone_leaves_the_one_before_it_in_force() {
+        let mut world = World::ready();
+        world.ask("10.0.0.1:80").await;
+        world.send(&[("ip/10.0.0.1:80", service("api", true))], &[]);
+        world.send(&[("route/shop/api:80", route(&["api"]))], &[]);
+        world.send_all("shop/api:80", &[("uid-1", [10, 1, 0, 1])]);
+        let watched = world.service("10.0.0.1:80").await;
+        let before = watched.policy().routes.rules()[0].clone();
+        world.send(&[("route/shop/api:80", Body::nonsense("Route"))], &[]);
+        assert!(Arc::ptr_eq(&before, &watched.policy().routes.rules()[0]));
+        world.send(&[], &["route/shop/api:80"]);
+        advance(Duration::from_secs(16)).await;
+        world.store.tick();
+        world.send(&[("ep/shop/api:80/uid-2", endpoint("uid-2", [10, 1, 0, 2]))], &[]);
+        assert_eq!(endpoints(&watched.policy(), 0), ["uid-1", "uid-2"]);
+        assert!(Arc::ptr_eq(&before, &watched.policy().routes.rules()[0]));
     }
 
     #[tokio::test(start_paused = true)]

@@ -11,7 +11,7 @@ use weft_core::{
     classify::{self, Class, Failure, Outcome},
     policy::{Filter, Rule},
     retry::{self, Attempts, Next, Stop},
-    route::{self, RequestHead},
+    route::{self, RequestHead, RouteTable},
 };
 
 use crate::{
@@ -165,7 +165,8 @@ impl Client {
             query: outgoing.path.query(),
             headers: &outgoing.headers,
         };
-        let found = route::find(&resolved.policy.routes, &request_head).ok_or(Error::NoRoute)?;
+        let routes = &resolved.policy.routes;
+        let found = route::find(routes, &request_head).ok_or_else(|| unmatched(routes))?;
         let (rule, rule_index) = (found.rule, found.index);
         decision.rule(&rule.label);
         exchange.belongs_to(resolved.series(&self.worker.recorder, Some(rule_index), None, spoken));
@@ -511,6 +512,11 @@ impl Upgraded {
         }
         self.exchange.finish(outcome.class(), now);
     }
+}
+
+/// Why no rule matches.
+pub(super) fn unmatched(routes: &RouteTable) -> Error {
+    if routes.is_usable() { Error::NoRoute } else { Error::RouteUnusable }
 }
 
 fn redirected(

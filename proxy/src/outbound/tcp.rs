@@ -8,7 +8,7 @@ use weft_core::{
     balance::Lease,
     classify::{Class, Failure, Outcome},
     detect,
-    policy::Rule,
+    policy::{Filter, Rule},
     retry::{Attempts, Next},
 };
 
@@ -180,6 +180,7 @@ async fn connect(
         let (index, rule) = rule_for_bytes(&resolved)?;
         let chosen = weft_core::route::pick_backend(rule, &mut *worker.rng.borrow_mut());
         let chosen = chosen.ok_or(Error::NoBackend)?;
+        enforceable(&chosen.filters)?;
         let backend = resolved.backends.get(chosen.backend).ok_or(Error::BackendUnresolved)?;
         let policy = &resolved.policy.backends[chosen.backend];
         exchange.belongs_to(resolved.series(
@@ -247,7 +248,19 @@ async fn connect(
 fn rule_for_bytes(resolved: &Resolved) -> Result<(usize, &Arc<Rule>), Error> {
     let rules = resolved.policy.routes.rules();
     let open = rules.iter().position(|rule| rule.matches.is_empty()).unwrap_or(0);
-    rules.get(open).map(|rule| (open, rule)).ok_or(Error::NoRoute)
+    let rule = rules.get(open).ok_or_else(|| super::http::unmatched(&resolved.policy.routes))?;
+    enforceable(&rule.filters).map(|()| (open, rule))
+}
+
+/// What answers a request with an error does not let bytes pass.
+fn enforceable(filters: &[Filter]) -> Result<(), Error> {
+    let invalid = filters.iter().find_map(|filter| match filter {
+        Filter::Invalid { reason } => Some(reason),
+        Filter::RequestHeaders(_) | Filter::ResponseHeaders(_) | Filter::Redirect(_) | Filter::Rewrite(_) => {
+            None
+        }
+    });
+    invalid.map_or(Ok(()), |reason| Err(Error::InvalidFilter(reason.clone())))
 }
 
 async fn carry<C: Stream, S: Stream>(
