@@ -68,6 +68,42 @@ soak: deps-test ## The long outages, and tests/REPORT.md: every figure that the 
 	  sed -n 's/.*figure: /- /p' target/soak.log
 	} > tests/REPORT.md
 
+.PHONY: sbom
+sbom: ## What each program is made of: CycloneDX in target/sbom
+	@if ! $(CARGO) cyclonedx --version >/dev/null 2>&1; then
+	  echo "skipped: cargo-cyclonedx is not installed (cargo install cargo-cyclonedx --locked)"
+	  exit 0
+	fi
+	rm -rf target/sbom
+	mkdir -p target/sbom
+	$(CARGO) cyclonedx --quiet --format json --describe binaries --target x86_64-unknown-linux-gnu
+	for package in proxy control-plane iptables tests proto proxy/core; do
+	  for file in $$package/*.cdx.json; do
+	    case $$file in
+	      proxy/*_bin* | control-plane/*_bin* | iptables/*_bin*) mv "$$file" target/sbom/ ;;
+	      *) rm -f "$$file" ;;
+	    esac
+	  done
+	done
+	ls target/sbom/*
+
+.PHONY: repro
+repro: ## Builds the sidecar twice, in two folders, and compares (10 minutes)
+	@cargo_home=$${CARGO_HOME:-$$HOME/.cargo} sysroot=$$(rustc --print sysroot) sums=
+	for folder in target/repro/one target/repro/another/place; do
+	  rm -rf $$folder
+	  mkdir -p $$folder
+	  git ls-files -z | tar --null --files-from=- -c | tar -x -C $$folder
+	  here=$$PWD/$$folder
+	  map="--remap-path-prefix=$$here=/weft --remap-path-prefix=$$cargo_home=/cargo --remap-path-prefix=$$sysroot=/rust"
+	  CARGO_TARGET_DIR=$$here/target RUSTFLAGS="$$map" CFLAGS="-ffile-prefix-map=$$here=/weft" \
+	    $(CARGO) build --locked --quiet --release --manifest-path $$here/Cargo.toml -p weft-proxy
+	  sum=$$(sha256sum < $$here/target/release/weft-proxy)
+	  echo "figure: sha256 of weft-proxy built in $$folder: $${sum%% *}"
+	  sums="$$sums$$sum"$$'\n'
+	done
+	[ "$$(printf %s "$$sums" | sort -u | wc -l)" = 1 ] || { echo "the two differ" >&2; exit 1; }
+
 .PHONY: fmt
 fmt: ## Format everything
 	@$(CARGO) fmt --all

@@ -16,7 +16,7 @@ database="mariadbd=mariadb-server mariadb=mariadb-client mariadb-install-db=mari
 load="nginx=nginx-light wrk=wrk h2load=nghttp2-client iperf3=iperf3"
 case "${1:-}" in
   demo) programs="$base $database" requirements="" ;;
-  test) programs="$base $database $load curl=curl tcpdump=tcpdump nc=netcat-openbsd openssl=openssl" requirements=tests/requirements.txt ;;
+  test) programs="$base $database $load curl=curl strace=strace tcpdump=tcpdump nc=netcat-openbsd openssl=openssl" requirements=tests/requirements.txt ;;
   bench) programs="$base $load" requirements=tests/bench/requirements.txt ;;
   *) echo "usage: $0 demo|test|bench" >&2; exit 2 ;;
 esac

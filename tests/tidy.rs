@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// What may lie at the top: everything else has a place further down.
-const TOP: [&str; 15] = [
+const TOP: [&str; 16] = [
     ".ci",
     ".gitignore",
     "Cargo.lock",
@@ -18,6 +18,7 @@ const TOP: [&str; 15] = [
     "LICENSE",
     "Makefile",
     "README.md",
+    "SECURITY.md",
     "charts",
     "control-plane",
     "deny.toml",
@@ -474,17 +475,22 @@ fn the_tests_that_behaviours_name_exist() {
         }
     }
     let mut violations = Vec::new();
-    for (number, line) in read("tests/BEHAVIOURS.md").lines().enumerate() {
-        let Some(row) = line.strip_prefix("| ").filter(|row| !row.starts_with("behaviour")) else { continue };
+    let documents = ["tests/BEHAVIOURS.md", "SECURITY.md"].map(|path| (path, read(path)));
+    let lines = documents
+        .iter()
+        .flat_map(|(path, text)| text.lines().enumerate().map(move |(number, line)| (path, number, line)));
+    for (path, number, line) in lines {
+        let heading = |row: &&str| row.starts_with("behaviour |") || row.starts_with("it cannot |");
+        let Some(row) = line.strip_prefix("| ").filter(|row| !heading(row)) else { continue };
         let names: Vec<&str> =
             row.rsplit(" | ").next().unwrap_or_default().split('`').skip(1).step_by(2).collect();
         if names.is_empty() {
-            violations.push(format!("tests/BEHAVIOURS.md:{} names no test", number + 1));
+            violations.push(format!("{path}:{} names no test", number + 1));
         }
         for name in names {
             // `module::test`, or the test alone.
             if !tests.contains(name.rsplit("::").next().unwrap_or(name)) {
-                violations.push(format!("tests/BEHAVIOURS.md:{} {name}", number + 1));
+                violations.push(format!("{path}:{} {name}", number + 1));
             }
         }
     }

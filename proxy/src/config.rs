@@ -20,6 +20,8 @@ use weft_core::{
     policy, ports,
 };
 
+use crate::harden::Harden;
+
 /// Where the admin socket is unless `WEFT_ADMIN_SOCKET` says otherwise.
 pub const ADMIN_SOCKET: &str = "/var/run/weft/admin.sock";
 
@@ -60,6 +62,8 @@ pub struct Config {
     pub log: String,
     /// `WEFT_LOG_FORMAT`
     pub log_format: LogFormat,
+    /// `WEFT_HARDEN`
+    pub harden: Harden,
     /// What an app or a peer may make grow.
     pub limits: Limits,
     /// How long things may take.
@@ -245,6 +249,7 @@ impl Config {
             "text" => Ok(LogFormat::Text),
             other => Err(format!("{other:?} is neither json nor text")),
         });
+        let harden = env.parsed::<Harden>("WEFT_HARDEN", "on");
         let limits = env.limits();
         let times = env.times();
 
@@ -268,6 +273,7 @@ impl Config {
                 workers: workers?,
                 log,
                 log_format: log_format?,
+                harden: harden?,
                 limits: limits?,
                 times: times?,
                 effective: std::mem::take(&mut env.effective),

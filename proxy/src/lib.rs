@@ -13,6 +13,7 @@
 
 pub mod config;
 pub mod drain;
+pub mod harden;
 pub mod identity;
 pub mod telemetry;
 pub mod tls;
@@ -60,6 +61,9 @@ pub enum StartError {
     /// A worker's thread ended before it said how it went.
     #[error("a worker ended at its start")]
     Worker,
+    /// What a sidecar does not need could not be given up.
+    #[error(transparent)]
+    Harden(#[from] harden::HardenError),
     /// The admin server could not be started.
     #[error("admin: {0}")]
     Admin(io::Error),
@@ -173,11 +177,13 @@ fn raise_descriptor_limit() {
     }
 }
 
-/// The whole life of a sidecar: start, serve until SIGTERM or SIGINT, drain, end.
+/// The whole life of a sidecar: start, serve until SIGTERM or SIGINT, drain, end. Hardens the process: call it before
+/// there is a second thread.
 ///
 /// # Errors
 /// It could not start.
 pub fn run(config: Config) -> Result<(), StartError> {
+    let notes = harden::apply(config.harden, &config.admin_socket)?;
     let runtime = runtime::Builder::new_current_thread().enable_all().build().map_err(StartError::Runtime)?;
     runtime.block_on(async {
         let config = Arc::new(config);
@@ -189,6 +195,9 @@ pub fn run(config: Config) -> Result<(), StartError> {
         }
         for warning in config.warnings() {
             tracing::warn!(warning, "config");
+        }
+        for note in notes {
+            tracing::warn!(note, "hardening");
         }
         let mut signals = Signals::new().map_err(StartError::Runtime)?;
         let proxy = start(config.clone(), shared, log).await?;

@@ -204,6 +204,13 @@ struct H1Peer {
     idle: RefCell<Vec<H1>>,
 }
 
+/// What writes HTTP/1.1 to apps.
+pub(crate) fn http1_builder(headers: usize) -> http1::Builder {
+    let mut builder = http1::Builder::new();
+    builder.max_headers(headers).max_buf_size(READ_BUFFER);
+    builder
+}
+
 struct H1 {
     sender: http1::SendRequest<Body>,
     idle_since: Instant,
@@ -512,11 +519,7 @@ impl Pool {
 
     async fn open_h1(&self, peer: &Peer, timeout: Duration) -> Result<H1, ConnectError> {
         let tcp = self.connect(peer.address(), matches!(peer, Peer::App { .. }), timeout).await?;
-        let handshake = http1::Builder::new()
-            .max_headers(self.0.config.limits.headers)
-            .max_buf_size(READ_BUFFER)
-            .handshake(TokioIo::new(tcp))
-            .await;
+        let handshake = http1_builder(self.0.config.limits.headers).handshake(TokioIo::new(tcp)).await;
         let (sender, connection) = handshake.map_err(|e| not_processed(&e))?;
         let open = Open::new(&self.0.recorder);
         tokio::task::spawn_local(async move {

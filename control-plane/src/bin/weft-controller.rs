@@ -35,6 +35,7 @@ fn token(args: &TokenArgs) -> anyhow::Result<()> {
 }
 
 fn serve(args: &ServeArgs) -> anyhow::Result<()> {
+    harden()?;
     let config = Config::new(args)?;
     log(args)?;
     let runtime =
@@ -50,6 +51,18 @@ fn serve(args: &ServeArgs) -> anyhow::Result<()> {
         };
         weft_control_plane::run(config, stop).await
     })
+}
+
+/// The issuer's key lives in this process: no dump of its memory, no debugger of the same user, and no program that it
+/// could start would gain anything.
+fn harden() -> anyhow::Result<()> {
+    use nix::sys::{
+        prctl::{set_dumpable, set_no_new_privs},
+        resource::{Resource, setrlimit},
+    };
+    setrlimit(Resource::RLIMIT_CORE, 0, 0).context("RLIMIT_CORE")?;
+    set_dumpable(false).context("PR_SET_DUMPABLE")?;
+    set_no_new_privs().context("no_new_privs")
 }
 
 fn log(args: &ServeArgs) -> anyhow::Result<()> {

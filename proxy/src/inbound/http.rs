@@ -29,6 +29,7 @@ use super::{
 };
 use crate::{
     body::{Body, Held, Replay, Tail},
+    config::Limits,
     drain::{Graceful, RequestGuard},
     error::{Component, Error, is_grpc},
     head::{self, Outgoing, WEFT_ATTEMPT, WEFT_CLIENT_ID, WEFT_HTTP},
@@ -101,16 +102,21 @@ pub(super) async fn serve_plain(
                 Ok::<_, Infallible>(response.map(|body| Answer { body, in_progress }))
             }
         });
-        let mut builder = hyper::server::conn::http1::Builder::new();
-        builder
-            .timer(TokioTimer::new())
-            .auto_date_header(false)
-            .header_read_timeout(worker.config.times.keep_alive)
-            .max_headers(limits.headers)
-            .max_buf_size(limits.header_bytes.max(8 * 1024));
+        let mut builder = http1_builder(limits);
+        builder.timer(TokioTimer::new()).header_read_timeout(worker.config.times.keep_alive);
         let connection = builder.serve_connection(io, service).with_upgrades();
         run(&worker, connection, &caller).await;
     }
+}
+
+/// What reads HTTP/1.1 from callers, but for its timer.
+pub(crate) fn http1_builder(limits: &Limits) -> hyper::server::conn::http1::Builder {
+    let mut builder = hyper::server::conn::http1::Builder::new();
+    builder
+        .auto_date_header(false)
+        .max_headers(limits.headers)
+        .max_buf_size(limits.header_bytes.max(8 * 1024));
+    builder
 }
 
 fn h2_builder(worker: &Worker, streams: u32) -> hyper::server::conn::http2::Builder<LocalExec> {

@@ -50,6 +50,8 @@ pub struct Options {
     pub controller_args: Vec<String>,
     /// More environment of every sidecar.
     pub sidecar_env: BTreeMap<String, String>,
+    /// What controller and sidecars are started under, as root (`strace -D …`); it must become the program.
+    pub under: Vec<String>,
 }
 
 /// What a workload is.
@@ -215,7 +217,8 @@ impl Mesh {
     /// Starts the controller, and waits until it is ready.
     pub fn start_controller(&mut self) -> Result<()> {
         let log = fs::OpenOptions::new().create(true).append(true).open(self.log("controller"))?;
-        let mut command = self.controller_pod.command(self.binaries.path("weft-controller"));
+        let binary = self.binaries.path("weft-controller");
+        let mut command = self.controller_pod.command_under(&self.options.under, None, binary);
         command
             .args(["--source", "dir"])
             .arg(self.source())
@@ -361,8 +364,8 @@ impl Mesh {
         if self.world.has_ipv6() {
             ips.push_str(&format!(",{}", pod.ip6));
         }
-        let mut command =
-            pod.command_as(ports::PROXY_UID, ports::PROXY_UID, self.binaries.path("weft-proxy"));
+        let user = Some((ports::PROXY_UID, ports::PROXY_UID));
+        let mut command = pod.command_under(&self.options.under, user, self.binaries.path("weft-proxy"));
         command
             .env_clear()
             .env("WEFT_NAMESPACE", &workload.namespace)

@@ -300,13 +300,30 @@ impl Pod {
     /// The process is killed when the *thread* that spawned it ends (that is what `PR_SET_PDEATHSIG` means):
     /// spawn from a thread that lives as long as the process should, never from a pool's.
     pub fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
-        self.wrapped(&[], program.as_ref())
+        self.command_under(&[], None, program)
     }
 
     /// The same as another user and group, without supplementary groups or capabilities.
     pub fn command_as(&self, uid: u32, gid: u32, program: impl AsRef<std::ffi::OsStr>) -> Command {
-        let (uid, gid) = (format!("--reuid={uid}"), format!("--regid={gid}"));
-        self.wrapped(&[&uid, &gid, "--clear-groups", "--inh-caps=-all"], program.as_ref())
+        self.command_under(&[], Some((uid, gid)), program)
+    }
+
+    /// The same under another program, which keeps our user: a tracer.
+    pub fn command_under(
+        &self,
+        under: &[String],
+        user: Option<(u32, u32)>,
+        program: impl AsRef<std::ffi::OsStr>,
+    ) -> Command {
+        let mut command = Command::new("nsenter");
+        command.arg(format!("--net={}", path(&self.ns).display())).arg("--").args(under);
+        command.args(["setpriv", "--pdeathsig=KILL"]);
+        if let Some((uid, gid)) = user {
+            command.arg(format!("--reuid={uid}")).arg(format!("--regid={gid}"));
+            command.args(["--clear-groups", "--inh-caps=-all"]);
+        }
+        command.arg("--").arg(program);
+        command
     }
 
     /// Runs `f` on a thread of its own inside the pod. Sockets that it makes stay in the pod wherever they go.
@@ -352,17 +369,6 @@ impl Pod {
             Ok(result) => result,
             Err(panic) => std::panic::resume_unwind(panic),
         }
-    }
-
-    fn wrapped(&self, credentials: &[&str], program: &std::ffi::OsStr) -> Command {
-        let mut command = Command::new("nsenter");
-        command.arg(format!("--net={}", path(&self.ns).display())).args([
-            "--",
-            "setpriv",
-            "--pdeathsig=KILL",
-        ]);
-        command.args(credentials).arg("--").arg(program);
-        command
     }
 
     /// Kernel settings of a fresh namespace. Those that a kernel or container does not let us set are left:
