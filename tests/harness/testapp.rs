@@ -142,6 +142,8 @@ struct App {
     ids: Option<Mutex<std::fs::File>>,
     served: AtomicU64,
     in_flight: AtomicU64,
+    /// Uploads that nobody reads now.
+    stalled: AtomicU64,
 }
 
 impl Http {
@@ -156,6 +158,7 @@ impl Http {
             settings: self.clone(),
             served: AtomicU64::new(0),
             in_flight: AtomicU64::new(0),
+            stalled: AtomicU64::new(0),
         });
         let mut term = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
         loop {
@@ -209,8 +212,19 @@ impl App {
         if path == "/sink" {
             let mut body = body;
             let mut read = 0_u64;
+            let mut stall = parts
+                .uri
+                .query()
+                .and_then(|query| query.strip_prefix("stall="))
+                .map(str::parse)
+                .transpose()?;
             while let Some(frame) = body.frame().await {
                 read += frame?.data_ref().map_or(0, |data| data.len() as u64);
+                if let Some(seconds) = stall.take_if(|_| read > 1_000_000) {
+                    self.stalled.fetch_add(1, Ordering::Relaxed);
+                    tokio::time::sleep(Duration::from_secs(seconds)).await;
+                    self.stalled.fetch_sub(1, Ordering::Relaxed);
+                }
             }
             return Ok(self.named(text(StatusCode::OK, read.to_string())));
         }
@@ -230,6 +244,7 @@ impl App {
         let answer = match path.as_str() {
             "/echo" => Response::new(Full::new(body).boxed()),
             "/head" => text(StatusCode::OK, describe(&parts)),
+            "/stalled" => text(StatusCode::OK, self.stalled.load(Ordering::Relaxed).to_string()),
             "/trailers" => {
                 let sent = trailers.map(|t| format!("{t:?}")).unwrap_or_default();
                 let mut trailers = HeaderMap::new();

@@ -148,44 +148,67 @@ fn iperf3_runs_up_and_down() {
 
 #[test]
 fn a_large_transfer_with_a_stalled_reader_costs_no_memory() {
-    stalled_reader(20);
+    stalled_download(20);
+}
+
+#[test]
+fn a_large_upload_to_a_stalled_server_costs_no_memory() {
+    stalled_upload(20);
 }
 
 #[test]
 #[ignore = "soak: takes over a minute; `make soak`"]
 fn soak_a_reader_that_stalls_for_a_minute() {
-    stalled_reader(60);
+    stalled_download(60);
 }
 
-/// Longer than any keepalive or user timeout that could end a connection whose reader only waits.
-fn stalled_reader(seconds: u32) {
+#[test]
+#[ignore = "soak: takes over a minute; `make soak`"]
+fn soak_a_server_that_stalls_for_a_minute() {
+    stalled_upload(60);
+}
+
+fn stalled_download(seconds: u32) {
     let Some(pair) = pair("flat_memory", &[]) else { return };
-    let (near, far) = (pair.client.proxy.id(), pair.server.sidecar.proxy.id());
-    // Warm: pools and buffers of an ordinary transfer exist.
-    curl(&pair.client.pod, &["-o", "/dev/null", &format!("{ECHO}/bytes/50000000")]).unwrap();
-    let before = (rss_kib(near).unwrap(), rss_kib(far).unwrap());
-    let mut stalled = pair.client.app("bash");
     let script = format!(
         "exec 3<>/dev/tcp/10.96.0.1/80; \
          printf 'GET /bytes/1000000000 HTTP/1.1\\r\\nHost: a\\r\\nConnection: close\\r\\n\\r\\n' >&3; \
          head -c 1000000 <&3 >/dev/null; sleep {seconds}; cat <&3 | wc -c"
     );
-    stalled.args(["-c", &script]).stdout(std::process::Stdio::piped());
-    let mut process = Process::spawn(&mut stalled).unwrap();
+    let rest = flat(&pair, &format!("1 GB down with the reader stalled for {seconds} s"), &script);
+    assert!(rest.parse::<u64>().unwrap() > 999_000_000 - 1_000_000, "{rest}");
+}
+
+fn stalled_upload(seconds: u32) {
+    let Some(pair) = pair("flat_memory_up", &[]) else { return };
+    let script = format!("head -c 1000000000 /dev/zero | curl -sS -T - '{ECHO}/sink?stall={seconds}'");
+    let read = flat(&pair, &format!("1 GB up with the server stalled for {seconds} s"), &script);
+    assert_eq!(read, "1000000000");
+}
+
+/// Runs the client's script, which stalls longer than any keepalive or user timeout that could end a connection whose
+/// reader only waits, and judges how far both sidecars grow meanwhile. Gives what the script said.
+fn flat(pair: &Pair, what: &str, script: &str) -> String {
+    let (near, far) = (pair.client.proxy.id(), pair.server.sidecar.proxy.id());
+    // Warm: pools and buffers of an ordinary transfer exist.
+    curl(&pair.client.pod, &["-o", "/dev/null", &format!("{ECHO}/bytes/50000000")]).unwrap();
+    let warm = format!("head -c 50000000 /dev/zero | curl -sS -T - {ECHO}/sink");
+    output(pair.client.app("bash").args(["-c", &warm])).unwrap();
+    let before = (rss_kib(near).unwrap(), rss_kib(far).unwrap());
+    let mut command = pair.client.app("bash");
+    command.args(["-c", script]).stdout(std::process::Stdio::piped());
+    let mut process = Process::spawn(&mut command).unwrap();
     let mut most = (0, 0);
     while process.running() {
         most.0 = most.0.max(rss_kib(near).unwrap().saturating_sub(before.0));
         most.1 = most.1.max(rss_kib(far).unwrap().saturating_sub(before.1));
         std::thread::sleep(Duration::from_millis(50));
     }
-    let mut rest = String::new();
-    std::io::Read::read_to_string(&mut process.child().stdout.take().unwrap(), &mut rest).unwrap();
-    assert!(rest.trim().parse::<u64>().unwrap() > 999_000_000 - 1_000_000, "{rest}");
-    println!(
-        "figure: 1 GB with a reader stalled for {seconds} s: +{} KiB at the caller, +{} KiB at the server",
-        most.0, most.1
-    );
+    let mut said = String::new();
+    std::io::Read::read_to_string(&mut process.child().stdout.take().unwrap(), &mut said).unwrap();
+    println!("figure: {what}: +{} KiB at the caller, +{} KiB at the server (bound 4096)", most.0, most.1);
     assert!(most.0 <= 4_096 && most.1 <= 4_096, "{most:?}");
+    said.trim().to_owned()
 }
 
 #[test]
