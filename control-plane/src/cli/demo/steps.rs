@@ -29,6 +29,10 @@ use crate::{
     telemetry::view::EdgeRow,
 };
 
+/// A sidecar that found nobody draws its next try from up to 30 s (full jitter, as the sidecar's `reconnect_cap` has
+/// it), so that a thousand of them do not come at once.
+const BACK_WITHIN: Duration = Duration::from_secs(35);
+
 /// One step.
 pub(super) struct Step {
     /// What is claimed.
@@ -401,7 +405,7 @@ fn controller_dies(stage: &mut Stage, claims: &mut Claims) -> Result<()> {
     stage.mesh.start_controller()?;
     let ready = back.elapsed();
     let mut connected = 0;
-    let all = stage.until(Duration::from_secs(20), |stage| {
+    let all = stage.until(BACK_WITHIN, |stage| {
         connected = stage.status()?.sidecars.iter().filter(|sidecar| sidecar.connected).count();
         Ok(connected >= sidecars)
     })?;
@@ -419,7 +423,7 @@ fn controller_dies(stage: &mut Stage, claims: &mut Claims) -> Result<()> {
                 ready.as_secs_f64(),
                 (ready + waited).as_secs_f64()
             ),
-            None => format!("{connected}/{sidecars} sidecars came back within 20s"),
+            None => format!("{connected}/{sidecars} sidecars came back within {}s", BACK_WITHIN.as_secs()),
         },
     );
     claims.claim(
