@@ -155,6 +155,37 @@ mod server {
     }
 
     #[test]
+    fn what_takes_a_place_is_told_before_what_it_replaces_is_taken_away() {
+        let (world, now) = (World::default(), Instant::now());
+        world.set(Service, "old", "1");
+        world.set(Route, "r", "1");
+        put(&world.collection("e"), 1, "x");
+        let mut stream = Stream::new(1);
+        for (ty, name) in [(Service, "old"), (Route, "r"), (Endpoint, CART)] {
+            stream.receive(subscribe(ty, &[name])).unwrap();
+        }
+        drain(&mut stream, &world, now);
+        // One change of the mesh: the route moves on, and what it named is gone.
+        world.set(Route, "r", "2");
+        world.set(Service, "new", "1");
+        world.unset(Service, "old");
+        world.collections.borrow_mut().clear();
+        stream.receive(subscribe(Service, &["new"])).unwrap();
+        let told = drain(&mut stream, &world, now);
+        assert_eq!(told, [vec!["r@2"], vec!["-ep/shop/cart:80/*"], vec!["new@1", "-old"]]);
+        // Nor is a removal held up by what the client has not answered.
+        world.set(Service, "old", "2");
+        put(&world.collection("f"), 1, "x");
+        drain(&mut stream, &world, now);
+        world.set(Route, "r", "3");
+        stream.next(&world, now).unwrap();
+        world.set(Route, "r", "4");
+        world.unset(Service, "old");
+        assert_eq!(says(&stream.next(&world, now).unwrap()), ["-old"]);
+        assert_eq!(stream.next(&world, now), None);
+    }
+
+    #[test]
     fn a_nonce_is_of_one_stream_and_of_one_response() {
         let (world, now) = (World::default(), Instant::now());
         let mut nonces = Vec::new();

@@ -227,6 +227,28 @@ async fn what_is_gone_is_removed_whatever_its_type() {
 }
 
 #[tokio::test]
+async fn what_takes_a_place_is_told_before_what_it_replaces_is_removed() {
+    let old = service("old", 8080) + &pod("old-1", "old", [10, 0, 0, 1]);
+    let new = service("new", 8080) + &pod("new-1", "new", [10, 0, 0, 2]);
+    let world = World::start("make", &(service("a", 8080) + &old + &route("a", "old"))).await;
+    let mut stream = world.stream().await;
+    for (ty, name) in
+        [("Route", "route/shop/a:80"), (SVC, "svc/shop/old:80"), ("Endpoint", "ep/shop/old:80/*")]
+    {
+        stream.send(&Request::subscribe(ty, &[name])).await;
+        assert!(stream.take().await.removed.is_empty());
+    }
+    world.write(&(service("a", 8080) + &new + &route("a", "new")));
+    let mut told = Vec::new();
+    while told.len() < 3 {
+        told.extend(stream.take().await.says());
+    }
+    assert_eq!(told[0], "route/shop/a:80");
+    told[1..].sort();
+    assert_eq!(told[1..], ["-ep/shop/old:80/*", "-svc/shop/old:80"]);
+}
+
+#[tokio::test]
 async fn a_reconnecting_client_hears_of_what_is_gone_and_of_what_changed_and_nothing_else() {
     let world = World::start("resume", &(versioned("a", 1) + &versioned("b", 1))).await;
     let mut stream = world.stream().await;

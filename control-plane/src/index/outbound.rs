@@ -55,6 +55,43 @@ impl CompiledRoute {
             Err(_) => {}
         }
     }
+
+    /// Leaves of it one rule, which answers everything with the reason.
+    pub fn refuse(&mut self, service: &ServiceName, reason: &str) {
+        let own = || object_ref(Kind::Service, &(service.namespace.clone(), service.name.clone()));
+        self.rules = vec![refusal(service, &self.objects.first().cloned().unwrap_or_else(own), reason)];
+    }
+}
+
+/// What stands for a service that cannot be told to its callers, and its route: everything is refused with
+/// the reason. No service has the route's name: theirs have no dot.
+pub fn refusing(service: &Service, reason: &str) -> (Service, ServiceName, Vec<Rule>) {
+    let name = &service.name;
+    let route = ServiceName { name: format!("{}.refused", name.name).into(), ..name.clone() };
+    let object = object_ref(Kind::Service, &(name.namespace.clone(), name.name.clone()));
+    let rules = vec![refusal(name, &object, reason)];
+    let refusing = Service {
+        name: name.clone(),
+        vips: Vec::new(),
+        protocol: service.protocol,
+        detect_timeout: DETECT_TIMEOUT,
+        route: Some(format!("route/{route}").into()),
+        endpoints: None,
+        pod: None,
+        load_balancing: LoadBalancing::default(),
+        health: HealthPolicy::default(),
+        limits: Limits::default(),
+        accepted_identities: Vec::new(),
+        mtls_required: true,
+        timeouts: Timeouts::default(),
+        retry: RetryPolicy::default(),
+    };
+    (refusing, route, rules)
+}
+
+fn refusal(service: &ServiceName, object: &ObjectRef, reason: &str) -> Rule {
+    let label = "refused".into();
+    RuleContext { service, object, label, created: 0, levels: Vec::new() }.dropped(reason.to_owned())
 }
 
 /// A pod as callers of its own address see it. Any port may be dialled, so the port comes last.

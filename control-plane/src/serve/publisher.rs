@@ -4,7 +4,9 @@
 //! without talking to each other, and a change that changes nothing is sent to nobody.
 //!
 //! Why it reads its own writing: a policy that our own reader would refuse is not published. The last good
-//! one stays and the reason is reported here, not by ten thousand sidecars.
+//! one stays and the reason is reported here, not by ten thousand sidecars. Where there was no good one, what
+//! is published refuses every request with that reason: what goes to an address that nobody knows would be
+//! passed on as it is.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -16,7 +18,7 @@ use std::{
 use bytes::Bytes;
 use weft_core::{
     identity::PodUid,
-    policy::{Endpoint, EndpointHealth, Service, ServiceName},
+    policy::{Endpoint, EndpointHealth, Rule, Service, ServiceName},
 };
 use weft_proto::{
     ads::{Collection, Priority, Versioned},
@@ -28,7 +30,7 @@ use weft_proto::{
 use super::published::{Published, Resource};
 use crate::{
     ca::Bundle,
-    index::{Index, Key, hash},
+    index::{Index, Key, Meta, hash, outbound},
     source::{Batch, Problem},
 };
 
@@ -57,6 +59,10 @@ pub struct Publisher {
     /// Names that a key gave up in this batch: taken back last, so that one that passes from one service to
     /// another is never seen to be gone.
     given_up: Vec<(Key, Arc<str>)>,
+    /// The same of collections: a route that names another service is published before.
+    emptied: Vec<(Key, Arc<str>)>,
+    /// Names under which nothing good was ever published: what is there refuses.
+    refusing: BTreeSet<Arc<str>>,
     epoch: u64,
     generation: u64,
 }
@@ -77,6 +83,8 @@ impl Publisher {
             state: Arc::new(RwLock::new(state)),
             owners: HashMap::new(),
             given_up: Vec::new(),
+            emptied: Vec::new(),
+            refusing: BTreeSet::new(),
             // Differs from run to run and from replica to replica.
             epoch: rand::random(),
             // Grows over restarts, too.
@@ -142,6 +150,11 @@ impl Publisher {
                 Key::Workload(uid) => self.workload(&key, uid),
             }
         }
+        for (key, name) in std::mem::take(&mut self.emptied) {
+            self.published.collections.update([(name.clone(), None)]);
+            self.write().names.remove(&key);
+            self.published.subscribers.wake(&name, true);
+        }
         for (key, name) in std::mem::take(&mut self.given_up) {
             // Somebody else may have taken the name since.
             if self.owners.get(&name) == Some(&key) {
@@ -155,31 +168,65 @@ impl Publisher {
     fn service(&mut self, key: &Key, name: &ServiceName) {
         let compiled = self.read().index.service(name);
         let Some((service, meta)) = compiled else { return self.names(key, Vec::new()) };
-        let (body, hash) = encode_service(&service);
-        let mut names: Vec<Arc<str>> = vec![Name::Service(name.clone()).to_string().into()];
+        let (mut body, mut hash) = encode_service(&service);
+        let own: Arc<str> = Name::Service(name.clone()).to_string().into();
+        let mut names = vec![own.clone()];
         for vip in &service.vips {
             names.push(Name::address((*vip, name.port).into()).to_string().into());
         }
-        if self.refused(&names[0], convert::service::parse(&body).err()) {
-            return;
+        let error = convert::service::parse(&body).err();
+        let reason = error.as_ref().map(ToString::to_string);
+        let mut route = None;
+        if self.refused(&own, error) {
+            if !self.may_refuse(&own) {
+                return;
+            }
+            let (refusing, name, rules) = outbound::refusing(&service, &reason.unwrap_or_default());
+            (body, hash) = encode_service(&refusing);
+            route = Some((Arc::from(Name::Route(name).to_string()), rules));
+        } else {
+            self.refusing.remove(&own);
         }
         let version = meta.version(hash);
         for name in &names {
             self.set(name, version.clone(), body.clone(), false);
         }
+        if let Some((name, rules)) = route {
+            self.set_route(&name, &meta, &rules);
+            names.push(name);
+        }
         self.names(key, names);
+    }
+
+    /// Whether what refuses may be published under a name: nothing good is.
+    fn may_refuse(&mut self, name: &Arc<str>) -> bool {
+        if self.published.resource(name).is_some() && !self.refusing.contains(name) {
+            return false;
+        }
+        self.refusing.insert(name.clone());
+        true
+    }
+
+    fn set_route(&self, name: &Arc<str>, meta: &Meta, rules: &[Rule]) {
+        let body = encode(&convert::route::to_pb(rules));
+        self.set(name, meta.version(hash(&body)), body, false);
     }
 
     fn route(&mut self, key: &Key, service: &ServiceName) {
         let compiled = self.read().index.route(service);
-        let Some((route, meta)) = compiled else { return self.names(key, Vec::new()) };
+        let Some((mut route, meta)) = compiled else { return self.names(key, Vec::new()) };
         let name: Arc<str> = Name::Route(service.clone()).to_string().into();
-        let body = encode(&convert::route::to_pb(&route.rules));
-        if self.refused(&name, convert::route::parse(&body).err()) {
-            return;
+        let error = convert::route::parse(&encode(&convert::route::to_pb(&route.rules))).err();
+        let reason = error.as_ref().map(ToString::to_string);
+        if self.refused(&name, error) {
+            if !self.may_refuse(&name) {
+                return;
+            }
+            route.refuse(service, &reason.unwrap_or_default());
+        } else {
+            self.refusing.remove(&name);
         }
-        let version = meta.version(hash(&body));
-        self.set(&name, version, body, false);
+        self.set_route(&name, &meta, &route.rules);
         self.names(key, vec![name]);
     }
 
@@ -188,9 +235,7 @@ impl Publisher {
         let name: Arc<str> = Name::Collection(service.clone()).to_string().into();
         let Some(endpoints) = compiled else {
             self.refused_members(service, &BTreeMap::new());
-            self.published.collections.update([(name.clone(), None)]);
-            self.write().names.remove(key);
-            return self.published.subscribers.wake(&name, true);
+            return self.emptied.push((key.clone(), name));
         };
         let mut urgent = false;
         let refused = self.refused_members(service, &endpoints);
@@ -319,6 +364,7 @@ impl Publisher {
             before.unwrap_or_default().into_iter().filter(|name| !names.contains(name)).collect();
         for name in &gone {
             state.unpublished.remove(name);
+            self.refusing.remove(name);
         }
         drop(state);
         self.given_up.extend(gone.into_iter().map(|name| (key.clone(), name)));
@@ -386,6 +432,8 @@ pub fn now_ms() -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use weft_core::policy::Filter;
+
     use super::*;
     use crate::{
         index::{Event, tests::objects},
@@ -423,6 +471,45 @@ mod tests {
         assert_eq!(publisher.state().read().unwrap().unpublished.len(), 1);
         publisher.apply(slice(8080));
         assert_eq!(members(), 1);
+        assert!(publisher.state().read().unwrap().unpublished.is_empty());
+    }
+
+    #[test]
+    fn a_service_that_every_sidecar_would_refuse_is_not_unknown() {
+        let (mut publisher, published) = publisher();
+        let limited = |requests: u32| {
+            batch(&format!(
+                "apiVersion: v1\nkind: Service\nmetadata: {{name: a, namespace: shop}}\n\
+                 spec: {{clusterIP: 10.96.0.1, ports: [{{port: 80}}]}}\n---\n\
+                 apiVersion: weft.dev/v1alpha1\nkind: TrafficPolicy\nmetadata: {{name: a, namespace: shop}}\n\
+                 spec: {{targetRefs: [{{kind: Service, name: a}}], limits: {{maxRequests: {requests}}}}}\n"
+            ))
+        };
+        let names = ["ip/10.96.0.1:80", "svc/shop/a:80", "route/shop/a.refused:80"];
+        let there = || names.map(|name| published.resource(name).map(|resource| resource.versioned.body));
+        let service = || convert::service::parse(&there()[0].clone().unwrap()).unwrap();
+        publisher.apply(limited(0));
+        // Nothing of it was ever good: every request gets the reason, and no endpoint is tried.
+        assert_eq!(service().route.as_deref(), Some(names[2]));
+        assert_eq!((service().endpoints, service().mtls_required), (None, true));
+        let rules = convert::route::parse(&there()[2].clone().unwrap()).unwrap().rules;
+        let [Filter::Invalid { reason }] = &rules[0].filters[..] else { panic!("{rules:?}") };
+        assert!(reason.contains("max_requests"), "{reason}");
+        assert_eq!(publisher.state().read().unwrap().unpublished.len(), 1);
+        publisher.apply(limited(5));
+        let good = there();
+        assert_eq!((service().limits.max_requests, service().route), (5, None));
+        assert_eq!(good[2], None);
+        assert!(publisher.state().read().unwrap().unpublished.is_empty());
+        // Now there is a good one, which stays.
+        publisher.apply(limited(0));
+        assert_eq!(there(), good);
+        assert_eq!(publisher.state().read().unwrap().unpublished.len(), 1);
+        publisher.apply(Batch {
+            events: vec![Event::Delete(ObjectKey::new(Kind::Service, "shop", "a"))],
+            ..Batch::default()
+        });
+        assert_eq!(there(), [None, None, None]);
         assert!(publisher.state().read().unwrap().unpublished.is_empty());
     }
 

@@ -10,6 +10,10 @@
 //! missing name is answered at once, remembered, and sent when it appears; names that a reconnecting client
 //! holds and that are gone are removed; an unknown type is ignored and does not end the stream.
 //!
+//! What takes something's place is told before what it replaces is taken away, across types: a route that
+//! names another backend comes before the removal of the old one. Endpoints that go are apart from this:
+//! nobody may wait for that.
+//!
 //! Who may ask for what is not decided here: a [`Source`] that does not show a resource to this subscriber
 //! has none, and "not allowed" looks exactly like "not there".
 
@@ -279,7 +283,10 @@ impl Stream {
     /// The next response of any type, if there is something to tell and it may be told now. To be called
     /// again until `None`, whenever the source changed, a request was taken, or [`Stream::wake_at`] came.
     pub fn next(&mut self, source: &dyn Source, now: Instant) -> Option<DeltaDiscoveryResponse> {
-        ResourceType::ALL.into_iter().find_map(|ty| self.next_of(ty, source, now))
+        let breaks = ResourceType::ALL.map(|ty| self.types[ty.index()].breaks(ty, source));
+        let mut order = ResourceType::ALL;
+        order.sort_by_key(|ty| breaks[ty.index()]);
+        order.into_iter().find_map(|ty| self.next_of(ty, source, now))
     }
 
     /// The same of one type, for a caller that paces types apart.
@@ -381,6 +388,17 @@ impl Type {
             None => Reply::Ack,
             Some(error) => Reply::Nack(Nack::read(error)),
         }
+    }
+
+    /// Whether something goes away that the client may still need until it has heard of the rest.
+    fn breaks(&self, ty: ResourceType, source: &dyn Source) -> bool {
+        let plain = |(name, plain): (&Arc<str>, &Plain)| {
+            matches!(plain.told, Told::Version(_)) && source.lookup(ty, name).is_none()
+        };
+        let collection = |(name, following): (&Arc<str>, &Following)| {
+            following.position.is_some() && source.collection(name).is_none()
+        };
+        self.in_flight.is_none() && (self.plain.iter().any(plain) || self.collections.iter().any(collection))
     }
 
     /// Removals first, then what changed, starting where the last response stopped.

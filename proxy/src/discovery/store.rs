@@ -5,6 +5,11 @@
 //! The old snapshot serves meanwhile. If something stays missing, the new one is published after 15 s with
 //! what is there, its unresolved backends marked.
 //!
+//! Why what is gone stays for a moment: when one change switches a route to another backend and deletes the
+//! old one, nothing says that the removal arrives last, and between the two nobody could be served. A service
+//! or a collection that is removed is therefore kept for [`LINGER`]; a route that names it no longer has
+//! arrived by then, and a route that still does answers 500 a moment later.
+//!
 //! Why the store runs no task: it is told what arrived and what is asked for, by the one task that owns the
 //! stream, and never waits. The workers see only finished `Arc`s.
 //!
@@ -12,7 +17,7 @@
 //! last good one in force and are reported, and nothing grows beyond its bound.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
     net::SocketAddr,
     sync::{
         Arc, LazyLock, PoisonError, RwLock,
@@ -86,6 +91,8 @@ struct State {
     backends: HashMap<BackendKey, Built>,
     generation: u64,
     own: Own,
+    /// What is removed but still in force, the oldest first.
+    leaving: VecDeque<(Instant, Name)>,
     // What this turn changed
     touched: BTreeSet<Name>,
     news: BTreeSet<Name>,
@@ -121,6 +128,8 @@ enum Value {
     Authorization(Arc<Authorization>),
     Workload(Arc<WorkloadResource>),
     Trust,
+    /// Said to be gone since then, and in force for a moment longer.
+    Leaving(Instant, Box<Value>),
 }
 
 struct Route {
@@ -243,6 +252,7 @@ impl Store {
             backends: HashMap::new(),
             generation: 0,
             own: Own::default(),
+            leaving: VecDeque::new(),
             touched: BTreeSet::new(),
             news: BTreeSet::new(),
             subscriptions: Vec::new(),
@@ -497,23 +507,47 @@ impl State {
             return;
         }
         let Some(held) = self.held.get_mut(name) else { return };
-        let keeps = match held.value {
-            Value::Authorization(_) | Value::Workload(_) | Value::Trust => true,
-            Value::Pending | Value::Removed | Value::Service(_) | Value::Route(_) | Value::Endpoints(_) => {
-                false
+        match std::mem::replace(&mut held.value, Value::Removed) {
+            kept @ (Value::Authorization(_) | Value::Workload(_) | Value::Trust) => {
+                // Who may call, and whom to trust, is never weakened or lost by an absence.
+                warn!(resource = %name, "the control plane says that it is gone: the last good one stays in force");
+                held.value = kept;
+                return;
             }
-        };
-        if keeps {
-            // Who may call, and whom to trust, is never weakened or lost by an absence.
-            warn!(resource = %name, "the control plane says that it is gone: the last good one stays in force");
-            return;
+            Value::Leaving(since, was) => held.value = Value::Leaving(since, was),
+            // What others may still name; of an address that is gone nobody says where it went.
+            was @ (Value::Service(_) | Value::Endpoints(_))
+                if matches!(name, Name::Service(_) | Name::Collection(_)) =>
+            {
+                let now = Instant::now();
+                held.value = Value::Leaving(now, Box::new(was));
+                self.leaving.push_back((now, name.clone()));
+            }
+            Value::Pending | Value::Removed | Value::Service(_) | Value::Route(_) | Value::Endpoints(_) => {
+                held.version.clear()
+            }
         }
-        held.value = Value::Removed;
-        held.version.clear();
         if self.refused.remove(name) {
             self.reports.accepted(name.resource_type().type_url(), &name.to_string());
         }
         self.touched.insert(name.clone());
+    }
+
+    /// What has lingered long enough is gone. Without a stream nothing can take its place, so nothing leaves.
+    fn leave(&mut self) {
+        let Some(up) = self.connected else { return };
+        while let Some((since, name)) = self.leaving.pop_front() {
+            if since.max(up).elapsed() < LINGER {
+                return self.leaving.push_front((since, name));
+            }
+            let Some(held) = self.held.get_mut(&name) else { continue };
+            // It may have come back, and gone again, since.
+            if matches!(held.value, Value::Leaving(started, _) if started == since) {
+                held.value = Value::Removed;
+                held.version.clear();
+                self.touched.insert(name);
+            }
+        }
     }
 
     fn ranges(&self, workload: &WorkloadResource) {
@@ -662,6 +696,8 @@ impl State {
         // Each round may reveal a need that is held already; a policy is three levels deep.
         let joined = loop {
             let earlier = destination.made_of.as_ref().map(|made_of| made_of.route.clone());
+            // That there was no route is no last good one: it says nothing about what this one keeps away.
+            let earlier = earlier.filter(|route| matches!(route, Routes::Known(_)));
             let joined = self.gather(address, earlier.unwrap_or(Routes::Unusable));
             let fresh = joined.needs.difference(&destination.needs).next().is_some();
             if !fresh {
@@ -807,7 +843,7 @@ impl State {
             (Arc::clone(parent), true)
         } else {
             let key = Name::Service(name.clone());
-            let found = match self.held.get(&key).map(|held| &held.value) {
+            let found = match self.held.get(&key).map(Held::in_force) {
                 Some(Value::Service(service)) if service.name == *name => (Arc::clone(service), true),
                 Some(Value::Removed | Value::Service(_)) => (nothing(name), false),
                 _ => {
@@ -827,7 +863,7 @@ impl State {
         } else if let Some(collection) = &service.endpoints {
             match collection.parse::<Name>() {
                 Ok(key @ Name::Collection(_)) => {
-                    match self.held.get_mut(&key).map(|held| &mut held.value) {
+                    match self.held.get_mut(&key).map(Held::in_force_mut) {
                         Some(Value::Endpoints(members)) => {
                             if !members.complete {
                                 missing.insert(key.clone());
@@ -920,6 +956,7 @@ impl State {
         if self.own.warming.is_some() {
             self.join_own();
         }
+        self.leave();
         let now = Instant::now();
         let mut warming = Vec::new();
         let mut idle = Vec::new();
@@ -936,7 +973,8 @@ impl State {
             let unused = now.saturating_duration_since(used.max(destination.held_at));
             // While the control plane is away nothing that serves is given up: it could not be had again.
             let serves = known.contains_key(address);
-            if unused >= self.idle && (self.connected.is_some() || !serves) {
+            let awaited = !destination.waiters.is_empty();
+            if unused >= self.idle && !awaited && (self.connected.is_some() || !serves) {
                 idle.push(*address);
             }
         }
@@ -981,6 +1019,7 @@ impl State {
                 let state = match &held.value {
                     Value::Pending => "pending".to_owned(),
                     Value::Removed => "removed".to_owned(),
+                    Value::Leaving(..) => "leaving".to_owned(),
                     Value::Endpoints(members) => format!("{} endpoints", members.by_uid.len()),
                     Value::Service(_)
                     | Value::Route(_)
@@ -1063,6 +1102,27 @@ impl MadeOf {
     }
 }
 
+impl Held {
+    /// What of it is in force: what it was, while it is leaving.
+    fn in_force(&self) -> &Value {
+        if let Value::Leaving(_, was) = &self.value { was } else { &self.value }
+    }
+
+    fn in_force_mut(&mut self) -> &mut Value {
+        match &mut self.value {
+            Value::Leaving(_, was) => was,
+            value @ (Value::Pending
+            | Value::Removed
+            | Value::Service(_)
+            | Value::Route(_)
+            | Value::Endpoints(_)
+            | Value::Authorization(_)
+            | Value::Workload(_)
+            | Value::Trust) => value,
+        }
+    }
+}
+
 impl Members {
     fn changed(&mut self, generation: &mut u64) {
         *generation += 1;
@@ -1126,6 +1186,8 @@ fn nothing(name: &ServiceName) -> Arc<Service> {
 /// What holds where no authorization can be used.
 static DENY: LazyLock<Arc<Authorization>> =
     LazyLock::new(|| Arc::new(Authorization { default: Action::Deny, rules: Vec::new(), generation: 0 }));
+/// How long what is removed stays in force: what takes its place was sent beside it.
+const LINGER: Duration = Duration::from_secs(2);
 /// Backends of one route: each is subscribed.
 const MAX_BACKENDS: usize = 1_000;
 
@@ -1477,6 +1539,74 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn a_route_that_moves_on_from_a_deleted_backend_always_has_one() {
+        let mut world = World::ready();
+        world.ask("10.0.0.1:80").await;
+        world.send(&[("ip/10.0.0.1:80", service("api", true))], &[]);
+        world.send(&[("route/shop/api:80", route(&["old"]))], &[]);
+        world.send_all("shop/api:80", &[]);
+        world.send(&[("svc/shop/old:80", service("old", false))], &[]);
+        world.send_all("shop/old:80", &[("uid-1", [10, 1, 0, 1])]);
+        let watched = world.service("10.0.0.1:80").await;
+        let serves = |uid: &str| {
+            let policy = watched.policy();
+            assert!(policy.backends[0].resolved);
+            assert_eq!(endpoints(&policy, 0), [uid]);
+        };
+        // One change of the mesh; its removals arrive first, and the rest of it a little later.
+        world.send(&[], &["ep/shop/old:80/*"]);
+        serves("uid-1");
+        world.send(&[], &["svc/shop/old:80"]);
+        serves("uid-1");
+        advance(Duration::from_millis(1_500)).await;
+        world.store.tick();
+        world.send(&[("route/shop/api:80", route(&["new"]))], &[]);
+        // However long the new one takes.
+        advance(Duration::from_secs(5)).await;
+        world.store.tick();
+        serves("uid-1");
+        world.send(&[("svc/shop/new:80", service("new", false))], &[]);
+        world.send_all("shop/new:80", &[("uid-2", [10, 1, 0, 2])]);
+        serves("uid-2");
+        assert!(!world.live().iter().any(|name| name.contains("old")), "{:?}", world.live());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_backend_that_is_gone_for_good_answers_so_a_moment_later() {
+        let mut world = World::ready();
+        world.ask("10.0.0.1:80").await;
+        world.send(&[("ip/10.0.0.1:80", service("api", true))], &[]);
+        world.send(&[("route/shop/api:80", route(&["old"]))], &[]);
+        world.send_all("shop/api:80", &[]);
+        world.send(&[("svc/shop/old:80", service("old", false))], &[]);
+        world.send_all("shop/old:80", &[("uid-1", [10, 1, 0, 1])]);
+        let watched = world.service("10.0.0.1:80").await;
+        let resolved = || watched.policy().backends[0].resolved;
+        world.send(&[], &["svc/shop/old:80"]);
+        world.send(&[], &["ep/shop/old:80/*"]);
+        // While there is no stream nothing can come in its place.
+        world.store.disconnected();
+        advance(LINGER * 2).await;
+        world.store.tick();
+        assert!(resolved());
+        world.connect();
+        advance(LINGER).await;
+        world.store.tick();
+        assert!(!resolved());
+        // It comes back with other members, none of the old.
+        world.send(&[("svc/shop/old:80", service("old", false))], &[]);
+        world.send_all("shop/old:80", &[("uid-2", [10, 1, 0, 2])]);
+        assert!(resolved());
+        assert_eq!(endpoints(&watched.policy(), 0), ["uid-2"]);
+        // And the same within the moment.
+        world.send(&[], &["ep/shop/old:80/*"]);
+        world.send_all("shop/old:80", &[("uid-3", [10, 1, 0, 3])]);
+        advance(LINGER).await;
+        world.store.tick();
+        assert_eq!(endpoints(&watched.policy(), 0), ["uid-3"]);
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn generations_grow_with_real_changes_only() {
         let (mut world, watched) = with_api().await;
         let (first, version) = (watched.policy(), watched.version());
@@ -1563,6 +1693,28 @@ mod tests {
         advance(Duration::from_secs(16)).await;
         world.store.tick();
         assert!(!world.service("10.0.0.1:80").await.policy().routes.is_usable());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_first_route_that_is_refused_or_does_not_come_denies_although_all_passed_before() {
+        for refused in [true, false] {
+            let (mut world, watched) = with_api().await;
+            assert!(watched.policy().routes.is_usable());
+            world.send(&[("ip/10.0.0.1:80", service("api", true))], &[]);
+            if refused {
+                world.send(&[("route/shop/api:80", Body::nonsense("Route"))], &[]);
+            } else {
+                assert!(watched.policy().routes.is_usable(), "it may be on its way");
+                advance(Duration::from_secs(16)).await;
+                world.store.tick();
+            }
+            assert!(!watched.policy().routes.is_usable());
+            // The next version may be better, and the service may name none again.
+            world.send(&[("route/shop/api:80", route(&["api"]))], &[]);
+            assert_eq!(watched.policy().routes.rules().len(), 1);
+            world.send(&[("ip/10.0.0.1:80", service("api", false))], &[]);
+            assert!(watched.policy().routes.is_usable());
+        }
     }
 
     #[tokio::test(start_paused = true)]
