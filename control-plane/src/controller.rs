@@ -146,7 +146,8 @@ impl Controller {
         tasks.spawn(dashboard::serve(api_port, Arc::new(server), closing_seen));
 
         let (batches, batches_seen) = mpsc::channel(1);
-        tasks.spawn(dir::watch(config.source.clone(), batches));
+        let kept = config.state_dir.join(LAST_GOOD_OBJECTS);
+        tasks.spawn(dir::watch(config.source.clone(), Some(kept), batches));
         let last_good = LastGood::load(&config.state_dir);
         tasks.spawn(publish(publisher, batches_seen, ca.bundle(), metrics, published.clone(), last_good));
         tasks.spawn(keep_certified(ca.clone(), configs, discovery_tls, identity_tls));
@@ -318,6 +319,8 @@ async fn keep_certified(
     }
 }
 
+/// Beside the register of roots.
+const LAST_GOOD_OBJECTS: &str = "last-good-objects.jsonl";
 const SERVERS: usize = 3;
 const STOP: Duration = Duration::from_secs(6);
 const TIDY_EVERY: Duration = Duration::from_secs(10);

@@ -15,7 +15,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use proptest::prelude::*;
+use proptest::{prelude::*, test_runner::TestRunner};
 use weft_core::identity::PodUid;
 use weft_proto::{
     ads::{
@@ -337,15 +337,16 @@ impl World {
 }
 
 fn cases() -> u32 {
-    let steps = std::env::var("WEFT_MODEL_STEPS").ok().and_then(|steps| steps.parse().ok()).unwrap_or(10_000);
-    u32::try_from(steps / STEPS_A_CASE).unwrap().max(1)
+    let steps = std::env::var("WEFT_MODEL_STEPS").ok().and_then(|steps| steps.parse().ok());
+    let steps: usize = steps.unwrap_or(10_000);
+    u32::try_from(steps.div_ceil(STEPS_A_CASE)).unwrap().max(1)
 }
 
-proptest! {
-    #![proptest_config(ProptestConfig { cases: cases(), failure_persistence: None, ..ProptestConfig::default() })]
-
-    #[test]
-    fn a_quiet_client_holds_what_the_server_has(ops in prop::collection::vec(op(), STEPS_A_CASE)) {
+#[test]
+fn a_quiet_client_holds_what_the_server_has() {
+    let config = ProptestConfig { cases: cases(), failure_persistence: None, ..ProptestConfig::default() };
+    let steps = config.cases as usize * STEPS_A_CASE;
+    let run = |ops: Vec<Op>| {
         let mut world = World::new();
         for op in &ops {
             world.apply(op);
@@ -357,5 +358,9 @@ proptest! {
         world.now += HEAD_INTERVAL;
         world.settle();
         world.check();
-    }
+        Ok(())
+    };
+    let held = TestRunner::new(config).run(&prop::collection::vec(op(), STEPS_A_CASE), run);
+    held.unwrap_or_else(|violation| panic!("{violation}"));
+    println!("figure: violations in {steps} steps of the model of subscriptions: 0 (bound 0)");
 }

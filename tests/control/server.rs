@@ -1,9 +1,12 @@
 //! What a controller must do, asked by a client that is not ours.
 
+use std::time::Duration;
+
 use bytes::Bytes;
+use tokio::time::timeout;
 
 use crate::{
-    raw::{DELTA, Request, STATE_OF_THE_WORLD, frame},
+    raw::{DELTA, LONG, Request, STATE_OF_THE_WORLD, frame},
     world::{World, pod, route, service, versioned},
 };
 
@@ -307,6 +310,49 @@ async fn a_collection_is_resumed_where_it_was() {
     let nonsense = Request::subscribe("Endpoint", &collection).holding(&[(collection[0], "what?")]);
     stream.send(&nonsense).await;
     assert_eq!(stream.take().await.resources.len(), 4, "from the beginning");
+}
+
+#[tokio::test]
+async fn a_controller_that_starts_on_a_broken_file_keeps_the_last_good_and_names_what_broke() {
+    let good = service("b", 8080) + &pod("b-1", "b", [10, 0, 0, 2]) + &versioned("a", 1);
+    let world = World::start("cold", &good).await;
+    let names = [(SVC, A), (SVC, B), ("Endpoint", "ep/shop/b:80/*")];
+    let mut stream = world.stream().await;
+    let mut held = Vec::new();
+    for (ty, name) in names {
+        stream.send(&Request::subscribe(ty, &[name])).await;
+        held.push(stream.take().await.says());
+    }
+    // On disk before it dies: the disk is not waited for when a change is told.
+    let kept = world.folder.0.join("state/last-good-objects.jsonl");
+    let on_disk = || std::fs::read_to_string(&kept).is_ok_and(|text| text.contains("b-1-uid"));
+    timeout(LONG, async {
+        while !on_disk() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    })
+    .await
+    .unwrap();
+    // One field of one object, and a syntax error behind which nobody knows what it was.
+    let broken = versioned("a", 1).replace("port: 80", "port: eighty") + "---\nkind: [\n";
+    let world = world.crash_and_find(&broken).await;
+    let mut stream = world.stream().await;
+    for ((ty, name), held) in names.into_iter().zip(held) {
+        stream.send(&Request::subscribe(ty, &[name])).await;
+        assert_eq!(stream.take().await.says(), held, "callers see nothing of it");
+    }
+    let (_, status) = world.http("/api/v1/status").await;
+    for said in ["mesh.yaml", "spec.ports[0].port", "\"kept_last_good\":true"] {
+        assert!(status.contains(said), "{said} in {status}");
+    }
+    // Mended, the folder counts again, and what it no longer has is gone.
+    world.write(&versioned("a", 2));
+    let mut told = Vec::new();
+    while told.len() < 3 {
+        told.extend(stream.take().await.says());
+    }
+    told.sort();
+    assert_eq!(told, ["-ep/shop/b:80/*", "-svc/shop/b:80", A]);
 }
 
 #[tokio::test]

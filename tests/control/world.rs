@@ -59,6 +59,16 @@ impl World {
         std::mem::replace(&mut self.controller, new).stop().await;
     }
 
+    /// Killed, and started again on a folder that somebody changed meanwhile.
+    pub(crate) async fn crash_and_find(self, yaml: &str) -> Self {
+        let Self { controller: killed, folder } = self;
+        // Every task of it ends where it stands.
+        drop(killed);
+        std::fs::write(folder.0.join("mesh/mesh.yaml"), yaml).unwrap();
+        let controller = controller(&folder.0).await;
+        Self { controller, folder }
+    }
+
     pub(crate) fn write(&self, yaml: &str) {
         std::fs::write(self.folder.0.join("new"), yaml).unwrap();
         std::fs::rename(self.folder.0.join("new"), self.folder.0.join("mesh/mesh.yaml")).unwrap();

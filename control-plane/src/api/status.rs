@@ -142,7 +142,7 @@ impl Facts<'_> {
         let unpublished = self.state.unpublished.iter().map(|(name, reason)| ProblemStatus {
             object: name.to_string(),
             reason: format!("not published: {reason}"),
-            kept_last_good: self.published.resource(name).is_some(),
+            kept_last_good: self.published.resource(name).is_some() && !self.state.refusing.contains(name),
             ..ProblemStatus::default()
         });
         from_source.chain(unpublished).collect()

@@ -321,7 +321,7 @@ pub(super) fn make_folder(state: &Path) -> Result<(), CaError> {
         .map_err(|error| CaError::File { path: state.to_owned(), error })
 }
 
-/// Writes a file whole or not at all.
+/// Writes a file whole or not at all; what it said so survives a loss of power.
 pub(crate) fn write(path: &Path, bytes: &[u8], mode: u32) -> Result<(), CaError> {
     let failed = |error| CaError::File { path: path.to_owned(), error };
     let temporary = path.with_extension(format!("{}.tmp", std::process::id()));
@@ -329,7 +329,9 @@ pub(crate) fn write(path: &Path, bytes: &[u8], mode: u32) -> Result<(), CaError>
     let mut file =
         fs::OpenOptions::new().write(true).create_new(true).mode(mode).open(&temporary).map_err(failed)?;
     file.write_all(bytes).and_then(|()| file.sync_all()).map_err(failed)?;
-    fs::rename(&temporary, path).map_err(failed)
+    fs::rename(&temporary, path).map_err(failed)?;
+    let folder = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+    fs::File::open(folder.unwrap_or(Path::new("."))).and_then(|folder| folder.sync_all()).map_err(failed)
 }
 
 /// Writes a private file that is not there yet, whole or not at all. False: somebody else was first.

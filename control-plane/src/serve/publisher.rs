@@ -45,6 +45,8 @@ pub struct State {
     pub foreign: usize,
     /// Resources that could not be published: name and reason.
     pub unpublished: BTreeMap<Arc<str>, String>,
+    /// Those of them under which nothing good was ever published: what is there refuses.
+    pub refusing: BTreeSet<Arc<str>>,
     /// Names that each key is published under.
     pub names: HashMap<Key, Vec<Arc<str>>>,
 }
@@ -61,8 +63,6 @@ pub struct Publisher {
     given_up: Vec<(Key, Arc<str>)>,
     /// The same of collections: a route that names another service is published before.
     emptied: Vec<(Key, Arc<str>)>,
-    /// Names under which nothing good was ever published: what is there refuses.
-    refusing: BTreeSet<Arc<str>>,
     epoch: u64,
     generation: u64,
 }
@@ -76,6 +76,7 @@ impl Publisher {
             problems: Vec::new(),
             foreign: 0,
             unpublished: BTreeMap::new(),
+            refusing: BTreeSet::new(),
             names: HashMap::new(),
         };
         Self {
@@ -84,7 +85,6 @@ impl Publisher {
             owners: HashMap::new(),
             given_up: Vec::new(),
             emptied: Vec::new(),
-            refusing: BTreeSet::new(),
             // Differs from run to run and from replica to replica.
             epoch: rand::random(),
             // Grows over restarts, too.
@@ -184,8 +184,6 @@ impl Publisher {
             let (refusing, name, rules) = outbound::refusing(&service, &reason.unwrap_or_default());
             (body, hash) = encode_service(&refusing);
             route = Some((Arc::from(Name::Route(name).to_string()), rules));
-        } else {
-            self.refusing.remove(&own);
         }
         let version = meta.version(hash);
         for name in &names {
@@ -199,12 +197,13 @@ impl Publisher {
     }
 
     /// Whether what refuses may be published under a name: nothing good is.
-    fn may_refuse(&mut self, name: &Arc<str>) -> bool {
-        if self.published.resource(name).is_some() && !self.refusing.contains(name) {
-            return false;
+    fn may_refuse(&self, name: &Arc<str>) -> bool {
+        let mut state = self.write();
+        let may = self.published.resource(name).is_none() || state.refusing.contains(name);
+        if may {
+            state.refusing.insert(name.clone());
         }
-        self.refusing.insert(name.clone());
-        true
+        may
     }
 
     fn set_route(&self, name: &Arc<str>, meta: &Meta, rules: &[Rule]) {
@@ -223,8 +222,6 @@ impl Publisher {
                 return;
             }
             route.refuse(service, &reason.unwrap_or_default());
-        } else {
-            self.refusing.remove(&name);
         }
         self.set_route(&name, &meta, &route.rules);
         self.names(key, vec![name]);
@@ -364,7 +361,7 @@ impl Publisher {
             before.unwrap_or_default().into_iter().filter(|name| !names.contains(name)).collect();
         for name in &gone {
             state.unpublished.remove(name);
-            self.refusing.remove(name);
+            state.refusing.remove(name);
         }
         drop(state);
         self.given_up.extend(gone.into_iter().map(|name| (key.clone(), name)));
@@ -394,6 +391,7 @@ impl Publisher {
         match error {
             None => {
                 state.unpublished.remove(name);
+                state.refusing.remove(name);
                 false
             }
             Some(error) => {

@@ -7,7 +7,8 @@
 //! Why the last good version stays: what the mesh does must not depend on whether somebody is halfway
 //! through typing. An object whose document became bad keeps its last good version; while a file has a
 //! document whose name cannot be read, nothing of that file is removed; and a look that would remove most
-//! of the mesh at once waits until it has been so for a while.
+//! of the mesh at once waits until it has been so for a while. What was good is also kept on disk (`kept`), so
+//! that a controller that starts on a file that broke meanwhile has a last good version, too.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -23,7 +24,8 @@ use tokio::sync::mpsc;
 
 use super::{
     Batch, Origin, Problem,
-    yaml::{self, Document},
+    kept::{Kept, Remembered},
+    yaml::{self, Document, Text},
 };
 use crate::{
     index::Event,
@@ -31,25 +33,41 @@ use crate::{
 };
 
 /// Watches `folder` and sends a batch for every look that changed anything; the first batch always comes.
-/// Ends when the receiver is gone.
-pub async fn watch(folder: PathBuf, batches: mpsc::Sender<Batch>) {
+/// Ends when the receiver is gone. `kept` is the file that remembers what was good over a restart.
+pub async fn watch(folder: PathBuf, kept: Option<PathBuf>, batches: mpsc::Sender<Batch>) {
     let (wake, mut woken) = mpsc::channel::<()>(1);
     let mut watcher = Watching::new(wake);
     let mut look = Look::new(folder.clone());
+    let mut kept = kept.map(Kept::new);
     let mut first = true;
     loop {
         watcher.ensure(&folder);
         let looked = tokio::task::spawn_blocking(move || {
+            if first && let Some(kept) = &kept {
+                look.remembered = kept.load().into_iter().map(|one| (one.object.key(), one.into())).collect();
+            }
             let batch = look.look(Instant::now());
-            (look, batch)
+            (look, kept, batch)
         });
-        let Ok((returned, batch)) = looked.await else { return };
-        look = returned;
+        let Ok((returned, returned_kept, batch)) = looked.await else { return };
+        (look, kept) = (returned, returned_kept);
         if let Some(batch) = batch.or_else(|| first.then(Batch::default)) {
             first = false;
             if batches.send(batch).await.is_err() {
                 return;
             }
+        }
+        // After it is told, and not at each of many changes: the disk is slow. The poll comes back to it.
+        if look.unsaved && kept.as_ref().is_some_and(|kept| kept.is_due(Instant::now())) {
+            let saved = tokio::task::spawn_blocking(move || {
+                if let Some(kept) = &mut kept {
+                    kept.save(look.live.values().map(|live| (&live.origin, &live.text)));
+                }
+                look.unsaved = false;
+                (look, kept)
+            });
+            let Ok(returned) = saved.await else { return };
+            (look, kept) = returned;
         }
         tokio::select! {
             _ = woken.recv() => settle(&mut woken).await,
@@ -120,6 +138,10 @@ pub struct Look {
     files: BTreeMap<Arc<str>, File>,
     /// What the index has been told, and where it came from.
     live: BTreeMap<ObjectKey, Live>,
+    /// What an earlier run knew to be good, until the folder was looked at once.
+    remembered: BTreeMap<ObjectKey, Live>,
+    /// Whether `live` differs from what is on disk.
+    unsaved: bool,
     /// Authorization policies that were never readable.
     closed: BTreeMap<ObjectKey, Closed>,
     problems: Vec<Problem>,
@@ -162,6 +184,13 @@ struct Removal {
 struct Live {
     object: Object,
     origin: Origin,
+    text: Text,
+}
+
+impl From<Remembered> for Live {
+    fn from(Remembered { object, origin, text }: Remembered) -> Self {
+        Self { object: *object, origin, text }
+    }
 }
 
 impl Look {
@@ -171,6 +200,8 @@ impl Look {
             folder,
             files: BTreeMap::new(),
             live: BTreeMap::new(),
+            remembered: BTreeMap::new(),
+            unsaved: false,
             closed: BTreeMap::new(),
             problems: Vec::new(),
             foreign: 0,
@@ -198,6 +229,7 @@ impl Look {
         let mut seen = self.collect(&mut problems);
         self.keep_last_good(&mut seen, &mut problems);
         self.hold_removals(&mut seen.objects, now, &mut problems);
+        self.remembered.clear();
         let events = self.difference(seen.objects, seen.closed);
         self.finish(events, problems, seen.foreign)
     }
@@ -267,7 +299,7 @@ impl Look {
             for document in &file.documents {
                 match document {
                     Document::Foreign => seen.foreign += 1,
-                    Document::Object { object, origin } => seen.add(object, origin, problems),
+                    Document::Object { object, origin, text } => seen.add(object, origin, text, problems),
                     Document::Bad { problem, scope, policy } => {
                         let closed = Closed { file: name.clone(), labels: scope.clone() };
                         match (&problem.object, policy) {
@@ -292,7 +324,7 @@ impl Look {
             if seen.objects.contains_key(&key) {
                 continue;
             }
-            if let Some(live) = self.live.get(&key) {
+            if let Some(live) = self.live.get(&key).or_else(|| self.remembered.get(&key)) {
                 seen.objects.insert(key.clone(), live.clone());
                 for problem in problems.iter_mut().filter(|p| p.object.as_ref() == Some(&key)) {
                     problem.kept_last_good = true;
@@ -307,7 +339,7 @@ impl Look {
             let had = |key: &ObjectKey, file: &Arc<str>| {
                 key.kind == Kind::AuthorizationPolicy && *file == scope.file
             };
-            let known = self.live.iter().any(|(key, live)| had(key, &live.origin.file))
+            let known = self.good().any(|(key, live)| had(key, &live.origin.file))
                 || self.closed.iter().any(|(key, closed)| had(key, &closed.file));
             if !known && !seen.objects.contains_key(&key) {
                 seen.closed.insert(key, scope);
@@ -319,7 +351,7 @@ impl Look {
                 seen.closed.insert(key.clone(), closed.clone());
             }
         }
-        for (key, live) in &self.live {
+        for (key, live) in self.good() {
             if seen.unnamed.contains(&live.origin.file) && !seen.objects.contains_key(key) {
                 seen.objects.insert(key.clone(), live.clone());
                 let unnamed = |p: &&mut Problem| p.object.is_none() && p.origin.file == live.origin.file;
@@ -328,6 +360,11 @@ impl Look {
                 }
             }
         }
+    }
+
+    /// What was good at the last look, or in an earlier run.
+    fn good(&self) -> impl Iterator<Item = (&ObjectKey, &Live)> {
+        self.live.iter().chain(&self.remembered)
     }
 
     /// A removal of more than half of more than 20 is waited out: what is gone stays for a while. What was
@@ -387,6 +424,7 @@ impl Look {
         let gone = |key: &&ObjectKey| !now_there.contains_key(key) && !closed.contains_key(key);
         let removed: BTreeSet<_> = self.live.keys().chain(self.closed.keys()).filter(gone).cloned().collect();
         events.extend(removed.into_iter().map(Event::Delete));
+        self.unsaved |= !events.is_empty();
         self.live = now_there;
         self.closed = closed;
         events
@@ -406,7 +444,7 @@ struct Seen {
 }
 
 impl Seen {
-    fn add(&mut self, object: &Object, origin: &Origin, problems: &mut Vec<Problem>) {
+    fn add(&mut self, object: &Object, origin: &Origin, text: &Text, problems: &mut Vec<Problem>) {
         let key = object.key();
         if let Some(first) = self.objects.get(&key) {
             problems.push(Problem {
@@ -418,7 +456,7 @@ impl Seen {
             });
             return;
         }
-        self.objects.insert(key, Live { object: object.clone(), origin: origin.clone() });
+        self.objects.insert(key, Live { object: object.clone(), origin: origin.clone(), text: text.clone() });
     }
 }
 
@@ -555,6 +593,51 @@ mod tests {
     }
 
     #[test]
+    fn what_broke_while_nobody_looked_keeps_its_last_good_version() {
+        let folder = Folder::new("restart");
+        fs::create_dir(folder.0.join("mesh")).unwrap();
+        let policy = "apiVersion: weft.dev/v1alpha1\nkind: AuthorizationPolicy\nmetadata: {name: p}\n";
+        let good = format!("{policy}spec: {{action: Deny}}\n---\n{}", service("a", "80"));
+        folder.write("mesh/a.yaml", &good);
+        folder.write("mesh/b.yaml", &format!("{}---\n{}", service("b", "80"), service("c", "80")));
+        folder.write("mesh/d.json", "{\"items\": [\n\t{\"apiVersion\": \"v1\", \"kind\": \"Service\", \"metadata\": {\"name\": \"d\"}}], \"apiVersion\": \"v1\", \"kind\": \"List\"}");
+        folder.write("mesh/e.yaml", &service("e", "80"));
+        let run = || {
+            let mut kept = Kept::new(folder.0.join("kept"));
+            let mut look = Look::new(folder.0.join("mesh"));
+            look.remembered = kept.load().into_iter().map(|one| (one.object.key(), one.into())).collect();
+            let batch = look.look(Instant::now()).unwrap();
+            kept.save(look.live.values().map(|live| (&live.origin, &live.text)));
+            batch
+        };
+        let all = ["+a", "+b", "+c", "+d", "+e", "+p"];
+        assert_eq!(names(&run().events), all);
+        // One field, a syntax error that hides which object it was, a file that is no JSON; and one that is gone.
+        folder.write(
+            "mesh/a.yaml",
+            &format!("{policy}spec: {{action: Maybe}}\n---\n{}", service("a", "eighty")),
+        );
+        folder.write("mesh/b.yaml", &format!("{}---\nkind: [\n", service("b", "81")));
+        folder.write("mesh/d.json", "{");
+        fs::remove_file(folder.0.join("mesh/e.yaml")).unwrap();
+        for _ in 0..2 {
+            let batch = run();
+            assert_eq!(names(&batch.events), ["+a", "+b", "+c", "+d", "+p"]);
+            assert_eq!(batch.problems.len(), 4, "{:?}", batch.problems);
+            assert!(batch.problems.iter().all(|problem| problem.kept_last_good), "{:?}", batch.problems);
+        }
+        // What is kept is no source: mended, the file counts, and nothing is left of what it no longer says.
+        folder.write("mesh/b.yaml", &service("b", "82"));
+        assert_eq!(names(&run().events), ["+a", "+b", "+d", "+p"]);
+        // A file of memories that cannot be read is none.
+        folder.write("kept", "{\"file\": 1}\nnonsense\n");
+        assert_eq!(
+            names(&run().events),
+            ["!p", "+b"].map(str::to_owned).into_iter().rev().collect::<Vec<_>>()
+        );
+    }
+
+    #[test]
     fn an_empty_moment_removes_nothing() {
         let folder = Folder::new("empty");
         folder.write("a.yml", &service("a", "80"));
@@ -679,7 +762,7 @@ mod tests {
         let link = folder.0.join("mesh");
         std::os::unix::fs::symlink(folder.0.join("v1"), &link).unwrap();
         let (sender, mut batches) = mpsc::channel(1);
-        let task = tokio::spawn(watch(link.clone(), sender));
+        let task = tokio::spawn(watch(link.clone(), None, sender));
         let mut next =
             async || tokio::time::timeout(Duration::from_secs(10), batches.recv()).await.unwrap().unwrap();
         assert_eq!(names(&next().await.events), ["+a"]);

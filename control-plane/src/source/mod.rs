@@ -8,6 +8,7 @@ use std::sync::Arc;
 use crate::{index::Event, resources::ObjectKey};
 
 pub mod dir;
+mod kept;
 pub mod yaml;
 
 /// What one look at the source found.

@@ -25,6 +25,8 @@ pub enum Document {
         object: Box<Object>,
         /// Where it starts.
         origin: Origin,
+        /// What it was read from.
+        text: Text,
     },
     /// Not a kind of ours.
     Foreign,
@@ -39,6 +41,25 @@ pub enum Document {
         /// its namespace.
         policy: Option<ObjectKey>,
     },
+}
+
+/// The text of one object.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Text {
+    /// Whether it is JSON.
+    pub json: bool,
+    /// It.
+    pub text: Arc<str>,
+}
+
+/// Reads one object again from its own text; `None` if it is none any more.
+pub fn read_again(origin: &Origin, text: &Text) -> Option<Box<Object>> {
+    let mut found = Vec::new();
+    Part { line: origin.line, text: &text.text }.read(&origin.file, text.json, &mut found);
+    match found.pop()? {
+        Document::Object { object, .. } if found.is_empty() => Some(object),
+        Document::Object { .. } | Document::Foreign | Document::Bad { .. } => None,
+    }
 }
 
 /// Reads every document of one file.
@@ -114,9 +135,11 @@ impl Part<'_> {
                 };
                 found.push(match self.decode(json, OfKind(kind)) {
                     Ok(object) => match validate::object(&object) {
-                        Ok(()) => {
-                            Document::Object { object: Box::new(object), origin: origin(self.first_line()) }
-                        }
+                        Ok(()) => Document::Object {
+                            object: Box::new(object),
+                            origin: origin(self.first_line()),
+                            text: Text { json, text: self.text.into() },
+                        },
                         Err(invalid) => {
                             let failure = Failure { line: None, path: invalid.path, reason: invalid.reason };
                             self.bad(file, Some(key), failure, json)

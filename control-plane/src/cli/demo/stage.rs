@@ -378,7 +378,7 @@ mod tests {
         for (file, text) in FILES.into_iter().chain([(IN_TURN, IN_TURN_YAML)]) {
             for document in yaml::read(&Arc::from(file), text) {
                 match document {
-                    Document::Object { object, origin } => {
+                    Document::Object { object, origin, .. } => {
                         keys.push(object.key());
                         index.apply(Event::Apply { object, origin });
                     }
