@@ -5,9 +5,12 @@
 //! carries it as `weft-reason: <component>;<code>`.
 
 use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode, header};
-use weft_core::classify::{Class, Failure};
+use weft_core::{
+    classify::{Class, Failure},
+    framing::Why,
+};
 
-use crate::body::Body;
+use crate::{body::Body, front::Refusal};
 
 /// The header that names the sidecar's reason; applications cannot set it.
 pub(crate) const WEFT_REASON: HeaderName = HeaderName::from_static("weft-reason");
@@ -84,6 +87,16 @@ pub(crate) enum Error {
     Upgrade(&'static str),
     #[error("the client broke off its own upload")]
     UploadBroken,
+    #[error("the request is malformed: {0}")]
+    Malformed(Why),
+    #[error("HTTP is spoken here, and this is none")]
+    NotHttp,
+    #[error("the request's head took too long")]
+    HeadTimeout,
+    #[error("too many frames that bring nothing forward")]
+    Flood,
+    #[error("the endpoint's answer is malformed")]
+    MalformedAnswer,
 }
 
 /// What the table says of one error.
@@ -143,6 +156,14 @@ impl Error {
             Self::BadTarget => (StatusCode::BAD_REQUEST, INVALID_ARGUMENT, "bad_target", false),
             Self::Upgrade(_) => (StatusCode::BAD_GATEWAY, UNAVAILABLE, "upgrade_refused", false),
             Self::UploadBroken => (StatusCode::BAD_REQUEST, CANCELLED, "upload_broken", false),
+            Self::Malformed(Why::TooLarge | Why::TooManyFields) => {
+                (StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, RESOURCE_EXHAUSTED, "head_too_large", false)
+            }
+            Self::Malformed(_) => (StatusCode::BAD_REQUEST, INVALID_ARGUMENT, "malformed_request", false),
+            Self::NotHttp => (StatusCode::BAD_REQUEST, INVALID_ARGUMENT, "not_http", false),
+            Self::HeadTimeout => (StatusCode::REQUEST_TIMEOUT, DEADLINE_EXCEEDED, "header_timeout", false),
+            Self::Flood => (StatusCode::TOO_MANY_REQUESTS, RESOURCE_EXHAUSTED, "flood", false),
+            Self::MalformedAnswer => (StatusCode::BAD_GATEWAY, UNAVAILABLE, "malformed_answer", false),
         };
         Answer { status, grpc, code, unsent }
     }
@@ -156,6 +177,7 @@ impl Error {
             Failure::Identity => Self::Identity,
             Failure::NotProcessed => Self::NotProcessed,
             Failure::Timeout => Self::Timeout,
+            Failure::Malformed => Self::MalformedAnswer,
             Failure::Reset | Failure::Status(_) | Failure::Grpc(_) => Self::Reset,
         }
     }
@@ -168,6 +190,17 @@ impl Error {
     /// The client's own doing, of which nobody reads the answer: neither an error of the mesh nor worth a line.
     pub(crate) fn is_the_clients(&self) -> bool {
         *self == Self::UploadBroken
+    }
+
+    /// Whether what follows on an HTTP/1 connection may be meant otherwise than we would read it.
+    pub(crate) fn ends_connection(&self) -> bool {
+        matches!(self, Self::BadTarget | Self::ConnectNotAllowed | Self::Malformed(_))
+    }
+
+    /// The response's head and text, where there is no library to write it.
+    pub(crate) fn text(&self, component: Component) -> (http::response::Parts, String) {
+        let (head, _) = self.response(component, false).into_parts();
+        (head, format!("weft: {self}\n"))
     }
 
     /// The response: `grpc-status` in a trailers-only answer for gRPC, else a status with a short text.
@@ -196,6 +229,16 @@ impl Error {
             response.headers_mut().insert(WEFT_UNSENT, HeaderValue::from_static("1"));
         }
         response
+    }
+}
+
+impl From<Refusal> for Error {
+    fn from(refusal: Refusal) -> Self {
+        match refusal {
+            Refusal::Malformed(why) => Self::Malformed(why),
+            Refusal::HeadTimeout => Self::HeadTimeout,
+            Refusal::Flood => Self::Flood,
+        }
     }
 }
 

@@ -12,6 +12,8 @@ use http::{
 };
 use hyper::{body::Incoming, ext::Protocol};
 
+use weft_core::framing::Why;
+
 use crate::{body::Body, error::Error, pool::Peer};
 
 /// The app's HTTP version, for the far end to restore; absent: HTTP/2.
@@ -70,8 +72,16 @@ impl Outgoing {
         if parts.headers.get_all(header::HOST).iter().nth(1).is_some() {
             return Err(Error::BadTarget);
         }
+        if parts.version == Version::HTTP_2
+            && parts.headers.get_all(header::CONTENT_LENGTH).iter().nth(1).is_some()
+        {
+            // The library compares the body with the first of them only; HTTP/1 was followed before it was read.
+            return Err(Error::Malformed(Why::ContentLength));
+        }
         let uri = parts.uri.into_parts();
         let authority = match uri.authority {
+            // `GET name HTTP/1.1`: the library takes a path without its slash for an authority, and an app may not.
+            Some(_) if uri.scheme.is_none() => return Err(Error::BadTarget),
             Some(authority) => Some(authority),
             None => match parts.headers.get(header::HOST) {
                 // Without a copy: a header's value shares its bytes.
@@ -81,8 +91,14 @@ impl Outgoing {
                 _ => None,
             },
         };
+        if authority.as_ref().is_some_and(|authority| !is_host(authority)) {
+            return Err(Error::BadTarget);
+        }
         parts.headers.remove(header::HOST);
         let path = uri.path_and_query.unwrap_or_else(|| PathAndQuery::from_static("/"));
+        if path == "*" && parts.method != Method::OPTIONS {
+            return Err(Error::BadTarget);
+        }
         let outgoing = Self {
             method: parts.method,
             authority,
@@ -159,6 +175,16 @@ impl Outgoing {
         *request.headers_mut() = headers;
         Ok(request)
     }
+}
+
+/// A host and perhaps a port. The library also takes users, and ports that are none.
+fn is_host(authority: &Authority) -> bool {
+    let rest = authority.as_str().strip_prefix(authority.host());
+    rest.is_some_and(|rest| {
+        let port = rest.strip_prefix(':');
+        rest.is_empty()
+            || port.is_some_and(|port| port.len() <= 5 && port.bytes().all(|b| b.is_ascii_digit()))
+    })
 }
 
 /// An HTTP/1.1 `GET` that asks to switch to another protocol. `h2c` and `TLS/x` are offers that many clients make with

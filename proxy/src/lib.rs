@@ -25,6 +25,7 @@ pub mod discovery;
 mod body;
 mod detect;
 mod error;
+mod front;
 mod head;
 mod inbound;
 mod listener;

@@ -36,6 +36,7 @@ use tokio::{
 use tokio_rustls::{TlsConnector, client::TlsStream};
 use weft_core::{
     classify::Failure,
+    framing::Limits,
     identity::{PodUid, SpiffeId},
     policy::{Endpoint, Tunnel},
 };
@@ -43,6 +44,7 @@ use weft_core::{
 use crate::{
     body::{Body, Replay},
     config::Config,
+    front::{Back, BadAnswer, Due},
     head,
     tcp::Prefixed,
     telemetry::{
@@ -213,6 +215,7 @@ pub(crate) fn http1_builder(headers: usize) -> http1::Builder {
 
 struct H1 {
     sender: http1::SendRequest<Body>,
+    due: Due,
     idle_since: Instant,
     used: bool,
 }
@@ -364,6 +367,7 @@ impl Pool {
                     local: false,
                 });
             }
+            connection.due.to(request.method());
             match connection.sender.try_send_request(request).await {
                 Ok(response) => {
                     let upload = options.upload.cloned();
@@ -519,7 +523,10 @@ impl Pool {
 
     async fn open_h1(&self, peer: &Peer, timeout: Duration) -> Result<H1, ConnectError> {
         let tcp = self.connect(peer.address(), matches!(peer, Peer::App { .. }), timeout).await?;
-        let handshake = http1_builder(self.0.config.limits.headers).handshake(TokioIo::new(tcp)).await;
+        let due = Due::default();
+        let limits = Limits { bytes: READ_BUFFER, fields: self.0.config.limits.headers };
+        let io = TokioIo::new(Back::new(tcp, due.clone(), limits));
+        let handshake = http1_builder(limits.fields).handshake(io).await;
         let (sender, connection) = handshake.map_err(|e| not_processed(&e))?;
         let open = Open::new(&self.0.recorder);
         tokio::task::spawn_local(async move {
@@ -528,7 +535,7 @@ impl Pool {
                 tracing::debug!(%error, "HTTP/1.1 connection to the app ended");
             }
         });
-        Ok(H1 { sender, idle_since: now(), used: false })
+        Ok(H1 { sender, due, idle_since: now(), used: false })
     }
 
     /// Opens a TCP connection; `as_inbound` makes it come from the address that capture lets pass.
@@ -802,6 +809,9 @@ fn not_processed(error: &hyper::Error) -> ConnectError {
 
 /// What an error after sending says about the request: not processed, or perhaps processed.
 fn failure_of(error: &hyper::Error) -> Failure {
+    if error.is_parse() {
+        return Failure::Malformed;
+    }
     let mut source: Option<&(dyn StdError + 'static)> = Some(error);
     while let Some(cause) = source {
         if let Some(h2) = cause.downcast_ref::<h2::Error>() {
@@ -809,6 +819,9 @@ fn failure_of(error: &hyper::Error) -> Failure {
             // RFC 9113 §6.8: streams above the last id of a GOAWAY were not processed.
             let gone = h2.is_go_away() && h2.is_remote() && h2.reason() == Some(h2::Reason::NO_ERROR);
             return if refused || gone { Failure::NotProcessed } else { Failure::Reset };
+        }
+        if BadAnswer::is(cause) {
+            return Failure::Malformed;
         }
         source = cause.source();
     }

@@ -21,6 +21,7 @@ use weft_core::{
     budget::{Budget, BudgetParams},
     classify::Outcome,
     detect::detect,
+    framing::{Framing, Limits, Side},
     identity::{PodUid, SpiffeId},
     limit::Limit,
     policy::{
@@ -128,6 +129,18 @@ fn authz(bencher: Bencher<'_, '_>, n: usize) {
     let ask =
         Ask::Http { method: &Method::GET, host: "web.shop", path: "/api/v1/items/7", headers: &headers };
     bencher.bench_local(|| authorize(black_box(&policy), black_box(&peer), black_box(&ask)).is_permit());
+}
+
+/// A usual head, followed before it is parsed.
+#[divan::bench(args = [0, 2, 8])]
+fn follow_head(bencher: Bencher<'_, '_>, more: usize) {
+    let mut head = String::from("GET /api/v1/items/7 HTTP/1.1\r\nHost: web.shop\r\n");
+    for n in 0..more {
+        head.push_str(&format!("x-header-{n}: a value of some thirty letters\r\n"));
+    }
+    head.push_str("\r\n");
+    let mut framing = Framing::new(Side::Requests, Limits { bytes: 65_536, fields: 200 });
+    bencher.bench_local(|| framing.feed(black_box(head.as_bytes())).unwrap());
 }
 
 #[divan::bench]

@@ -28,6 +28,8 @@ pub enum Failure {
     Grpc(u16),
     /// Cut after it was sent.
     Reset,
+    /// Answered by something that is no answer.
+    Malformed,
     /// No answer in time, after it was sent.
     Timeout,
     /// No connection in time.
@@ -59,7 +61,7 @@ impl Failure {
     /// Whether the app may have seen the request. If not, it is safe to send elsewhere, whatever the method.
     pub fn was_sent(&self) -> bool {
         match self {
-            Self::Status(_) | Self::Grpc(_) | Self::Reset | Self::Timeout => true,
+            Self::Status(_) | Self::Grpc(_) | Self::Reset | Self::Malformed | Self::Timeout => true,
             Self::ConnectTimeout
             | Self::Refused
             | Self::Identity
@@ -72,7 +74,12 @@ impl Failure {
     pub fn is_connect(&self) -> bool {
         match self {
             Self::ConnectTimeout | Self::Refused | Self::Identity | Self::Unreachable => true,
-            Self::Status(_) | Self::Grpc(_) | Self::Reset | Self::Timeout | Self::NotProcessed => false,
+            Self::Status(_)
+            | Self::Grpc(_)
+            | Self::Reset
+            | Self::Malformed
+            | Self::Timeout
+            | Self::NotProcessed => false,
         }
     }
 
@@ -82,6 +89,7 @@ impl Failure {
             Self::Status(_) => "status",
             Self::Grpc(_) => "grpc",
             Self::Reset => "reset",
+            Self::Malformed => "malformed",
             Self::Timeout => "timeout",
             Self::ConnectTimeout => "connect-timeout",
             Self::Refused => "refused",
@@ -101,6 +109,7 @@ impl Outcome {
             Self::Failure(Failure::Status(_) | Failure::Grpc(_)) => Class::ServerError,
             Self::Failure(
                 Failure::Reset
+                | Failure::Malformed
                 | Failure::Timeout
                 | Failure::ConnectTimeout
                 | Failure::Refused

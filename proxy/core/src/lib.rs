@@ -15,6 +15,8 @@ pub mod policy;
 pub mod ports;
 
 pub mod detect;
+pub mod frames;
+pub mod framing;
 pub mod route;
 
 pub mod authz;

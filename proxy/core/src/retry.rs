@@ -111,7 +111,7 @@ impl<'p> Attempts<'p> {
         let listed = match failure {
             Failure::Status(code) => self.policy.statuses.iter().any(|range| range.contains(&code)),
             Failure::Grpc(code) => self.policy.grpc_codes.contains(&code),
-            Failure::Reset | Failure::Timeout => self.policy.on_reset,
+            Failure::Reset | Failure::Malformed | Failure::Timeout => self.policy.on_reset,
             Failure::ConnectTimeout
             | Failure::Refused
             | Failure::Identity

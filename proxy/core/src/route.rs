@@ -25,6 +25,7 @@ use http::{HeaderMap, HeaderName, Method, StatusCode};
 use rand_core::RngCore;
 
 use crate::{
+    authz,
     policy::{
         BackendRef, HeaderEdit, HeaderMatch, Match, ObjectRef, PathEdit, PathMatch, QueryMatch, Redirect,
         Rule, Service, TextMatch,
@@ -65,6 +66,17 @@ pub struct Found<'a> {
 /// The rule of a request, or `None`: no rule matches (404).
 pub fn find<'a>(table: &'a RouteTable, head: &RequestHead<'_>) -> Option<Found<'a>> {
     table.0.find(head)
+}
+
+/// Whether an app could read the path in another way than it was matched here, and would then be meant by another rule:
+/// `/shop/../admin` begins with `/shop`, and is `/admin`. Such a request is for nobody to guess about.
+pub fn is_ambiguous(table: &RouteTable, head: &RequestHead<'_>, found: &Found<'_>) -> bool {
+    table.0.looks_at_paths
+        && authz::canonical_path(head.path).is_err()
+        && readings(head.path).any(|path| {
+            let other = table.0.find(&RequestHead { path: &path, ..*head });
+            other.map(|other| other.index) != Some(found.index)
+        })
 }
 
 /// One of the rule's backends by weight, or `None`: there are none, or all have weight 0.
@@ -188,6 +200,8 @@ struct Table {
     /// Best first.
     entries: Vec<Entry>,
     index: Option<Index>,
+    /// More than `/` is asked of some path.
+    looks_at_paths: bool,
 }
 
 /// One match of one rule under one hostname.
@@ -222,7 +236,9 @@ impl Table {
         }
         entries.sort_by(|a, b| a.rank.cmp(&b.rank));
         let index = (entries.len() > WALK).then(|| Index::new(&rules, &entries));
-        Self { rules, usable: true, entries, index }
+        let mut paths = rules.iter().flat_map(|rule| &rule.matches).filter_map(|m| m.path.as_ref());
+        let looks_at_paths = paths.any(|path| !matches!(path, PathMatch::Prefix(p) if trim(p).is_empty()));
+        Self { rules, usable: true, entries, index, looks_at_paths }
     }
 
     fn find<'a>(&'a self, head: &RequestHead<'_>) -> Option<Found<'a>> {
@@ -461,6 +477,44 @@ impl QueryMatch {
     }
 }
 
+/// What apps make of a path: escapes decoded once or until there are none, those of `/` too or not, parameters (`;x`)
+/// left or dropped, `\\` taken for `/`, empty and dot segments resolved, the end at a NUL.
+fn readings(path: &str) -> impl Iterator<Item = String> {
+    let decoded = |slashes: bool| {
+        let kept =
+            if slashes { path.to_owned() } else { path.replace("%2f", "%252f").replace("%2F", "%252F") };
+        String::from_utf8_lossy(&percent_decode(&kept)).into_owned()
+    };
+    let mut whole = path.to_owned();
+    while whole.contains('%') {
+        let next = String::from_utf8_lossy(&percent_decode(&whole)).into_owned();
+        if next == whole {
+            break;
+        }
+        whole = next;
+    }
+    let texts = [path.to_owned(), decoded(false), decoded(true), whole];
+    texts.into_iter().flat_map(|text| [resolved(&text, false), resolved(&text, true)])
+}
+
+/// A path without empty and dot segments, and without parameters if they are to be dropped.
+fn resolved(path: &str, drop_parameters: bool) -> String {
+    let path = path.split('\0').next().unwrap_or_default();
+    let mut out: Vec<&str> = Vec::new();
+    for segment in path.split(['/', '\\']) {
+        let plain = segment.split(';').next().unwrap_or_default();
+        match if drop_parameters { plain } else { segment } {
+            "" | "." => {}
+            ".." => {
+                out.pop();
+            }
+            segment => out.push(segment),
+        }
+    }
+    let folder = path.ends_with(['/', '\\']) && !out.is_empty();
+    format!("/{}{}", out.join("/"), if folder { "/" } else { "" })
+}
+
 /// Decodes `%XX`; what is not an escape stays as it is. `+` stays `+`.
 pub(crate) fn percent_decode(text: &str) -> Cow<'_, [u8]> {
     let bytes = text.as_bytes();
@@ -677,6 +731,55 @@ mod tests {
         for rules in [vec![first.clone(), second.clone()], vec![second, first]] {
             assert_eq!(winner(&RouteTable::new(rules), request).as_deref(), Some(&*name));
         }
+    }
+
+    #[test]
+    fn a_path_that_could_be_meant_by_another_rule_is_ambiguous() {
+        let table = RouteTable::new(vec![
+            rule("admin", 0, vec![path(prefix("/admin"))]),
+            rule("shop", 0, vec![path(prefix("/shop"))]),
+            rule("rest", 0, vec![]),
+        ]);
+        let ambiguous = |path: &str| {
+            let request = Request::get(path);
+            let found = find(&table, &request.head()).unwrap();
+            is_ambiguous(&table, &request.head(), &found)
+        };
+        for bad in [
+            "/shop/../admin",
+            "/shop/%2e%2e/admin",
+            "/shop/..%2fadmin",
+            "/shop%2f..%2fadmin",
+            "/shop/..;/admin",
+            "/shop/..\\admin",
+            "/shop/..%5cadmin",
+            "//admin",
+            "/./admin",
+            "/%61dmin",
+            "/%2561dmin",
+            "/admin;x/y",
+            "/admin%00",
+            "/x/../admin/",
+            "/admin/..",
+        ] {
+            assert!(ambiguous(bad), "{bad}");
+        }
+        for good in [
+            "/",
+            "/admin",
+            "/shop//a",
+            "/shop/a%2Fb",
+            "/shop/a;v=1/b",
+            "/x/../y",
+            "/shop/100%",
+            "/a%20b",
+            "/shop/.",
+        ] {
+            assert!(!ambiguous(good), "{good}");
+        }
+        let all = RouteTable::new(vec![rule("rest", 0, vec![path(prefix("/"))])]);
+        let request = Request::get("//a/../b");
+        assert!(!is_ambiguous(&all, &request.head(), &find(&all, &request.head()).unwrap()));
     }
 
     #[test]

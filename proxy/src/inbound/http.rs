@@ -23,15 +23,13 @@ use weft_core::{
     retry,
 };
 
-use super::{
-    Caller,
-    slow::{Answer, Patience, Requests},
-};
+use super::Caller;
 use crate::{
     body::{Body, Held, Replay, Tail},
     config::Limits,
     drain::{Graceful, RequestGuard},
     error::{Component, Error, is_grpc},
+    front::{self, Front, Requests},
     head::{self, Outgoing, WEFT_ATTEMPT, WEFT_CLIENT_ID, WEFT_HTTP},
     listener::{Accepted, Open},
     pool::{self, Checkout, LocalExec, Peer, SendOptions, Sent},
@@ -63,9 +61,12 @@ pub(super) async fn serve_mesh(
 ) {
     let streams = worker.config.limits.streams_mesh;
     let server = Server::new(worker.clone(), original, port, caller.clone(), client, open);
-    let connection = h2_builder(&worker, streams)
-        .serve_connection(TokioIo::new(tls), service_fn(move |request| server.clone().handle(request)));
-    run(&worker, connection, &caller).await;
+    let requests = Requests::default();
+    let io = Front::h2(tls, Bytes::new(), requests.clone(), Component::Inbound, worker.config.head());
+    let service = service_fn(move |request| server.clone().handle(request, None));
+    let connection = h2_builder(&worker, streams).serve_connection(TokioIo::new(io), service);
+    let ended = run(&worker, connection, &caller).await;
+    requests.report(&worker.recorder, &ended, Component::Inbound, client, original);
 }
 
 /// Serves a caller outside the mesh.
@@ -79,34 +80,30 @@ pub(super) async fn serve_plain(
 ) {
     let Accepted { stream, client, original, open } = accepted;
     let server = Server::new(worker.clone(), original, port, caller.clone(), client, open);
-    let stream = Prefixed::new(first, stream);
     let limits = &worker.config.limits;
-    if h2 {
-        let service = service_fn(move |request| server.clone().handle(request));
+    let (requests, head) = (Requests::default(), worker.config.head());
+    let ended = if h2 {
+        let io = Front::h2(stream, first, requests.clone(), Component::Inbound, head);
+        let service = service_fn(move |request| server.clone().handle(request, None));
         let connection =
-            h2_builder(&worker, limits.streams_outside).serve_connection(TokioIo::new(stream), service);
-        run(&worker, connection, &caller).await;
+            h2_builder(&worker, limits.streams_outside).serve_connection(TokioIo::new(io), service);
+        run(&worker, connection, &caller).await
     } else {
-        let requests = Requests::default();
-        let io = TokioIo::new(Patience::new(stream, requests.clone(), worker.config.times.header));
+        let io = Front::h1(stream, first, requests.clone(), Component::Inbound, head);
+        let of_service = requests.clone();
         let service = service_fn(move |request| {
-            let (server, in_progress) = (server.clone(), requests.begin());
+            let (server, requests, in_progress) = (server.clone(), of_service.clone(), of_service.begin());
             async move {
-                let Ok(response) = server.handle(request).await;
-                let in_progress = if response.status() == StatusCode::SWITCHING_PROTOCOLS {
-                    in_progress.for_ever();
-                    None
-                } else {
-                    Some(in_progress)
-                };
-                Ok::<_, Infallible>(response.map(|body| Answer { body, in_progress }))
+                let Ok(response) = server.handle(request, Some(&requests)).await;
+                Ok::<_, Infallible>(Requests::answered(in_progress, response))
             }
         });
         let mut builder = http1_builder(limits);
         builder.timer(TokioTimer::new()).header_read_timeout(worker.config.times.keep_alive);
-        let connection = builder.serve_connection(io, service).with_upgrades();
-        run(&worker, connection, &caller).await;
-    }
+        let connection = builder.serve_connection(TokioIo::new(io), service).with_upgrades();
+        run(&worker, connection, &caller).await
+    };
+    requests.report(&worker.recorder, &ended, Component::Inbound, client, original);
 }
 
 /// What reads HTTP/1.1 from callers, but for its timer.
@@ -115,7 +112,7 @@ pub(crate) fn http1_builder(limits: &Limits) -> hyper::server::conn::http1::Buil
     builder
         .auto_date_header(false)
         .max_headers(limits.headers)
-        .max_buf_size(limits.header_bytes.max(8 * 1024));
+        .max_buf_size(front::library_buffer(limits.header_bytes));
     builder
 }
 
@@ -126,6 +123,8 @@ fn h2_builder(worker: &Worker, streams: u32) -> hyper::server::conn::http2::Buil
         .auto_date_header(false)
         .enable_connect_protocol()
         .max_concurrent_streams(streams)
+        // A caller whose app gives up all its requests at once is no attacker; the rate of it is bounded in `front`.
+        .max_pending_accept_reset_streams(Some(streams as usize))
         .max_header_list_size(u32::try_from(worker.config.limits.header_bytes).unwrap_or(u32::MAX))
         .initial_stream_window_size(pool::UPLOAD_WINDOW)
         .initial_connection_window_size(pool::CONNECTION_WINDOW)
@@ -136,12 +135,12 @@ fn h2_builder(worker: &Worker, streams: u32) -> hyper::server::conn::http2::Buil
 }
 
 /// Runs a connection until it ends, its caller is believed no more, or time is up.
-async fn run<C: Graceful>(worker: &Rc<Worker>, connection: C, caller: &Caller) {
+async fn run<C: Graceful>(worker: &Rc<Worker>, connection: C, caller: &Caller) -> hyper::Result<()> {
     let mut serving = worker.drain.serve(connection, Component::Inbound);
     let ended = tokio::select! {
         ended = &mut serving => Ok(ended),
         why = caller.distrusted(worker) => Err(why),
-        () = worker.drain.cut() => return,
+        () = worker.drain.cut() => return Ok(()),
     };
     let ended = match ended {
         Ok(ended) => ended,
@@ -151,14 +150,15 @@ async fn run<C: Graceful>(worker: &Rc<Worker>, connection: C, caller: &Caller) {
             serving.finish();
             tokio::select! {
                 ended = serving => ended,
-                () = tokio::time::sleep(worker.config.times.drain) => return,
-                () = worker.drain.cut() => return,
+                () = tokio::time::sleep(worker.config.times.drain) => return Ok(()),
+                () = worker.drain.cut() => return Ok(()),
             }
         }
     };
-    if let Err(error) = ended {
+    if let Err(error) = &ended {
         tracing::debug!(%error, client = %caller.address, "inbound connection ended");
     }
+    ended
 }
 
 /// One connection to the app's port.
@@ -213,7 +213,12 @@ impl Server {
         }))
     }
 
-    async fn handle(self, request: Request<Incoming>) -> Result<Response<Body>, Infallible> {
+    /// `requests`: of an HTTP/1 connection.
+    async fn handle(
+        self,
+        request: Request<Incoming>,
+        requests: Option<&Requests>,
+    ) -> Result<Response<Body>, Infallible> {
         let inner = &self.0;
         let worker = &inner.worker;
         // Counted before the question whether to refuse, so that a drain waits for it or it sees the drain.
@@ -225,8 +230,9 @@ impl Server {
         let mut decision = Decision::default();
         let handled = inner.forward(request, grpc, guard, &mut exchange, &mut decision).await;
         Ok(handled.unwrap_or_else(|error| {
+            let error = front::behind(error, requests);
             let mut response = inner.answer(&error, grpc, exchange, decision);
-            if error == Error::BadTarget && !h2 {
+            if error.ends_connection() && !h2 {
                 // What follows on the connection may be meant otherwise than we read it.
                 response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
             }

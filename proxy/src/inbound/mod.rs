@@ -5,7 +5,6 @@
 //! which pod the caller means: a reused pod IP is never served by the wrong pod.
 
 mod http;
-mod slow;
 mod tcp;
 
 use std::{cell::Cell, net::IpAddr, rc::Rc, sync::Arc, time::SystemTime};
@@ -21,6 +20,7 @@ use weft_core::{
 use crate::{
     detect::{self, Begun, First},
     error::{Component, Error},
+    front,
     listener::Accepted,
     tcp::{Prefixed, Stream, reset},
     telemetry::metrics::Counter,
@@ -165,6 +165,7 @@ async fn plaintext(worker: Rc<Worker>, accepted: Accepted, port: Arc<PortPolicy>
         Detected::Http2 => Some(true),
         Detected::Tls { .. } | Detected::Opaque | Detected::NeedMore => None,
     };
+    let declared = matches!(port.protocol, Protocol::Http1 | Protocol::Http2 | Protocol::Grpc);
     match http {
         // An HTTP caller is told why: each of its requests is answered.
         Some(h2) if port.protocol != Protocol::Opaque || strict => {
@@ -175,6 +176,10 @@ async fn plaintext(worker: Rc<Worker>, accepted: Accepted, port: Arc<PortPolicy>
             refuse(&worker, &accepted, &Error::PlaintextRefused);
         }
         _ if worker.drain.is_refusing() => reset(&accepted.stream),
+        // Handed on as bytes, it would be a request that nobody has looked at.
+        _ if declared && first.detected == Detected::Opaque && !first.bytes.is_empty() => {
+            front::not_http(&worker, accepted, Component::Inbound).await;
+        }
         _ => {
             let Accepted { stream, original, open, .. } = accepted;
             tcp::serve(&worker, Prefixed::new(first.bytes, stream), original, &caller).await;

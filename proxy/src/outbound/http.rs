@@ -17,10 +17,11 @@ use weft_core::{
 use crate::{
     body::{Body, Held, Replay, Tail},
     error::{Component, Error, WEFT_REASON, WEFT_UNSENT, is_grpc},
+    front::{self, Front, Requests},
     head::{self, Outgoing, Upgrade},
     listener::{Accepted, Open},
     pool::{self, LocalExec, Peer, SendError, SendOptions, Sent},
-    tcp::{self, Prefixed},
+    tcp,
     telemetry::{
         decision::Decision,
         exchange::{Exchange, now},
@@ -41,15 +42,16 @@ pub(super) async fn serve(
     first: Bytes,
     h2: bool,
 ) {
-    let Accepted { stream, client: address, open, .. } = accepted;
+    let Accepted { stream, client: address, original, open } = accepted;
     let client = Rc::new(Client { worker: worker.clone(), destination, address, open });
-    let io = TokioIo::new(Prefixed::new(first, stream));
-    let service = service_fn(move |request| {
-        let client = client.clone();
-        async move { Ok::<_, Infallible>(client.handle(request).await) }
-    });
+    let (requests, head) = (Requests::default(), worker.config.head());
     let limits = &worker.config.limits;
     let ended = if h2 {
+        let io = Front::h2(stream, first, requests.clone(), Component::Outbound, head);
+        let service = service_fn(move |request| {
+            let client = client.clone();
+            async move { Ok::<_, Infallible>(client.handle(request, None).await) }
+        });
         let mut builder = hyper::server::conn::http2::Builder::new(LocalExec);
         builder
             .timer(TokioTimer::new())
@@ -60,18 +62,28 @@ pub(super) async fn serve(
             .initial_stream_window_size(pool::UPLOAD_WINDOW)
             .initial_connection_window_size(pool::CONNECTION_WINDOW)
             .max_send_buf_size(pool::SEND_BUFFER);
-        let connection = builder.serve_connection(io, service);
+        let connection = builder.serve_connection(TokioIo::new(io), service);
         worker.drain.serve(connection, Component::Outbound).await
     } else {
+        let io = Front::h1(stream, first, requests.clone(), Component::Outbound, head);
+        let of_service = requests.clone();
+        let service = service_fn(move |request| {
+            let (client, requests, in_progress) = (client.clone(), of_service.clone(), of_service.begin());
+            async move {
+                let response = client.handle(request, Some(&requests)).await;
+                Ok::<_, Infallible>(Requests::answered(in_progress, response))
+            }
+        });
         let mut builder = hyper::server::conn::http1::Builder::new();
         builder
             .auto_date_header(false)
             .header_read_timeout(None)
             .max_headers(limits.headers)
-            .max_buf_size(limits.header_bytes.max(8 * 1024));
-        let connection = builder.serve_connection(io, service).with_upgrades();
+            .max_buf_size(front::library_buffer(limits.header_bytes));
+        let connection = builder.serve_connection(TokioIo::new(io), service).with_upgrades();
         worker.drain.serve(connection, Component::Outbound).await
     };
+    requests.report(&worker.recorder, &ended, Component::Outbound, address, original);
     if let Err(error) = ended {
         tracing::debug!(%error, client = %address, "connection from the app ended");
     }
@@ -100,7 +112,8 @@ struct Sending<'a> {
 }
 
 impl Client {
-    async fn handle(&self, request: Request<Incoming>) -> Response<Body> {
+    /// `requests`: of an HTTP/1 connection.
+    async fn handle(&self, request: Request<Incoming>, requests: Option<&Requests>) -> Response<Body> {
         let mut exchange = Exchange::start(&self.worker.recorder, now());
         let grpc = is_grpc(request.headers());
         let (spoken, h2) = (Spoken::of(request.version(), grpc), request.version() == Version::HTTP_2);
@@ -108,11 +121,12 @@ impl Client {
         let mut decision = Decision::default();
         let handled = self.route(request, &resolved, grpc, spoken, &mut exchange, &mut decision).await;
         handled.unwrap_or_else(|error| {
+            let error = front::behind(error, requests);
             if !exchange.has_series() {
                 exchange.belongs_to(resolved.series(&self.worker.recorder, None, None, spoken));
             }
             let mut response = self.answer(&error, grpc, exchange, decision);
-            if error == Error::BadTarget && !h2 {
+            if error.ends_connection() && !h2 {
                 // What follows on the connection may be meant otherwise than we read it.
                 response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
             }
@@ -168,6 +182,9 @@ impl Client {
         let routes = &resolved.policy.routes;
         let found = route::find(routes, &request_head).ok_or_else(|| unmatched(routes))?;
         let (rule, rule_index) = (found.rule, found.index);
+        if route::is_ambiguous(&resolved.policy.routes, &request_head, &found) {
+            return Err(Error::PathNotCanonical);
+        }
         decision.rule(&rule.label);
         exchange.belongs_to(resolved.series(&self.worker.recorder, Some(rule_index), None, spoken));
         if !rule.filters.is_empty() {

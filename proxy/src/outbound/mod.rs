@@ -15,6 +15,7 @@ use crate::{
     detect::{self, Begun, First},
     discovery::{DiscoveryError, Target},
     error::{Component, Error},
+    front,
     listener::Accepted,
     tcp::reset,
     telemetry::metrics::Counter,
@@ -65,9 +66,15 @@ async fn destined(worker: Rc<Worker>, mut accepted: Accepted, destination: Rc<De
 }
 
 async fn spoken(worker: Rc<Worker>, accepted: Accepted, destination: Rc<Destination>, first: First) {
+    let protocol = destination.watched.policy().service.protocol;
+    let declared = matches!(protocol, Protocol::Http1 | Protocol::Http2 | Protocol::Grpc);
     match first.detected {
         Detected::Http1 => http::serve(worker, accepted, destination, first.bytes, false).await,
         Detected::Http2 => http::serve(worker, accepted, destination, first.bytes, true).await,
+        // Handed on as bytes, it would be a request that nobody has looked at.
+        Detected::Opaque if declared && !first.bytes.is_empty() => {
+            front::not_http(&worker, accepted, Component::Outbound).await;
+        }
         Detected::Tls { .. } | Detected::Opaque | Detected::NeedMore => {
             tcp::to_service(&worker, accepted, &destination, first).await;
         }

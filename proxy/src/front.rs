@@ -1,0 +1,782 @@
+//! What stands between a connection and the HTTP library: what came too early, what must not come, and how long a head may
+//! take.
+//!
+//! Why one wrapper: each layer of IO is a layer on every read and write. Bytes that were read to find out the protocol are
+//! handed on first. Then every piece is followed before the library sees it (`weft_core::framing`, `weft_core::frames`):
+//! the library never gets a message that has two readings, and this wrapper says why in its place, after the answers to
+//! what came before. A head that takes longer than it may from its first byte ends the connection; the library's own timer
+//! also runs on idle connections.
+
+use std::{
+    io,
+    net::SocketAddr,
+    pin::Pin,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering},
+    },
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use bytes::{Buf, Bytes, BytesMut};
+use futures_util::task::AtomicWaker;
+use http::{Response, StatusCode};
+use http_body::{Body as HttpBody, Frame, SizeHint};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, AsyncWriteExt as _, ReadBuf},
+    time::{Instant, Sleep},
+};
+use weft_core::{
+    frames::{Calm, Frames},
+    framing::{Fed, Framing, Limits, Malformed, Side, To, Why},
+};
+
+use crate::{
+    body::{Body, BodyError},
+    error::{Component, Error},
+    listener::Accepted,
+    telemetry::metrics::Recorder,
+    worker::Worker,
+};
+
+/// How long, and how much, a client that was refused may go on before it reads why. To close on unread bytes is to reset,
+/// and a reset may overtake the answer.
+const LINGER: Duration = Duration::from_secs(1);
+const LINGER_BYTES: usize = 256 * 1024;
+/// GOAWAY for what follows the highest stream: ENHANCE_YOUR_CALM.
+const CALM_DOWN: u32 = 0x0b;
+
+/// The requests of one HTTP/1 connection, as its service and its IO both see them. Atomic only because the library wants
+/// IO to be `Send`.
+#[derive(Clone, Default)]
+pub(crate) struct Requests(Arc<Shared>);
+
+#[derive(Default)]
+struct Shared {
+    begun: AtomicU64,
+    ended: AtomicU64,
+    /// A request was answered with another protocol.
+    switched: AtomicBool,
+    /// The IO waits for an answer's end.
+    waits: AtomicBool,
+    io: AtomicWaker,
+    refused: AtomicU8,
+    /// It was refused amidst a request.
+    broken: AtomicBool,
+}
+
+/// One request in progress, until its answer is written.
+pub(crate) struct InProgress(Requests);
+
+/// Why a connection's client was refused before there was a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Refusal {
+    Malformed(Why),
+    HeadTimeout,
+    /// HTTP/2 frames that bring nothing forward, too many.
+    Flood,
+}
+
+impl Requests {
+    pub(crate) fn begin(&self) -> InProgress {
+        self.0.begun.fetch_add(1, Ordering::Relaxed);
+        InProgress(self.clone())
+    }
+
+    /// An answer that holds its request.
+    pub(crate) fn answered(in_progress: InProgress, response: Response<Body>) -> Response<Answer> {
+        let in_progress = if response.status() == StatusCode::SWITCHING_PROTOCOLS {
+            in_progress.for_ever();
+            None
+        } else {
+            Some(in_progress)
+        };
+        response.map(|body| Answer { body, in_progress })
+    }
+
+    /// Counts and logs why a connection was refused, when it has ended; what was answered as a request has been.
+    pub(crate) fn report(
+        &self,
+        recorder: &Recorder,
+        ended: &hyper::Result<()>,
+        component: Component,
+        client: SocketAddr,
+        destination: SocketAddr,
+    ) {
+        let error = match self.refused() {
+            Some(refusal) if !self.0.broken.load(Ordering::Relaxed) => Error::from(refusal),
+            // Something that is the library's to refuse, such as a target that is no URI.
+            None if ended.as_ref().is_err_and(hyper::Error::is_parse) => Error::Malformed(Why::StartLine),
+            Some(_) | None => return,
+        };
+        let answer = error.answer();
+        recorder.error(answer.code);
+        tracing::warn!(component = component.as_str(), code = answer.code, status = answer.status.as_u16(), %error,
+            %client, %destination, "answered by the proxy: no request came about");
+    }
+
+    /// Why no more is read of the client, if so.
+    pub(crate) fn refused(&self) -> Option<Refusal> {
+        let n = usize::from(self.0.refused.load(Ordering::Relaxed));
+        n.checked_sub(1).and_then(|n| REFUSALS.get(n)).copied()
+    }
+
+    fn refuse(&self, refusal: Refusal, amidst: bool) {
+        self.0.broken.store(amidst, Ordering::Relaxed);
+        let n = REFUSALS.iter().position(|known| *known == refusal).map_or(0, |n| n + 1);
+        self.0.refused.store(u8::try_from(n).unwrap_or(0), Ordering::Relaxed);
+    }
+
+    fn begun(&self) -> u64 {
+        self.0.begun.load(Ordering::Relaxed)
+    }
+
+    fn in_progress(&self) -> bool {
+        self.begun() != self.0.ended.load(Ordering::Relaxed)
+    }
+
+    fn switched(&self) -> bool {
+        self.0.switched.load(Ordering::Relaxed)
+    }
+
+    /// Pending until a request ends.
+    fn wait<T>(&self, cx: &Context<'_>) -> Poll<T> {
+        self.0.waits.store(true, Ordering::Relaxed);
+        self.0.io.register(cx.waker());
+        Poll::Pending
+    }
+
+    fn wake(&self) {
+        if self.0.waits.swap(false, Ordering::Relaxed) {
+            self.0.io.wake();
+        }
+    }
+}
+
+impl InProgress {
+    /// The connection carries no more requests: its protocol was changed.
+    pub(crate) fn for_ever(self) {
+        self.0.0.switched.store(true, Ordering::Relaxed);
+        self.0.0.begun.fetch_add(1, Ordering::Relaxed);
+        self.0.wake();
+    }
+}
+
+impl Drop for InProgress {
+    fn drop(&mut self) {
+        self.0.0.ended.fetch_add(1, Ordering::Relaxed);
+        if self.0.0.waits.load(Ordering::Relaxed) {
+            self.0.wake();
+        }
+    }
+}
+
+/// An answer's body that holds its request.
+pub(crate) struct Answer {
+    pub(crate) body: Body,
+    #[expect(dead_code, reason = "in progress until this is dropped")]
+    pub(crate) in_progress: Option<InProgress>,
+}
+
+impl HttpBody for Answer {
+    type Data = Bytes;
+    type Error = BodyError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        Pin::new(&mut self.body).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+/// A client's connection.
+pub(crate) struct Front<S> {
+    inner: S,
+    /// Read and not handed on.
+    prefix: Bytes,
+    follow: Follow,
+    requests: Requests,
+    component: Component,
+    /// How long a head may take.
+    limit: Duration,
+    timer: Option<Pin<Box<Sleep>>>,
+    in_head: bool,
+    /// The last write was not taken: what the library has said is not all said.
+    blocked: bool,
+    over: Option<Over>,
+}
+
+enum Follow {
+    H1(Box<Framing>),
+    H2 { frames: Frames, calm: Calm },
+}
+
+/// Nothing more of the client is handed on.
+enum Over {
+    /// What is to be said when all before it is answered.
+    Say(Bytes),
+    /// The request under way is told by its body.
+    Broken,
+    /// Read and thrown away, so many bytes more.
+    Linger(usize),
+    Done,
+}
+
+impl<S> Front<S> {
+    /// A connection that speaks HTTP/1, and what was read of it. The service begins its requests in `requests`.
+    pub(crate) fn h1(inner: S, prefix: Bytes, requests: Requests, component: Component, head: Head) -> Self {
+        let framing = Framing::new(Side::Requests, Limits { bytes: head.bytes, fields: head.fields });
+        Self::new(inner, prefix, Follow::H1(Box::new(framing)), requests, component, head.time)
+    }
+
+    /// A connection that speaks HTTP/2, and what was read of it.
+    pub(crate) fn h2(inner: S, prefix: Bytes, requests: Requests, component: Component, head: Head) -> Self {
+        let follow = Follow::H2 { frames: Frames::of_client(), calm: Calm::default() };
+        Self::new(inner, prefix, follow, requests, component, head.time)
+    }
+
+    fn new(
+        inner: S,
+        prefix: Bytes,
+        follow: Follow,
+        requests: Requests,
+        component: Component,
+        limit: Duration,
+    ) -> Self {
+        Self {
+            inner,
+            prefix,
+            follow,
+            requests,
+            component,
+            limit,
+            timer: None,
+            in_head: false,
+            blocked: false,
+            over: None,
+        }
+    }
+}
+
+/// What a head may have, and how long it may take.
+#[derive(Clone, Copy)]
+pub(crate) struct Head {
+    pub(crate) bytes: usize,
+    pub(crate) fields: usize,
+    pub(crate) time: Duration,
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin> Front<S> {
+    /// Reads what was read already, then the connection.
+    fn fill(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        if self.prefix.is_empty() {
+            return Pin::new(&mut self.inner).poll_read(cx, buf);
+        }
+        let n = self.prefix.len().min(buf.remaining());
+        buf.put_slice(&self.prefix[..n]);
+        self.prefix.advance(n);
+        if self.prefix.is_empty() {
+            self.prefix = Bytes::new();
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    /// After a request to change the protocol: only its answer tells what the next byte is. Ready to go on, or ended.
+    fn paused(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<bool>> {
+        let Follow::H1(framing) = &mut self.follow else { return Poll::Ready(Ok(true)) };
+        if !framing.is_paused() {
+            return Poll::Ready(Ok(true));
+        }
+        if self.requests.switched() {
+            framing.leave();
+            return Poll::Ready(Ok(true));
+        }
+        if self.requests.begun() == framing.heads() && !self.requests.in_progress() {
+            framing.go_on();
+            return Poll::Ready(Ok(true));
+        }
+        if self.prefix.is_empty() {
+            let mut few = [0; 512];
+            let mut read = ReadBuf::new(&mut few);
+            if let Poll::Ready(polled) = Pin::new(&mut self.inner).poll_read(cx, &mut read) {
+                polled?;
+                if read.filled().is_empty() {
+                    // Gone; nobody waits for the answer.
+                    return Poll::Ready(Ok(false));
+                }
+                self.prefix = Bytes::copy_from_slice(read.filled());
+            }
+        }
+        self.requests.wait(cx)
+    }
+
+    /// A head may take only so long from its first byte, while nothing else is under way.
+    fn patience(&mut self, cx: &mut Context<'_>) -> bool {
+        let in_head = match &self.follow {
+            Follow::H1(framing) => framing.is_in_head() && !self.requests.in_progress(),
+            Follow::H2 { frames, .. } => frames.is_in_fields(),
+        };
+        let begins = in_head && !self.in_head;
+        self.in_head = in_head;
+        if !in_head {
+            return true;
+        }
+        let limit = self.limit;
+        // The common case: a read holds whole heads, and no timer is ever made.
+        let timer = self.timer.get_or_insert_with(|| Box::pin(tokio::time::sleep(limit)));
+        if begins {
+            timer.as_mut().reset(Instant::now() + limit);
+        }
+        timer.as_mut().poll(cx).is_pending()
+    }
+
+    fn refuse(&mut self, refusal: Refusal) {
+        self.requests.refuse(refusal, false);
+        self.over = Some(match (&self.follow, Error::from(refusal)) {
+            (Follow::H1(_), error) => Over::Say(said(&error, self.component)),
+            (Follow::H2 { frames, .. }, _) => Over::Say(go_away(frames.last_stream())),
+        });
+    }
+
+    /// Says why, throws away what still comes, ends.
+    fn poll_over(&mut self, cx: &mut Context<'_>) -> Poll<io::Error> {
+        loop {
+            match &mut self.over {
+                None | Some(Over::Broken | Over::Done) => {
+                    return Poll::Ready(io::ErrorKind::InvalidData.into());
+                }
+                Some(Over::Say(_)) if self.blocked => return self.requests.wait(cx),
+                Some(Over::Say(bytes)) => {
+                    if let Follow::H1(framing) = &self.follow
+                        && (self.requests.in_progress() || self.requests.begun() != framing.heads())
+                    {
+                        return self.requests.wait(cx);
+                    }
+                    while !bytes.is_empty() {
+                        match ready!(Pin::new(&mut self.inner).poll_write(cx, bytes)) {
+                            Ok(n) if n > 0 => bytes.advance(n),
+                            Ok(_) | Err(_) => break,
+                        }
+                    }
+                    // TLS keeps what it was given until it is told; a client that has gone reads nothing.
+                    let _ = ready!(Pin::new(&mut self.inner).poll_flush(cx));
+                    self.linger();
+                }
+                Some(Over::Linger(_)) => {
+                    ready!(self.poll_linger(cx));
+                    self.over = Some(Over::Done);
+                }
+            }
+        }
+    }
+
+    fn linger(&mut self) {
+        self.over = Some(Over::Linger(LINGER_BYTES));
+        self.timer = Some(Box::pin(tokio::time::sleep(LINGER)));
+    }
+
+    fn poll_linger(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        if ready!(Pin::new(&mut self.inner).poll_shutdown(cx)).is_err() {
+            return Poll::Ready(());
+        }
+        let Some(Over::Linger(left)) = &mut self.over else { return Poll::Ready(()) };
+        let mut thrown = [0; 4 * 1024];
+        while *left > 0 {
+            let mut buf = ReadBuf::new(&mut thrown);
+            match Pin::new(&mut self.inner).poll_read(cx, &mut buf) {
+                Poll::Ready(Ok(())) if !buf.filled().is_empty() => {
+                    *left = left.saturating_sub(buf.filled().len())
+                }
+                Poll::Ready(_) => return Poll::Ready(()),
+                Poll::Pending => {
+                    let timer = self.timer.get_or_insert_with(|| Box::pin(tokio::time::sleep(LINGER)));
+                    return timer.as_mut().poll(cx);
+                }
+            }
+        }
+        Poll::Ready(())
+    }
+
+    /// Follows what was just read; what must not be handed on is taken out of the buffer again.
+    fn follow(&mut self, buf: &mut ReadBuf<'_>, before: usize) {
+        let read = &buf.filled()[before..];
+        match &mut self.follow {
+            Follow::H1(framing) => match framing.feed(read) {
+                Ok(Fed::All) => {}
+                Ok(Fed::Until(n)) => {
+                    if n < read.len() {
+                        let mut kept = BytesMut::from(&read[n..]);
+                        kept.extend_from_slice(&self.prefix);
+                        self.prefix = kept.freeze();
+                    }
+                    buf.set_filled(before + n);
+                }
+                Err(Malformed { why, whole, begun }) => {
+                    buf.set_filled(before + whole);
+                    if begun {
+                        self.requests.refuse(Refusal::Malformed(why), true);
+                        self.over = Some(Over::Broken);
+                    } else {
+                        self.refuse(Refusal::Malformed(why));
+                    }
+                }
+            },
+            Follow::H2 { frames, calm } => {
+                let idle = frames.feed(read);
+                if idle > 0 && !calm.bears(idle, || Instant::now().into_std()) {
+                    buf.set_filled(before);
+                    self.refuse(Refusal::Flood);
+                }
+            }
+        }
+    }
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for Front<S> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let this = &mut *self;
+        if this.over.is_some() {
+            return this.poll_over(cx).map(Err);
+        }
+        if !ready!(this.paused(cx))? {
+            return Poll::Ready(Ok(()));
+        }
+        let before = buf.filled().len();
+        let polled = this.fill(cx, buf);
+        if buf.filled().len() > before {
+            this.follow(buf, before);
+        }
+        if this.over.is_none() && !this.patience(cx) {
+            buf.set_filled(before);
+            this.refuse(Refusal::HeadTimeout);
+        }
+        if this.over.is_some() && buf.filled().len() == before {
+            return this.poll_over(cx).map(Err);
+        }
+        polled
+    }
+}
+
+impl<S: AsyncWrite + Unpin> Front<S> {
+    /// Notes whether what the library says is taken.
+    fn wrote(&mut self, cx: &Context<'_>, polled: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
+        if polled.is_ready() && self.blocked && self.over.is_some() {
+            // Reading waits for this.
+            cx.waker().wake_by_ref();
+        }
+        self.blocked = polled.is_pending();
+        if let (Follow::H2 { calm, .. }, Poll::Ready(Ok(n))) = (&mut self.follow, &polled) {
+            calm.said(*n);
+        }
+        polled
+    }
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Front<S> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        let polled = Pin::new(&mut self.inner).poll_write(cx, buf);
+        self.wrote(cx, polled)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let polled = Pin::new(&mut self.inner).poll_write_vectored(cx, bufs);
+        self.wrote(cx, polled)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.inner.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.inner).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let this = &mut *self;
+        if matches!(this.over, Some(Over::Broken)) {
+            // Its answer is written; the client may still be sending.
+            this.linger();
+        }
+        if matches!(this.over, Some(Over::Linger(_))) {
+            ready!(this.poll_linger(cx));
+            this.over = Some(Over::Done);
+        }
+        Pin::new(&mut this.inner).poll_shutdown(cx)
+    }
+}
+
+/// Answers a client whose first bytes are no HTTP where only HTTP is spoken, and ends.
+pub(crate) async fn not_http(worker: &Worker, accepted: Accepted, component: Component) {
+    let Accepted { mut stream, client, original: destination, .. } = accepted;
+    let error = Error::NotHttp;
+    worker.recorder.error(error.answer().code);
+    tracing::warn!(component = component.as_str(), code = error.answer().code, %error, %client, %destination,
+        "answered by the proxy: no request came about");
+    // Who has gone reads nothing.
+    if stream.write_all(&said(&error, component)).await.is_err() {
+        return;
+    }
+    let head = Head { bytes: 0, fields: 0, time: LINGER };
+    let mut front = Front::h1(stream, Bytes::new(), Requests::default(), component, head);
+    front.linger();
+    std::future::poll_fn(|cx| front.poll_linger(cx)).await;
+}
+
+/// What made a request fail: an upload breaks off when what follows of it is refused.
+pub(crate) fn behind(error: Error, requests: Option<&Requests>) -> Error {
+    match (error, requests.and_then(Requests::refused)) {
+        (Error::UploadBroken, Some(refusal)) => refusal.into(),
+        (error, _) => error,
+    }
+}
+
+/// What the library may buffer: a little more than a head may have, so that it is never the first to say no.
+pub(crate) fn library_buffer(head: usize) -> usize {
+    head.max(8 * 1024) + 1024
+}
+
+/// An answer as it goes over the wire, when there is no request that the library could answer.
+fn said(error: &Error, component: Component) -> Bytes {
+    let (head, body) = error.text(component);
+    let status = head.status;
+    let mut out =
+        format!("HTTP/1.1 {} {}\r\n", status.as_str(), status.canonical_reason().unwrap_or_default());
+    for (name, value) in &head.headers {
+        out.push_str(&format!("{name}: {}\r\n", String::from_utf8_lossy(value.as_bytes())));
+    }
+    out.push_str(&format!("connection: close\r\ncontent-length: {}\r\n\r\n{body}", body.len()));
+    out.into()
+}
+
+fn go_away(last: u32) -> Bytes {
+    let mut out = BytesMut::from(&[0, 0, 8, 7, 0, 0, 0, 0, 0][..]);
+    out.extend_from_slice(&last.to_be_bytes());
+    out.extend_from_slice(&CALM_DOWN.to_be_bytes());
+    out.freeze()
+}
+
+/// A connection to an app, or to a server outside the mesh, whose answers are followed.
+pub(crate) struct Back<S> {
+    inner: S,
+    framing: Box<Framing>,
+    due: Due,
+    bad: Option<BadAnswer>,
+}
+
+/// To what the next answer on a connection is due.
+#[derive(Clone, Default)]
+pub(crate) struct Due(Arc<AtomicU8>);
+
+/// An answer that could be read in two ways.
+#[derive(Clone, Copy, Debug, thiserror::Error)]
+#[error("malformed answer: {0}")]
+pub(crate) struct BadAnswer(Why);
+
+impl Due {
+    /// Told before the request goes out.
+    pub(crate) fn to(&self, method: &http::Method) {
+        self.0.store(if *method == http::Method::HEAD { 2 } else { 1 }, Ordering::Relaxed);
+    }
+
+    fn take(&self) -> Option<To> {
+        match self.0.swap(0, Ordering::Relaxed) {
+            1 => Some(To::Any),
+            2 => Some(To::Head),
+            _ => None,
+        }
+    }
+}
+
+impl<S> Back<S> {
+    pub(crate) fn new(inner: S, due: Due, limits: Limits) -> Self {
+        Self { inner, framing: Box::new(Framing::new(Side::Responses, limits)), due, bad: None }
+    }
+}
+
+impl BadAnswer {
+    /// Whether an IO error is one.
+    pub(crate) fn is(error: &(dyn std::error::Error + 'static)) -> bool {
+        let io = error.downcast_ref::<io::Error>();
+        io.and_then(io::Error::get_ref).is_some_and(|inner| inner.is::<Self>())
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Back<S> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let this = &mut *self;
+        if let Some(bad) = this.bad {
+            return Poll::Ready(Err(io::Error::new(io::ErrorKind::InvalidData, bad)));
+        }
+        let before = buf.filled().len();
+        ready!(Pin::new(&mut this.inner).poll_read(cx, buf))?;
+        if buf.filled().len() == before {
+            return Poll::Ready(Ok(()));
+        }
+        if this.framing.is_between()
+            && let Some(to) = this.due.take()
+        {
+            this.framing.expect(to);
+        }
+        if let Err(malformed) = this.framing.feed(&buf.filled()[before..]) {
+            let bad = BadAnswer(malformed.why);
+            this.bad = Some(bad);
+            buf.set_filled(before + malformed.whole);
+            if malformed.whole == 0 {
+                return Poll::Ready(Err(io::Error::new(io::ErrorKind::InvalidData, bad)));
+            }
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Back<S> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.inner).poll_write(cx, buf)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.inner).poll_write_vectored(cx, bufs)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.inner.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.inner).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.inner).poll_shutdown(cx)
+    }
+}
+
+/// All of them, for one byte between threads that are one.
+const REFUSALS: [Refusal; 17] = [
+    Refusal::HeadTimeout,
+    Refusal::Flood,
+    Refusal::Malformed(Why::StartLine),
+    Refusal::Malformed(Why::LineEnding),
+    Refusal::Malformed(Why::Folding),
+    Refusal::Malformed(Why::FieldName),
+    Refusal::Malformed(Why::FieldValue),
+    Refusal::Malformed(Why::ContentLength),
+    Refusal::Malformed(Why::TransferEncoding),
+    Refusal::Malformed(Why::TwoLengths),
+    Refusal::Malformed(Why::Host),
+    Refusal::Malformed(Why::Chunk),
+    Refusal::Malformed(Why::Trailer),
+    Refusal::Malformed(Why::TooLarge),
+    Refusal::Malformed(Why::TooManyFields),
+    Refusal::Malformed(Why::Unasked),
+    Refusal::Malformed(Why::Informational),
+];
+
+#[cfg(test)]
+mod tests {
+    use std::convert::Infallible;
+
+    use http::Request;
+    use hyper::{body::Incoming, service::service_fn};
+    use hyper_util::rt::TokioIo;
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream, duplex};
+
+    use super::*;
+
+    const LIMIT: Duration = Duration::from_secs(10);
+    const HEAD: Head = Head { bytes: 1_000, fields: 10, time: LIMIT };
+
+    /// A server that takes 30 s for each answer.
+    fn served() -> (DuplexStream, tokio::task::JoinHandle<hyper::Result<()>>) {
+        let (client, server) = duplex(64 * 1024);
+        let requests = Requests::default();
+        let io = TokioIo::new(Front::h1(server, Bytes::new(), requests.clone(), Component::Inbound, HEAD));
+        let service = service_fn(move |_: Request<Incoming>| {
+            let in_progress = requests.begin();
+            async move {
+                tokio::time::sleep(3 * LIMIT).await;
+                Ok::<_, Infallible>(Requests::answered(in_progress, Response::new(Body::full("ok"))))
+            }
+        });
+        let connection = hyper::server::conn::http1::Builder::new()
+            .header_read_timeout(None)
+            .serve_connection(io, service);
+        (client, tokio::task::spawn_local(connection))
+    }
+
+    async fn answered(client: &mut DuplexStream) {
+        let mut seen = Vec::new();
+        while !seen.ends_with(b"ok") {
+            let mut buffer = [0; 1024];
+            let n = client.read(&mut buffer).await.unwrap();
+            assert!(n > 0, "the connection ended");
+            seen.extend_from_slice(&buffer[..n]);
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_head_that_trickles_in_ends_the_connection() {
+        let local = tokio::task::LocalSet::new();
+        let test = async {
+            let (mut client, serving) = served();
+            let started = Instant::now();
+            for byte in b"GET / HTTP/1.1\r\nhost: a\r\nx-filler: aaaaaaaaaaaaaaaaaaaaaaaaaaaaa" {
+                if client.write_all(&[*byte]).await.is_err() {
+                    break;
+                }
+                tokio::time::sleep(Duration::from_secs(1)).await;
+            }
+            assert!(serving.await.unwrap().is_err());
+            assert!(started.elapsed() >= LIMIT);
+            let mut said = String::new();
+            client.read_to_string(&mut said).await.unwrap();
+            assert!(said.starts_with("HTTP/1.1 408 ") && said.contains("inbound;header_timeout"), "{said}");
+        };
+        local.run_until(test).await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_slow_answer_an_idle_connection_and_the_next_request_are_waited_for() {
+        let local = tokio::task::LocalSet::new();
+        let test = async {
+            let (mut client, serving) = served();
+            for _ in 0..3 {
+                client.write_all(b"GET / HTTP/1.1\r\nhost").await.unwrap();
+                tokio::time::sleep(LIMIT / 2).await;
+                client.write_all(b": a\r\n\r\n").await.unwrap();
+                answered(&mut client).await;
+                tokio::time::sleep(10 * LIMIT).await;
+            }
+            // The next head is as bounded as the first.
+            client.write_all(b"GET /").await.unwrap();
+            assert!(serving.await.unwrap().is_err());
+        };
+        local.run_until(test).await;
+    }
+}
