@@ -54,7 +54,7 @@ bench: deps-bench ## Weft against nothing, a bare relay and Envoy, in one run (n
 	exec $(BUILT)/release/weft-bench $(ARGS)
 
 .PHONY: soak
-soak: deps-test ## The long outages, and tests/REPORT.md: every figure that the mesh tests measure (root; 15 minutes)
+soak: deps-test deps-soak ## The long outages, and tests/REPORT.md: every figure that the mesh tests measure (root; 15 minutes)
 	@$(CARGO) build --locked --release --workspace --bins
 	mkdir -p target
 	$(CARGO) test --locked --release -p weft-tests --test mesh -- --include-ignored --nocapture --test-threads=1 | tee target/soak.log
@@ -122,7 +122,7 @@ deny: ## Dependencies: versions with known holes, duplicates, licences, sources
 	fi
 	$(CARGO) deny --log-level error check advisories
 
-.PHONY: deps deps-demo deps-test deps-bench
+.PHONY: deps deps-demo deps-test deps-soak deps-bench
 deps: deps-demo deps-test deps-bench ## Debian and Python packages that demo, test and bench need
-deps-demo deps-test deps-bench: deps-%:
+deps-demo deps-test deps-soak deps-bench: deps-%:
 	@tests/deps.sh $*

@@ -5,7 +5,7 @@
 # them say that they were skipped, and why. Python packages go into target/venv, which needs no root.
 # In CI (CI=true) something missing is an error: a gate that skips its tests is no gate.
 #
-# Usage: tests/deps.sh demo|test|bench
+# Usage: tests/deps.sh demo|test|soak|bench
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PATH=$PATH:/usr/sbin:/sbin
@@ -17,8 +17,13 @@ load="nginx=nginx-light wrk=wrk h2load=nghttp2-client iperf3=iperf3"
 case "${1:-}" in
   demo) programs="$base $database" requirements="" ;;
   test) programs="$base $database $load curl=curl strace=strace tcpdump=tcpdump nc=netcat-openbsd openssl=openssl" requirements=tests/requirements.txt ;;
+  # The servers that every smuggling payload is tried on.
+  soak)
+    programs="node=nodejs haproxy=haproxy apache2=apache2 lighttpd=lighttpd varnishd=varnish"
+    requirements=tests/mesh/origins/requirements.txt
+    ;;
   bench) programs="$base $load" requirements=tests/bench/requirements.txt ;;
-  *) echo "usage: $0 demo|test|bench" >&2; exit 2 ;;
+  *) echo "usage: $0 demo|test|soak|bench" >&2; exit 2 ;;
 esac
 
 missing() {
@@ -77,5 +82,15 @@ if [ -n "$requirements" ]; then
     else
       lacking "could not install $(grep -v '^#' "$requirements" | tr '\n' ' ')into $venv"
     fi
+  fi
+fi
+
+# Not packaged anywhere else; a test without it says that it skipped.
+h2spec=target/go/bin/h2spec
+if [ "$1" = test ] && [ ! -x "$h2spec" ]; then
+  if command -v go >/dev/null && GOBIN=$PWD/target/go/bin go install github.com/summerwind/h2spec/cmd/h2spec@v2.2.1+incompatible 2>/dev/null; then
+    echo "deps: h2spec built"
+  else
+    lacking "h2spec needs Go and its module proxy; its test will be skipped"
   fi
 fi

@@ -22,8 +22,8 @@ use std::{
 use anyhow::{Context as _, Result};
 use bytes::Bytes;
 use clap::{Parser, ValueEnum};
-use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode};
-use http_body::Frame;
+use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, header};
+use http_body::{Body as _, Frame};
 use http_body_util::{BodyExt, Full, combinators::BoxBody};
 use hyper::{body::Incoming, service::service_fn};
 use hyper_util::{
@@ -66,6 +66,9 @@ struct Http {
     /// The id (`x-test-id`) of each request that was read whole is appended here.
     #[arg(long)]
     ids: Option<PathBuf>,
+    /// Each request is written down here: method, target, how often a sidecar has marked it, body in hexadecimal.
+    #[arg(long)]
+    seen: Option<PathBuf>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -140,6 +143,7 @@ type Answer = Response<BoxBody<Bytes, Infallible>>;
 struct App {
     settings: Http,
     ids: Option<Mutex<std::fs::File>>,
+    seen: Option<Mutex<std::fs::File>>,
     served: AtomicU64,
     in_flight: AtomicU64,
     /// Uploads that nobody reads now.
@@ -149,12 +153,14 @@ struct App {
 impl Http {
     async fn serve(self) -> Result<()> {
         let listener = listen(self.port)?;
-        let ids = self
-            .ids
-            .as_ref()
-            .map(|path| std::fs::OpenOptions::new().create(true).append(true).open(path).map(Mutex::new));
+        let file = |path: &Option<PathBuf>| {
+            let open =
+                |path| std::fs::OpenOptions::new().create(true).append(true).open(path).map(Mutex::new);
+            path.as_ref().map(open).transpose()
+        };
         let app = Arc::new(App {
-            ids: ids.transpose()?,
+            ids: file(&self.ids)?,
+            seen: file(&self.seen)?,
             settings: self.clone(),
             served: AtomicU64::new(0),
             in_flight: AtomicU64::new(0),
@@ -191,9 +197,18 @@ impl Http {
 impl App {
     async fn answer(self: Arc<Self>, request: Request<Incoming>) -> Result<Answer, Infallible> {
         self.in_flight.fetch_add(1, Ordering::Relaxed);
+        let head = request.method() == Method::HEAD;
         let answer = self.answered(request).await;
         self.in_flight.fetch_sub(1, Ordering::Relaxed);
-        Ok(answer.unwrap_or_else(|error| text(StatusCode::BAD_REQUEST, error.to_string())))
+        let mut answer = answer.unwrap_or_else(|error| text(StatusCode::BAD_REQUEST, error.to_string()));
+        if head {
+            // Over HTTP/2 the library would send the body.
+            if let Some(length) = answer.body().size_hint().exact() {
+                answer.headers_mut().insert(header::CONTENT_LENGTH, length.into());
+            }
+            *answer.body_mut() = Full::new(Bytes::new()).boxed();
+        }
+        Ok(answer)
     }
 
     async fn answered(&self, request: Request<Incoming>) -> Result<Answer> {
@@ -228,9 +243,14 @@ impl App {
             }
             return Ok(self.named(text(StatusCode::OK, read.to_string())));
         }
+        if path.starts_with("/ignore") {
+            self.note(&parts, &[])?;
+            return Ok(self.named(text(StatusCode::OK, "ok")));
+        }
         let collected = body.collect().await.context("reading the request's body")?;
         let trailers = collected.trailers().cloned();
         let body = collected.to_bytes();
+        self.note(&parts, &body)?;
         if let (Some(ids), Some(id)) = (&self.ids, parts.headers.get("x-test-id")) {
             let mut file = ids.lock().unwrap_or_else(PoisonError::into_inner);
             writeln!(file, "{}", id.to_str()?)?;
@@ -263,6 +283,16 @@ impl App {
             },
         };
         Ok(self.named(answer))
+    }
+
+    fn note(&self, parts: &http::request::Parts, body: &[u8]) -> Result<()> {
+        let Some(seen) = &self.seen else { return Ok(()) };
+        let marks = parts.headers.get_all("traceparent").iter().count();
+        let hex: String = body.iter().map(|byte| format!("{byte:02x}")).collect();
+        let body = if hex.is_empty() { "-" } else { &hex };
+        let mut file = seen.lock().unwrap_or_else(PoisonError::into_inner);
+        writeln!(file, "{} {} {marks} {body}", parts.method, parts.uri.path())?;
+        Ok(())
     }
 
     fn named(&self, mut answer: Answer) -> Answer {

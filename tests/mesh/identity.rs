@@ -110,7 +110,7 @@ fn strict_mode_refuses_plaintext_and_authorization_is_by_identity() {
 }
 
 /// A certificate authority of a test.
-struct Authority {
+pub(crate) struct Authority {
     issuer: Issuer<'static, KeyPair>,
 }
 
@@ -123,7 +123,7 @@ impl Authority {
         Self { issuer: Issuer::new(params, key) }
     }
 
-    fn leaf(
+    pub(crate) fn leaf(
         &self,
         uri: &str,
         change: impl FnOnce(&mut CertificateParams),
@@ -141,7 +141,7 @@ impl Authority {
 
 /// A caller that trusts anybody, so that only the server's judgement counts.
 #[derive(Debug)]
-struct TrustsAnyone;
+pub(crate) struct TrustsAnyone;
 
 impl ServerCertVerifier for TrustsAnyone {
     fn verify_server_cert(
@@ -274,7 +274,7 @@ fn certificates_of_strangers_are_refused_by_the_called_side() {
 }
 
 /// The mesh's own issuer, read from the state directory as an attacker with the key would.
-fn issuer_of(state: &std::path::Path) -> Authority {
+pub(crate) fn issuer_of(state: &std::path::Path) -> Authority {
     let both = std::fs::read_to_string(state.join("root-1.pem")).unwrap();
     let key = both.find("-----BEGIN PRIVATE KEY-----").unwrap();
     let end = key + both[key..].find("-----END PRIVATE KEY-----").unwrap() + 25;

@@ -6,13 +6,16 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 mod delivery;
+mod floods;
 mod hardening;
+mod hostile;
 mod http;
 mod identity;
 mod inbound;
 mod nothing_lost;
 mod routing;
 mod secrecy;
+mod smuggling;
 mod tcp;
 mod telemetry;
 

@@ -1,0 +1,968 @@
+//! Smuggling: whatever is sent, an app sees exactly the requests that its sidecar has let through, and their bodies.
+//!
+//! Why a table that is made and not a list that is kept: the known tricks are a few ways to write a length, a coding, a
+//! line's end or a target, each of which can stand in several places. What has two readings must be refused; what has one
+//! must arrive as it was meant; a third thing does not exist. A request that an app saw and no sidecar did shows at once:
+//! it has no mark of the sidecar's.
+
+use std::{
+    collections::BTreeMap,
+    io::{Read as _, Write as _},
+    net::{Shutdown, SocketAddr, TcpStream},
+    path::{Path, PathBuf},
+    process::Stdio,
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, ensure};
+use weft_control_plane::cli::demo::{
+    mesh::{Mesh, Meshed, Workload, wait},
+    netns::{Pod, Process},
+};
+use weft_harness::apps::{mesh_or_skip, python, service, skip, start, testapp};
+
+/// What is sent, and what comes of it.
+struct Payload {
+    name: String,
+    bytes: Vec<u8>,
+    h2: bool,
+    want: Want,
+}
+
+/// `method path body`, in order.
+type Requests = Vec<(String, String, Vec<u8>)>;
+
+enum Want {
+    /// Nothing reaches the app.
+    Refused,
+    /// These reach it, and nothing else.
+    Only(Requests),
+}
+
+/// What is hidden in most payloads; no app may ever see it.
+const HIDDEN: &str = "GET /smuggled HTTP/1.1\r\nHost: a\r\n\r\n";
+
+/// The table. Paths are made unique by `{}`, which stands for the payload's number.
+fn payloads() -> Vec<Payload> {
+    let mut table = Table::default();
+    two_lengths(&mut table);
+    codings(&mut table);
+    lengths(&mut table);
+    chunks(&mut table);
+    lines(&mut table);
+    targets(&mut table);
+    hosts(&mut table);
+    switches(&mut table);
+    pairs(&mut table);
+    old(&mut table);
+    connection(&mut table);
+    http2(&mut table);
+    table.0
+}
+
+#[derive(Default)]
+struct Table(Vec<Payload>);
+
+impl Table {
+    fn add(&mut self, name: impl Into<String>, bytes: impl AsRef<[u8]>, h2: bool, want: Want) {
+        let number = self.0.len().to_string();
+        let fill = |bytes: &[u8]| -> Vec<u8> {
+            let mut out = Vec::new();
+            let mut rest = bytes;
+            while let Some(at) = rest.windows(2).position(|two| two == b"{}") {
+                out.extend_from_slice(&rest[..at]);
+                out.extend_from_slice(number.as_bytes());
+                rest = &rest[at + 2..];
+            }
+            out.extend_from_slice(rest);
+            out
+        };
+        let want = match want {
+            Want::Refused => Want::Refused,
+            Want::Only(requests) => Want::Only(
+                requests
+                    .into_iter()
+                    .map(|(method, path, body)| (method, path.replace("{}", &number), body))
+                    .collect(),
+            ),
+        };
+        self.0.push(Payload { name: name.into(), bytes: fill(bytes.as_ref()), h2, want });
+    }
+
+    fn refused(&mut self, name: impl Into<String>, bytes: impl AsRef<[u8]>) {
+        self.add(name, bytes, false, Want::Refused);
+    }
+
+    fn only(&mut self, name: impl Into<String>, bytes: impl AsRef<[u8]>, requests: &[(&str, &str, &str)]) {
+        self.add(name, bytes, false, Want::Only(owned(requests)));
+    }
+}
+
+fn owned(requests: &[(&str, &str, &str)]) -> Requests {
+    let one = |&(method, path, body): &(&str, &str, &str)| (method.to_owned(), path.to_owned(), body.into());
+    requests.iter().map(one).collect()
+}
+
+/// A POST to `/{}` with these fields and this body. Where a body needs a length of its own, the fields have it.
+fn post(fields: &str, body: &str) -> String {
+    let fields = if fields.is_empty() { String::new() } else { format!("{fields}\r\n") };
+    format!("POST /p{{}} HTTP/1.1\r\nHost: a\r\n{fields}\r\n{body}")
+}
+
+/// A last request that ends the connection.
+const LAST: &str = "GET /last{} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n";
+const LAST_SEEN: (&str, &str, &str) = ("GET", "/last{}", "");
+
+fn two_lengths(table: &mut Table) {
+    let hidden = HIDDEN.len();
+    for (name, length) in [("short", 4), ("zero", 0), ("right", 5 + hidden), ("long", 500)] {
+        for (order, fields) in [
+            ("CL.TE", format!("Content-Length: {length}\r\nTransfer-Encoding: chunked")),
+            ("TE.CL", format!("Transfer-Encoding: chunked\r\nContent-Length: {length}")),
+            ("CL, TE apart", format!("Content-Length: {length}\r\nx: y\r\nTransfer-Encoding: chunked")),
+        ] {
+            table.refused(format!("{order}, {name}"), post(&fields, &format!("0\r\n\r\n{HIDDEN}")));
+        }
+    }
+}
+
+fn codings(table: &mut Table) {
+    let bad = [
+        "Transfer-Encoding: xchunked",
+        "Transfer-Encoding: chunkedx",
+        "Transfer-Encoding: chunk",
+        "Transfer-Encoding: identity",
+        "Transfer-Encoding: gzip",
+        "Transfer-Encoding: gzip, chunked",
+        "Transfer-Encoding: chunked, identity",
+        "Transfer-Encoding: identity, chunked",
+        "Transfer-Encoding: chunked, chunked",
+        "Transfer-Encoding: chunked;q=1",
+        "Transfer-Encoding: ,chunked",
+        "Transfer-Encoding: chunked,",
+        "Transfer-Encoding: chunked chunked",
+        "Transfer-Encoding: \"chunked\"",
+        "Transfer-Encoding: 'chunked'",
+        "Transfer-Encoding:",
+        "Transfer-Encoding: \u{b}chunked",
+        "Transfer-Encoding: \u{c}chunked",
+        "Transfer-Encoding: \0chunked",
+        "Transfer-Encoding: chunked\0",
+        "Transfer-Encoding: chunked\u{a0}",
+        "Transfer-Encoding: ch\u{fc}nked",
+        "Transfer-Encoding: chun\tked",
+        "Transfer-Encoding : chunked",
+        "Transfer-Encoding\t: chunked",
+        "Transfer-Encoding\u{b}: chunked",
+        "Transfer-Encoding\0: chunked",
+        "Transfer-Encoding\r\n : chunked",
+        "Transfer-Encoding:\r\n chunked",
+        "Transfer-Encoding:\r\n\tchunked",
+        "Transfer-Encoding:\n chunked",
+        "Transfer-Encoding: chunked\r\n x",
+        "Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked",
+        "Transfer-Encoding: chunked\r\nTransfer-Encoding: identity",
+        "Transfer-Encoding: identity\r\nTransfer-Encoding: chunked",
+        "Transfer-Encoding: chunked\r\ntransfer_encoding: x",
+        "Transfer Encoding: chunked",
+        " Transfer-Encoding: chunked",
+        "\tTransfer-Encoding: chunked",
+        "x: y\r\n Transfer-Encoding: chunked",
+        "x: y\nTransfer-Encoding: chunked",
+        "x: y\rTransfer-Encoding: chunked",
+        "x: y\r\r\nTransfer-Encoding: chunked",
+        "x: y\0\r\nTransfer-Encoding: chunked",
+        ":Transfer-Encoding: chunked",
+        "Transfer-Encoding chunked",
+        "Transfer-Encoding: chunked\n",
+    ];
+    for fields in bad {
+        table.refused(format!("TE {fields:?}"), post(fields, &format!("0\r\n\r\n{HIDDEN}")));
+    }
+    for fields in ["Transfer_Encoding: chunked", "TRANSFER-ENCODING: chunked", "transfer-encoding:\tCHUNKED "]
+    {
+        // With a length beside it, no spelling is one too many.
+        let both = format!("Content-Length: 4\r\n{fields}");
+        table.refused(format!("CL and TE {fields:?}"), post(&both, &format!("0\r\n\r\n{HIDDEN}")));
+    }
+    for fields in ["Transfer-Encoding: chunked", "TRANSFER-ENCODING: chunked", "transfer-encoding:\tCHUNKED "]
+    {
+        let body = format!("5\r\nhello\r\n0\r\n\r\n{LAST}");
+        table.only(format!("TE {fields:?}"), post(fields, &body), &[("POST", "/p{}", "hello"), LAST_SEEN]);
+    }
+}
+
+fn lengths(table: &mut Table) {
+    let bad = [
+        "Content-Length: 5\r\nContent-Length: 5",
+        "Content-Length: 5\r\nContent-Length: 6",
+        "Content-Length: 0\r\nContent-Length: 44",
+        "Content-Length: 44\r\ncontent_length: 0",
+        "Content-Length: 5, 5",
+        "Content-Length: 5,6",
+        "Content-Length: ,5",
+        "Content-Length: 5;",
+        "Content-Length: +5",
+        "Content-Length: -5",
+        "Content-Length: 0x5",
+        "Content-Length: 5.0",
+        "Content-Length: 5e0",
+        "Content-Length: 0_5",
+        "Content-Length: 5 5",
+        "Content-Length: 5\t6",
+        "Content-Length: \"5\"",
+        "Content-Length: five",
+        "Content-Length: \u{b}5",
+        "Content-Length: 5\0",
+        "Content-Length: \u{665}",
+        "Content-Length:",
+        "Content-Length: ",
+        "Content-Length: 18446744073709551616",
+        "Content-Length: 18446744073709551621",
+        "Content-Length: 99999999999999999999999999",
+        "Content-Length : 5",
+        "Content-Length\t: 5",
+        " Content-Length: 5",
+        "x: y\r\n Content-Length: 5",
+        "Content-Length: 5\r\n 6",
+        "Content-Length:\r\n 5",
+        "x: y\nContent-Length: 5",
+        "Content-Length: 5\nx: y",
+        "Content Length: 5",
+    ];
+    for fields in bad {
+        table.refused(format!("CL {fields:?}"), post(fields, &format!("hello{HIDDEN}")));
+    }
+    for fields in ["Content-Length: 5", "content-length:5", "CONTENT-LENGTH: \t5 \t"] {
+        let body = format!("hello{LAST}");
+        table.only(format!("CL {fields:?}"), post(fields, &body), &[("POST", "/p{}", "hello"), LAST_SEEN]);
+    }
+    // The body looks like a request, and is none.
+    let fields = format!("Content-Length: {}", HIDDEN.len());
+    let body = format!("{HIDDEN}{LAST}");
+    table.only("a request as a body", post(&fields, &body), &[("POST", "/p{}", HIDDEN), LAST_SEEN]);
+}
+
+fn chunks(table: &mut Table) {
+    let chunked = "Transfer-Encoding: chunked";
+    let bad = [
+        "5 \r\nhello\r\n0\r\n\r\n",
+        " 5\r\nhello\r\n0\r\n\r\n",
+        "\t5\r\nhello\r\n0\r\n\r\n",
+        "0x5\r\nhello\r\n0\r\n\r\n",
+        "+5\r\nhello\r\n0\r\n\r\n",
+        "-5\r\nhello\r\n0\r\n\r\n",
+        "5h\r\nhello\r\n0\r\n\r\n",
+        "5_\r\nhello\r\n0\r\n\r\n",
+        "5\0\r\nhello\r\n0\r\n\r\n",
+        "\r\n5\r\nhello\r\n0\r\n\r\n",
+        ";x\r\nhello\r\n0\r\n\r\n",
+        "5\nhello\r\n0\r\n\r\n",
+        "5\rhello\r\n0\r\n\r\n",
+        "5\r\r\nhello\r\n0\r\n\r\n",
+        "5;x\nhello\r\n0\r\n\r\n",
+        "5;x\rhello\r\n0\r\n\r\n",
+        "5;\n\r\nhello\r\n0\r\n\r\n",
+        "5;x=\"\n\"\r\nhello\r\n0\r\n\r\n",
+        "5;x\0\r\nhello\r\n0\r\n\r\n",
+        "5 ;x\r\nhello\r\n0\r\n\r\n",
+        "5\r\nhello0\r\n\r\n",
+        "5\r\nhello\n0\r\n\r\n",
+        "5\r\nhello\r0\r\n\r\n",
+        "5\r\nhelloXX0\r\n\r\n",
+        "4\r\nhello\r\n0\r\n\r\n",
+        "6\r\nhello\r\n0\r\n\r\n",
+        "5\r\nhello\r\n0\n\r\n",
+        "5\r\nhello\r\n0\r\n\n",
+        "5\r\nhello\r\n0\r\nx\r\n\r\n",
+        "5\r\nhello\r\n0\r\nContent-Length: 40\r\n\r\n",
+        "5\r\nhello\r\n0\r\nTransfer-Encoding: chunked\r\n\r\n",
+        "5\r\nhello\r\n0\r\nHost: b\r\n\r\n",
+        "5\r\nhello\r\n0\r\n x: y\r\n\r\n",
+        "5\r\nhello\r\n0\r\nx: y\nz: w\r\n\r\n",
+        "00000000000000005\r\nhello\r\n0\r\n\r\n",
+        "100000000000000005\r\nhello\r\n0\r\n\r\n",
+        "ffffffffffffffff5\r\nhello\r\n0\r\n\r\n",
+    ];
+    for body in bad {
+        table.refused(format!("chunk {body:?}"), post(chunked, &format!("{body}{HIDDEN}")));
+    }
+    for body in [
+        "5\r\nhello\r\n0\r\n\r\n",
+        "0005\r\nhello\r\n000\r\n\r\n",
+        "5;x=y\r\nhello\r\n0;z\r\n\r\n",
+        "5;x=\"\\\"y\"\r\nhello\r\n0\r\n\r\n",
+        "1\r\nh\r\n4\r\nello\r\n0\r\nx-trailer: y\r\n\r\n",
+    ] {
+        let bytes = post(chunked, &format!("{body}{LAST}"));
+        table.only(format!("chunk {body:?}"), bytes, &[("POST", "/p{}", "hello"), LAST_SEEN]);
+    }
+    let inner = format!("{:x}\r\n{HIDDEN}\r\n0\r\n\r\n{LAST}", HIDDEN.len());
+    table.only("a request in a chunk", post(chunked, &inner), &[("POST", "/p{}", HIDDEN), LAST_SEEN]);
+}
+
+fn lines(table: &mut Table) {
+    for (name, bytes) in [
+        ("bare LF everywhere", "GET /p{} HTTP/1.1\nHost: a\n\n"),
+        ("bare LF after the start line", "GET /p{} HTTP/1.1\nHost: a\r\n\r\n"),
+        ("bare LF after a field", "GET /p{} HTTP/1.1\r\nHost: a\nx: y\r\n\r\n"),
+        ("bare LF at the end", "GET /p{} HTTP/1.1\r\nHost: a\r\n\n"),
+        ("bare LF and end", "GET /p{} HTTP/1.1\r\nHost: a\n\r\n"),
+        ("bare CR after the start line", "GET /p{} HTTP/1.1\rHost: a\r\n\r\n"),
+        ("bare CR in a value", "GET /p{} HTTP/1.1\r\nHost: a\r\nx: y\rGET /smuggled HTTP/1.1\r\n\r\n"),
+        ("two CR", "GET /p{} HTTP/1.1\r\nHost: a\r\r\n\r\n"),
+        ("CR CR LF at the end", "GET /p{} HTTP/1.1\r\nHost: a\r\n\r\r\n"),
+        ("NUL in a value", "GET /p{} HTTP/1.1\r\nHost: a\r\nx: \0\r\n\r\n"),
+        ("NUL in a name", "GET /p{} HTTP/1.1\r\nHost: a\r\nx\0: y\r\n\r\n"),
+        ("DEL in a value", "GET /p{} HTTP/1.1\r\nHost: a\r\nx: \u{7f}\r\n\r\n"),
+        ("a folded field", "GET /p{} HTTP/1.1\r\nHost: a\r\nx: y\r\n z\r\n\r\n"),
+        ("a folded first field", "GET /p{} HTTP/1.1\r\n x: y\r\nHost: a\r\n\r\n"),
+        ("a field without colon", "GET /p{} HTTP/1.1\r\nHost: a\r\nGET /smuggled HTTP/1.1\r\n\r\n"),
+        ("a field without name", "GET /p{} HTTP/1.1\r\nHost: a\r\n: y\r\n\r\n"),
+        ("a name with brackets", "GET /p{} HTTP/1.1\r\nHost: a\r\nx[y]: z\r\n\r\n"),
+        ("a name with a letter outside ASCII", "GET /p{} HTTP/1.1\r\nHost: a\r\nx\u{e9}: z\r\n\r\n"),
+        ("two empty lines first", "\r\n\r\nGET /p{} HTTP/1.1\r\nHost: a\r\n\r\n"),
+        ("a bare LF first", "\nGET /p{} HTTP/1.1\r\nHost: a\r\n\r\n"),
+        ("a space first", " GET /p{} HTTP/1.1\r\nHost: a\r\n\r\n"),
+        ("a NUL first", "\0GET /p{} HTTP/1.1\r\nHost: a\r\n\r\n"),
+    ] {
+        table.refused(name, format!("{bytes}{HIDDEN}"));
+    }
+    let early = format!("\r\nGET /p{{}} HTTP/1.1\r\nHost: a\r\n\r\n{LAST}");
+    table.only("one empty line first", early, &[("GET", "/p{}", ""), LAST_SEEN]);
+}
+
+fn targets(table: &mut Table) {
+    for (name, line) in [
+        ("two spaces", "GET  /p{} HTTP/1.1"),
+        ("a tab", "GET\t/p{} HTTP/1.1"),
+        ("a tab before the version", "GET /p{}\tHTTP/1.1"),
+        ("a space at the end", "GET /p{} HTTP/1.1 "),
+        ("a space in the target", "GET /p{} x HTTP/1.1"),
+        ("a request in the target", "GET /p{} HTTP/1.1 HTTP/1.1"),
+        ("no version", "GET /p{}"),
+        ("no target", "GET HTTP/1.1"),
+        ("version 0.9", "GET /p{} HTTP/0.9"),
+        ("version 1.2", "GET /p{} HTTP/1.2"),
+        ("version 1.10", "GET /p{} HTTP/1.10"),
+        ("version 2.0", "GET /p{} HTTP/2.0"),
+        ("version 11", "GET /p{} HTTP/11"),
+        ("a small version", "GET /p{} http/1.1"),
+        ("a wide version", "GET /p{} HTTP/ 1.1"),
+        ("a control in the target", "GET /p{}\u{1} HTTP/1.1"),
+        ("a NUL in the target", "GET /p{}\0 HTTP/1.1"),
+        ("a bare CR in the target", "GET /p{}\rx HTTP/1.1"),
+        ("a bracket in the method", "G(T /p{} HTTP/1.1"),
+        ("a colon in the method", "GET: /p{} HTTP/1.1"),
+        ("no slash", "GET p{} HTTP/1.1"),
+        ("the preface of HTTP/2", "PRI * HTTP/2.0"),
+    ] {
+        table.refused(name, format!("{line}\r\nHost: a\r\n\r\n{HIDDEN}"));
+    }
+    let absolute = format!("GET http://a/p{{}} HTTP/1.1\r\nHost: a\r\n\r\n{LAST}");
+    table.only("absolute form", absolute, &[("GET", "/p{}", ""), LAST_SEEN]);
+    let other = format!("GET http://b/p{{}} HTTP/1.1\r\nHost: a\r\n\r\n{LAST}");
+    table.only("absolute form, another Host", other, &[("GET", "/p{}", ""), LAST_SEEN]);
+}
+
+fn hosts(table: &mut Table) {
+    for (name, fields) in [
+        ("none", "x: y"),
+        ("two", "Host: a\r\nHost: b"),
+        ("two alike", "Host: a\r\nHost: a"),
+        ("two apart", "Host: a\r\nx: y\r\nhost: b"),
+        ("with a space", "Host : a"),
+        ("folded", "Host: a\r\n b"),
+        ("with a slash", "Host: a/b"),
+        ("with a space within", "Host: a b"),
+        ("with user", "Host: u@a@b"),
+        ("with a question mark", "Host: a?b"),
+        ("with a port that is none", "Host: a:x"),
+        ("a list", "Host: a, b"),
+    ] {
+        table.refused(format!("Host: {name}"), format!("GET /p{{}} HTTP/1.1\r\n{fields}\r\n\r\n{HIDDEN}"));
+    }
+}
+
+fn switches(table: &mut Table) {
+    table.refused(
+        "CONNECT with a request behind",
+        format!("CONNECT a:80 HTTP/1.1\r\nHost: a:80\r\n\r\n{HIDDEN}"),
+    );
+    table.refused(
+        "CONNECT with a length",
+        "CONNECT a:80 HTTP/1.1\r\nHost: a:80\r\nContent-Length: 5\r\n\r\nhello",
+    );
+    for (name, fields) in [
+        ("h2c", "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAAP__"),
+        ("TLS", "Connection: Upgrade\r\nUpgrade: TLS/1.0"),
+        ("not listed", "Upgrade: websocket"),
+        ("websocket without a key", "Connection: Upgrade\r\nUpgrade: websocket"),
+    ] {
+        // Whoever declines an upgrade reads the next request; nothing may be taken for the other protocol before.
+        let bytes = format!("GET /p{{}} HTTP/1.1\r\nHost: a\r\n{fields}\r\n\r\n{LAST}");
+        table.only(format!("upgrade declined: {name}"), bytes, &[("GET", "/p{}", ""), LAST_SEEN]);
+        let bad =
+            format!("GET /p{{}} HTTP/1.1\r\nHost: a\r\n{fields}\r\n\r\nGET /smuggled HTTP/1.1\nHost: a\n\n");
+        table.only(format!("upgrade declined, malformed behind: {name}"), bad, &[("GET", "/p{}", "")]);
+    }
+}
+
+fn pairs(table: &mut Table) {
+    let get = "GET /p{} HTTP/1.1\r\nHost: a\r\n\r\n";
+    table.only("two GET", format!("{get}{LAST}"), &[("GET", "/p{}", ""), LAST_SEEN]);
+    let bad =
+        "POST /q HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n";
+    table.only("a good one and a bad one", format!("{get}{bad}{HIDDEN}"), &[("GET", "/p{}", "")]);
+    table.only(
+        "the rest of a head",
+        format!("{get}GET /q HTTP/1.1\r\nHost: a\r\nx: "),
+        &[("GET", "/p{}", "")],
+    );
+    for method in ["GET", "OPTIONS", "DELETE", "PUT", "PATCH"] {
+        let body = HIDDEN;
+        let head = format!("{method} /p{{}} HTTP/1.1\r\nHost: a\r\nContent-Length: {}\r\n\r\n", body.len());
+        table.only(
+            format!("{method} with a body"),
+            format!("{head}{body}{LAST}"),
+            &[(method, "/p{}", body), LAST_SEEN],
+        );
+        // CL.0: the app does not look at the body, and it must not become the next request.
+        let head =
+            format!("{method} /ignore{{}} HTTP/1.1\r\nHost: a\r\nContent-Length: {}\r\n\r\n", body.len());
+        let name = format!("{method} with a body that nobody reads");
+        table.only(name, format!("{head}{body}{LAST}"), &[(method, "/ignore{}", ""), LAST_SEEN]);
+        let head = format!("{method} /ignore{{}} HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n");
+        let body = format!("{:x}\r\n{body}\r\n0\r\n\r\n", body.len());
+        let name = format!("{method} with chunks that nobody reads");
+        table.only(name, format!("{head}{body}{LAST}"), &[(method, "/ignore{}", ""), LAST_SEEN]);
+    }
+    let head = "HEAD /p{} HTTP/1.1\r\nHost: a\r\n\r\n";
+    table.only("HEAD and GET", format!("{head}{LAST}"), &[("HEAD", "/p{}", ""), LAST_SEEN]);
+    let expect = post("Expect: 100-continue\r\nContent-Length: 5", &format!("hello{LAST}"));
+    table.only("100-continue, not waited for", expect, &[("POST", "/p{}", "hello"), LAST_SEEN]);
+    let close = "GET /p{} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n";
+    table.only("behind Connection: close", format!("{close}{HIDDEN}"), &[("GET", "/p{}", "")]);
+}
+
+fn old(table: &mut Table) {
+    table.refused("1.0 chunked", "POST /p{} HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n");
+    let both = "POST /p{} HTTP/1.0\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n";
+    table.refused("1.0 chunked with a length", both);
+    let none = format!("GET /p{{}} HTTP/1.0\r\n\r\n{HIDDEN}");
+    table.only("1.0 without Host, something behind", none, &[("GET", "/p{}", "")]);
+    let body = format!("POST /p{{}} HTTP/1.0\r\nHost: a\r\n\r\n{HIDDEN}");
+    table.only("1.0 without a length, something behind", body, &[("POST", "/p{}", "")]);
+    let keep = "POST /p{} HTTP/1.0\r\nHost: a\r\nConnection: keep-alive\r\nContent-Length: 5\r\n\r\nhello";
+    let last = "GET /last{} HTTP/1.0\r\nHost: a\r\n\r\n";
+    table.only("1.0 kept alive", format!("{keep}{last}"), &[("POST", "/p{}", "hello"), LAST_SEEN]);
+}
+
+fn connection(table: &mut Table) {
+    for listed in [
+        "Content-Length",
+        "Host",
+        "Transfer-Encoding",
+        "traceparent",
+        "x-forwarded-for",
+        "close, Content-Length",
+    ] {
+        let fields = format!("Connection: keep-alive, {listed}\r\nContent-Length: 5");
+        let last = if listed.starts_with("close") { HIDDEN } else { LAST };
+        let seen: &[_] =
+            if last == LAST { &[("POST", "/p{}", "hello"), LAST_SEEN] } else { &[("POST", "/p{}", "hello")] };
+        table.only(format!("Connection lists {listed}"), post(&fields, &format!("hello{last}")), seen);
+    }
+    for fields in
+        ["Keep-Alive: timeout=5", "Proxy-Connection: keep-alive", "TE: chunked", "Trailer: Content-Length"]
+    {
+        let bytes = post(&format!("{fields}\r\nContent-Length: 5"), &format!("hello{LAST}"));
+        table.only(fields, bytes, &[("POST", "/p{}", "hello"), LAST_SEEN]);
+    }
+}
+
+/// A frame of HTTP/2.
+pub(crate) fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+    let mut out = (payload.len() as u32).to_be_bytes()[1..].to_vec();
+    out.extend_from_slice(&[kind, flags]);
+    out.extend_from_slice(&stream.to_be_bytes());
+    out.extend_from_slice(payload);
+    out
+}
+
+/// Fields as HPACK literals that are never remembered.
+pub(crate) fn fields(all: &[(&str, &str)]) -> Vec<u8> {
+    let mut out = Vec::new();
+    let text = |out: &mut Vec<u8>, text: &str| {
+        assert!(text.len() < 127 + 128);
+        if text.len() < 127 {
+            out.push(text.len() as u8);
+        } else {
+            out.extend_from_slice(&[127, (text.len() - 127) as u8]);
+        }
+        out.extend_from_slice(text.as_bytes());
+    };
+    for (name, value) in all {
+        out.push(0);
+        text(&mut out, name);
+        text(&mut out, value);
+    }
+    out
+}
+
+pub(crate) const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
+const END_STREAM: u8 = 1;
+const END_HEADERS: u8 = 4;
+
+fn http2(table: &mut Table) {
+    let whole = |head: &[(&str, &str)], body: &[&str], trailers: &[(&str, &str)]| {
+        let mut out = PREFACE.to_vec();
+        let last = if body.is_empty() && trailers.is_empty() { END_STREAM } else { 0 };
+        out.extend(frame(1, END_HEADERS | last, 1, &fields(head)));
+        for (n, data) in body.iter().enumerate() {
+            let last = if n + 1 == body.len() && trailers.is_empty() { END_STREAM } else { 0 };
+            out.extend(frame(0, last, 1, data.as_bytes()));
+        }
+        if !trailers.is_empty() {
+            out.extend(frame(1, END_HEADERS | END_STREAM, 1, &fields(trailers)));
+        }
+        out
+    };
+    const PSEUDO: [(&str, &str); 4] =
+        [(":method", "POST"), (":scheme", "http"), (":authority", "a"), (":path", "/p{}")];
+    // The path has to keep its length, which stands before it: numbers are put in here, not later.
+    let mut add =
+        |name: &str, more: &[(&str, &str)], body: &[&str], trailers: &[(&str, &str)], seen: Option<&str>| {
+            let number = table.0.len().to_string();
+            let filled: Vec<_> =
+                PSEUDO.iter().chain(more).map(|(n, v)| ((*n).to_owned(), v.replace("{}", &number))).collect();
+            let mut head: Vec<(&str, &str)> = filled.iter().map(|(n, v)| (&**n, &**v)).collect();
+            // A pseudo-field given alone takes the place of the usual one.
+            let alone = more.iter().filter(|_| more.len() == 1);
+            for (name, _) in alone.filter(|(name, _)| PSEUDO.iter().any(|(pseudo, _)| pseudo == name)) {
+                let usual = head.iter().position(|(n, _)| n == name).unwrap();
+                head.remove(usual);
+                let given = head.iter().position(|(n, _)| n == name).unwrap();
+                let given = head.remove(given);
+                head.insert(usual, given);
+            }
+            head.retain(|(_, value)| *value != "(none)");
+            let want = match seen {
+                None => Want::Refused,
+                Some(body) => Want::Only(owned(&[("POST", "/p{}", body)])),
+            };
+            table.add(format!("h2: {name}"), whole(&head, body, trailers), true, want);
+        };
+    add("plain", &[], &["hello"], &[], Some("hello"));
+    add("right length", &[("content-length", "5")], &["he", "llo"], &[], Some("hello"));
+    add("trailers", &[], &["hello"], &[("x-trailer", "y")], Some("hello"));
+    add("te: trailers", &[("te", "trailers")], &["hello"], &[], Some("hello"));
+    add("a request as a body", &[], &[HIDDEN], &[], Some(HIDDEN));
+    for (name, more) in [
+        ("CR LF in a value", ("x", "y\r\nTransfer-Encoding: chunked")),
+        ("LF in a value", ("x", "y\nTransfer-Encoding: chunked")),
+        ("CR in a value", ("x", "y\rz")),
+        ("NUL in a value", ("x", "y\0z")),
+        ("CR LF in a name", ("x: y\r\ntransfer-encoding", "chunked")),
+        ("colon in a name", ("transfer-encoding: chunked", "x")),
+        ("space in a name", ("x y", "z")),
+        ("an empty name", ("", "z")),
+        ("a name in upper case", ("Transfer-Encoding", "chunked")),
+        ("transfer-encoding", ("transfer-encoding", "chunked")),
+        ("connection", ("connection", "close")),
+        ("keep-alive", ("keep-alive", "timeout=5")),
+        ("proxy-connection", ("proxy-connection", "close")),
+        ("upgrade", ("upgrade", "h2c")),
+        ("te: gzip", ("te", "gzip")),
+        ("CR LF in the path", (":path", "/p{} HTTP/1.1\r\nHost: b\r\n\r\nGET /smuggled")),
+        ("space in the path", (":path", "/p{} HTTP/1.1")),
+        ("tab in the path", (":path", "/p{}\tx")),
+        ("NUL in the path", (":path", "/p{}\0")),
+        ("a path without slash", (":path", "p{}")),
+        ("an empty path", (":path", "")),
+        ("no path", (":path", "(none)")),
+        ("CR LF in the method", (":method", "GET /smuggled HTTP/1.1\r\nHost: b\r\n\r\nPOST")),
+        ("space in the method", (":method", "POST /smuggled")),
+        ("no method", (":method", "(none)")),
+        ("CR LF in the authority", (":authority", "a\r\nx: y")),
+        ("space in the authority", (":authority", "a b")),
+        ("CR LF in the scheme", (":scheme", "http://b/\r\n")),
+        ("an unknown pseudo-field", (":x", "y")),
+        ("a length too short", ("content-length", "4")),
+        ("a length too long", ("content-length", "6")),
+        ("no length for a body", ("content-length", "0")),
+        ("a length that is none", ("content-length", "5x")),
+        ("a length with a sign", ("content-length", "+5")),
+        ("a list of lengths", ("content-length", "5, 5")),
+    ] {
+        add(name, &[more], &["hello"], &[], None);
+    }
+    add("two lengths", &[("content-length", "5"), ("content-length", "6")], &["hello"], &[], None);
+    add("two lengths alike", &[("content-length", "5"), ("content-length", "5")], &["hello"], &[], None);
+    add("two hosts", &[("host", "a"), ("host", "b")], &["hello"], &[], None);
+    add("a pseudo-field behind", &[("x", "y"), (":path", "/smuggled")], &["hello"], &[], None);
+    // Nobody looks there for what the message is: dropped, or carried as what it is.
+    add("a pseudo-field in trailers", &[], &["hello"], &[(":path", "/smuggled")], Some("hello"));
+    add("a length in trailers", &[], &["hello"], &[("content-length", "50")], Some("hello"));
+    add("a coding in trailers", &[], &["hello"], &[("transfer-encoding", "chunked")], None);
+    add("CR LF in trailers", &[], &["hello"], &[("x", "y\r\n\r\nGET /smuggled HTTP/1.1")], None);
+}
+
+/// An app behind a sidecar.
+struct Origin {
+    name: &'static str,
+    port: u16,
+    seen: PathBuf,
+    _processes: Vec<Process>,
+}
+
+/// Servers with apps of their own, then those that hand on to one.
+const APPS: [&str; 8] =
+    ["hyper", "node", "gunicorn", "waitress", "uvicorn", "hypercorn", "aiohttp", "tornado"];
+const GATEWAYS: [&str; 5] = ["nginx", "apache2", "lighttpd", "haproxy", "varnish"];
+
+struct World {
+    // Apps end before the pods that they live in.
+    origins: Vec<Origin>,
+    outsider: Pod,
+    client: Meshed,
+    server: Meshed,
+    _mesh: Mesh,
+}
+
+impl World {
+    fn new(test: &str, names: &[&'static str]) -> Option<Self> {
+        let mesh = mesh_or_skip(test)?;
+        let server = mesh.workload(Workload::new("shop", "origin-1")).unwrap();
+        let client = mesh.workload(Workload::new("shop", "client")).unwrap();
+        let outsider = mesh.plain(&Workload::new("shop", "legacy-1")).unwrap();
+        let mut origins = Vec::new();
+        for (n, name) in names.iter().enumerate() {
+            let port = 8100 + u16::try_from(n).unwrap();
+            match origin(&mesh, &server.pod, name, port) {
+                Ok(Some((seen, processes))) => {
+                    origins.push(Origin { name, port, seen, _processes: processes })
+                }
+                Ok(None) => skip(test, &format!("{name} is not installed: make deps-test")),
+                Err(error) => panic!("{name}: {error:#}"),
+            }
+        }
+        let names: Vec<_> = origins.iter().map(|origin| format!("http-{}", origin.port)).collect();
+        let ports: Vec<_> =
+            origins.iter().zip(&names).map(|(origin, name)| (&**name, origin.port, origin.port)).collect();
+        service(&mesh, "shop", "origin", "10.96.0.1", &ports).unwrap();
+        let world = Self { origins, outsider, client, server, _mesh: mesh };
+        for origin in &world.origins {
+            for (pod, address) in world.ways(origin) {
+                let declared = || {
+                    Ok(crate::hostile::exchange(pod, &address.to_string(), &[b"\x01\r\n\r\n"])?
+                        .contains("not_http"))
+                };
+                wait(Duration::from_secs(20), declared).expect("the port is declared as HTTP");
+            }
+        }
+        Some(world)
+    }
+
+    /// Into the sidecar before the app, and by way of the client's own.
+    fn ways(&self, origin: &Origin) -> [(&Pod, SocketAddr); 2] {
+        let inbound = SocketAddr::new(self.server.pod.ip.into(), origin.port);
+        let outbound = SocketAddr::from(([10, 96, 0, 1], origin.port));
+        [(&self.outsider, inbound), (&self.client.pod, outbound)]
+    }
+}
+
+/// Starts one; `None` if it is not installed.
+fn origin(mesh: &Mesh, pod: &Pod, name: &str, port: u16) -> Result<Option<(PathBuf, Vec<Process>)>> {
+    let seen = mesh.dir().join(format!("seen-{name}"));
+    std::fs::write(&seen, "")?;
+    let here = Path::new(env!("CARGO_MANIFEST_DIR")).join("mesh/origins");
+    let port_text = port.to_string();
+    let app = |port: &str| {
+        let mut command = testapp(mesh, pod, &["http", "--port", port, "--name", name, "--seen"]);
+        command.arg(&seen);
+        command
+    };
+    let quiet = |command: &mut std::process::Command| {
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    };
+    if name == "hyper" {
+        return Ok(Some((seen.clone(), vec![start(&mut app(&port_text), pod, port)?])));
+    }
+    if name == "node" {
+        if !installed("node") {
+            return Ok(None);
+        }
+        let mut command = pod.command("node");
+        command.arg(here.join("app.js")).arg(&port_text).arg(&seen);
+        quiet(&mut command);
+        return Ok(Some((seen, vec![start(&mut command, pod, port)?])));
+    }
+    if APPS.contains(&name) {
+        let Some(python) = python() else { return Ok(None) };
+        let there = std::process::Command::new(&python)
+            .args(["-c", &format!("import {name}")])
+            .stderr(Stdio::null())
+            .status()?;
+        if !there.success() {
+            return Ok(None);
+        }
+        let mut command = pod.command(&python);
+        command.arg(here.join("app.py")).args([name, &port_text]).arg(&seen);
+        quiet(&mut command);
+        return Ok(Some((seen, vec![start(&mut command, pod, port)?])));
+    }
+    let (program, arguments, config) = gateway(name, port, port + 100);
+    if !installed(program) {
+        return Ok(None);
+    }
+    let dir = mesh.dir().join(format!("gateway-{name}"));
+    std::fs::create_dir_all(&dir)?;
+    let dir_text = dir.to_str().context("a path")?;
+    std::fs::write(dir.join("conf"), config.replace("DIR", dir_text))?;
+    let behind = start(&mut app(&(port + 100).to_string()), pod, port + 100)?;
+    let mut command = pod.command(program);
+    command.args(arguments.iter().map(|argument| argument.replace("DIR", dir_text)));
+    quiet(&mut command);
+    let gateway = start(&mut command, pod, port)?;
+    Ok(Some((seen, vec![gateway, behind])))
+}
+
+fn installed(program: &str) -> bool {
+    let paths = std::env::var("PATH").unwrap_or_default() + ":/usr/sbin:/sbin";
+    paths.split(':').any(|dir| Path::new(dir).join(program).exists())
+}
+
+/// Program, arguments and configuration of a server that hands everything on to a port, with keep-alive both ways.
+fn gateway(name: &str, port: u16, to: u16) -> (&'static str, Vec<String>, String) {
+    let args = |all: &[&str]| all.iter().map(|one| (*one).to_owned()).collect::<Vec<_>>();
+    match name {
+        "nginx" => (
+            "nginx",
+            args(&["-p", "DIR", "-c", "DIR/conf"]),
+            format!(
+                "daemon off; master_process off; pid DIR/pid; error_log DIR/error.log; events {{}}\n\
+                 http {{ access_log off; client_body_temp_path DIR/b; proxy_temp_path DIR/p; fastcgi_temp_path DIR/f;\n\
+                 uwsgi_temp_path DIR/u; scgi_temp_path DIR/s; upstream app {{ server 127.0.0.1:{to}; keepalive 4; }}\n\
+                 server {{ listen {port}; location / {{ proxy_pass http://app; proxy_http_version 1.1;\n\
+                 proxy_set_header Connection \"\"; }} }} }}"
+            ),
+        ),
+        "apache2" => (
+            "apache2",
+            args(&["-X", "-d", "DIR", "-f", "DIR/conf"]),
+            format!(
+                "ServerName a\nListen {port}\nPidFile DIR/pid\nErrorLog DIR/error.log\nDefaultRuntimeDir DIR\n\
+                 LoadModule mpm_event_module /usr/lib/apache2/modules/mod_mpm_event.so\n\
+                 LoadModule authz_core_module /usr/lib/apache2/modules/mod_authz_core.so\n\
+                 LoadModule proxy_module /usr/lib/apache2/modules/mod_proxy.so\n\
+                 LoadModule proxy_http_module /usr/lib/apache2/modules/mod_proxy_http.so\n\
+                 KeepAlive On\nTraceEnable Off\nProxyPass / http://127.0.0.1:{to}/ keepalive=On\n"
+            ),
+        ),
+        "lighttpd" => (
+            "lighttpd",
+            args(&["-D", "-f", "DIR/conf"]),
+            format!(
+                "server.modules = (\"mod_proxy\")\nserver.document-root = \"DIR\"\nserver.port = {port}\n\
+                 server.errorlog = \"DIR/error.log\"\nserver.max-keep-alive-requests = 1000\n\
+                 proxy.server = (\"\" => ((\"host\" => \"127.0.0.1\", \"port\" => {to})))\n"
+            ),
+        ),
+        "haproxy" => (
+            "haproxy",
+            args(&["-db", "-f", "DIR/conf"]),
+            format!(
+                "defaults\n mode http\n timeout client 10s\n timeout server 10s\n timeout connect 2s\n\
+                 frontend f\n bind :{port}\n default_backend b\nbackend b\n http-reuse always\n server s 127.0.0.1:{to}\n"
+            ),
+        ),
+        _ => (
+            "varnishd",
+            args(&["-F", "-n", "DIR/work", "-f", "DIR/conf", "-s", "malloc,16m", "-j", "none", "-a"])
+                .into_iter()
+                .chain([format!(":{port}")])
+                .collect(),
+            format!(
+                "vcl 4.1;\nbackend default {{ .host = \"127.0.0.1\"; .port = \"{to}\"; }}\n\
+                 sub vcl_recv {{ return (pass); }}\n"
+            ),
+        ),
+    }
+}
+
+/// Sends a payload and reads the answers to their end.
+fn send(address: SocketAddr, payload: &Payload) -> Result<Vec<u8>> {
+    let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(5))?;
+    stream.set_read_timeout(Some(Duration::from_secs(10)))?;
+    // Refused in the middle, the rest is not wanted.
+    let _ = stream.write_all(&payload.bytes);
+    if payload.h2 {
+        return answer_h2(&mut stream);
+    }
+    let hangs = payload.name == "the rest of a head";
+    let mut said = Vec::new();
+    let mut buffer = [0; 8 * 1024];
+    loop {
+        match stream.read(&mut buffer) {
+            Ok(0) => return Ok(said),
+            Ok(n) => said.extend_from_slice(&buffer[..n]),
+            Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => return Ok(said),
+            Err(error) => return Err(error).with_context(|| String::from_utf8_lossy(&said).into_owned()),
+        }
+        if hangs {
+            // What was begun will never end.
+            let _ = stream.shutdown(Shutdown::Write);
+        }
+    }
+}
+
+/// Reads until stream 1 is answered or reset, or the connection ends.
+fn answer_h2(stream: &mut TcpStream) -> Result<Vec<u8>> {
+    let mut said = Vec::new();
+    loop {
+        let mut head = [0; 9];
+        if stream.read_exact(&mut head).is_err() {
+            return Ok(said);
+        }
+        let mut payload =
+            vec![0; usize::from(head[0]) << 16 | usize::from(head[1]) << 8 | usize::from(head[2])];
+        if stream.read_exact(&mut payload).is_err() {
+            return Ok(said);
+        }
+        let (kind, flags, id) = (head[3], head[4], head[8]);
+        said.extend_from_slice(&head);
+        said.extend_from_slice(&payload);
+        let over = (kind <= 1 && flags & END_STREAM != 0) || kind == 3;
+        if kind == 7 || (id == 1 && over) {
+            return Ok(said);
+        }
+    }
+}
+
+/// A request as an app wrote it down: method, path, how often a sidecar has marked it, body.
+type Seen = (String, String, u32, Vec<u8>);
+
+/// What an app has written down, by the number of the payload.
+fn seen(origin: &Origin) -> Result<BTreeMap<String, Vec<Seen>>> {
+    let mut by_number = BTreeMap::<_, Vec<_>>::new();
+    for line in std::fs::read_to_string(&origin.seen)?.lines() {
+        let parts: Vec<_> = line.split(' ').collect();
+        let [method, path, marks, body] = parts[..] else { anyhow::bail!("a line: {line:?}") };
+        let body: Vec<u8> = match body {
+            "-" => Vec::new(),
+            hex => (0..hex.len() / 2)
+                .map(|n| u8::from_str_radix(&hex[2 * n..2 * n + 2], 16))
+                .collect::<Result<_, _>>()?,
+        };
+        let number = path.trim_start_matches(|c: char| !c.is_ascii_digit()).to_owned();
+        let marks = marks.parse()?;
+        by_number.entry(number).or_default().push((method.to_owned(), path.to_owned(), marks, body));
+    }
+    Ok(by_number)
+}
+
+/// Sends the whole table to one app, one way; says where app and sidecar disagree.
+fn disagreements(world: &World, origin: &Origin, table: &[Payload]) -> Result<Vec<String>> {
+    let mut all = Vec::new();
+    for (way, (pod, address)) in world.ways(origin).into_iter().enumerate() {
+        std::fs::OpenOptions::new().write(true).truncate(true).open(&origin.seen)?;
+        let sent = pod.enter(|| {
+            let one = |payload: &Payload| send(address, payload).with_context(|| payload.name.clone());
+            table.iter().map(one).collect::<Vec<_>>()
+        })?;
+        let seen = seen(origin)?;
+        let way = ["inbound", "outbound"][way];
+        let known = |number: &String| number.parse::<usize>().is_ok_and(|n| n < table.len());
+        for (number, requests) in seen.iter().filter(|(number, _)| !known(number)) {
+            all.push(format!("{way} {}: {number:?} out of nothing: {requests:?}", origin.name));
+        }
+        for (n, (payload, answer)) in table.iter().zip(sent).enumerate() {
+            let none = Vec::new();
+            let got = seen.get(&n.to_string()).unwrap_or(&none);
+            let text = match answer {
+                Ok(bytes) => String::from_utf8_lossy(&bytes).into_owned(),
+                Err(error) => format!("no answer: {error:#}"),
+            };
+            let wrong = judge(payload, got, &text);
+            if let Some(wrong) = wrong {
+                all.push(format!(
+                    "{way} {}: {}: {wrong}\n   sent {:?}\n   seen {got:?}\n   told {text:?}",
+                    origin.name,
+                    payload.name,
+                    String::from_utf8_lossy(&payload.bytes)
+                ));
+            }
+        }
+    }
+    Ok(all)
+}
+
+/// What is wrong, if anything is.
+fn judge(payload: &Payload, got: &[Seen], told: &str) -> Option<&'static str> {
+    if told.starts_with("no answer") {
+        return Some("the connection was left open");
+    }
+    if got.iter().any(|(_, _, marks, _)| *marks != 1) {
+        return Some("the app saw a request that its sidecar did not");
+    }
+    let answers = told.matches("HTTP/1.1 ").count();
+    match &payload.want {
+        Want::Refused if !got.is_empty() => Some("it reached the app"),
+        Want::Refused if payload.h2 => None,
+        Want::Refused => {
+            let refused = told.starts_with("HTTP/1.1 4") && answers == 1;
+            (!refused).then_some("it was not refused")
+        }
+        Want::Only(want) => {
+            // An app may have its own reasons to refuse what it was handed; it may not see anything else.
+            let mut left = want.iter();
+            let in_order = got
+                .iter()
+                .all(|(method, path, _, body)| left.any(|(m, p, b)| m == method && p == path && b == body));
+            if !in_order {
+                return Some("the app saw something else");
+            }
+            let own = told.contains("HTTP/1.1 4") || told.contains("HTTP/1.1 5") || payload.h2;
+            (got.len() < want.len() && !own).then_some("a request was lost")
+        }
+    }
+}
+
+fn run(test: &str, names: &[&'static str], least: usize) {
+    let Some(world) = World::new(test, names) else { return };
+    let table = payloads();
+    assert!(table.len() >= 150, "{} payloads", table.len());
+    let mut all = Vec::new();
+    for origin in &world.origins {
+        all.extend(disagreements(&world, origin, &table).unwrap());
+    }
+    let names: Vec<_> = world.origins.iter().map(|origin| origin.name).collect();
+    println!(
+        "figure: smuggling: {} disagreements (bound 0) of {} payloads x {} origins ({}) x 2 ways",
+        all.len(),
+        table.len(),
+        names.len(),
+        names.join(", ")
+    );
+    assert!(all.is_empty(), "{}", all.join("\n"));
+    let in_ci = std::env::var_os("CI").is_some();
+    let enough = || {
+        ensure!(names.len() >= least, "only {names:?} are installed");
+        Ok(())
+    };
+    if in_ci {
+        enough().unwrap();
+    }
+}
+
+#[test]
+fn no_payload_makes_an_app_see_another_request_than_its_sidecar() {
+    run("smuggling", &["hyper", "node", "nginx"], 2);
+}
+
+#[test]
+#[ignore = "soak: every payload at a dozen real servers"]
+fn no_payload_makes_any_server_see_another_request_than_its_sidecar() {
+    run("smuggling_all", &[&APPS[..], &GATEWAYS].concat(), 8);
+}
