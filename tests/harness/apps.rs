@@ -42,13 +42,17 @@ pub fn mesh_or_skip(test: &str) -> Option<Mesh> {
     mesh_with(test, Options::default())
 }
 
-/// The same with options.
+/// The same with options. `WEFT_PROGRAMS` names the folder of other programs than those that were built with the tests.
 pub fn mesh_with(test: &str, options: Options) -> Option<Mesh> {
     if let Err(reason) = netns::usable() {
         skip(test, &reason.to_string());
         return None;
     }
-    let binaries = Binaries::beside_this().expect("the binaries are built before the tests");
+    let binaries = match std::env::var_os("WEFT_PROGRAMS") {
+        Some(folder) => Binaries::in_dir(folder.as_ref()),
+        None => Binaries::beside_this(),
+    };
+    let binaries = binaries.expect("the binaries are built before the tests");
     Some(Mesh::start("test", binaries, options).expect("a mesh"))
 }
 
