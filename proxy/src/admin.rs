@@ -282,8 +282,11 @@ impl Admin {
     }
 
     async fn drain(&self) -> Answer {
-        let times = &self.config.times;
-        if self.drain.drain_inbound(times.lame_duck, times.drain).await {
+        let (lame_duck, within, drain) =
+            (self.config.times.lame_duck, self.config.times.drain, self.drain.clone());
+        // In a task of its own: whoever asked may go away, and what has begun must not stop half-way.
+        let draining = tokio::spawn(async move { drain.drain_inbound(lame_duck, within).await });
+        if draining.await.is_ok_and(|drained| drained) {
             return text(StatusCode::OK, "drained\n");
         }
         let left = self.drain.inbound_requests();

@@ -78,7 +78,7 @@ const TLS_TIMEOUT: Duration = Duration::from_secs(2);
 const READ_BUFFER: usize = 64 * 1024;
 /// Data that a sidecar does not acknowledge for so long ends the connection; only where both ends always read.
 const USER_TIMEOUT: Duration = Duration::from_secs(15);
-/// How often a connection is opened for one request before that counts as a failure of the endpoint.
+/// How often a connection may be closed as soon as it is open before that counts as a failure of the endpoint.
 const MAX_OPENED: usize = 3;
 /// The source address by which inbound reaches its app: capture rules let it pass.
 const INBOUND_SOURCE: IpAddr = IpAddr::V4(Ipv4Addr::new(127, 0, 0, 6));
@@ -396,7 +396,8 @@ impl Pool {
                 None => peers.entry(peer.clone()).or_default().clone(),
             }
         };
-        for _ in 0..MAX_OPENED {
+        let mut failed = 0;
+        while failed < MAX_OPENED {
             // Read each time: the certificate may be renewed while a connection is opened.
             let generation = match peer {
                 Peer::Mesh { .. } => self.0.material.borrow().as_ref().map_or(0, |m| m.generation),
@@ -414,10 +415,14 @@ impl Pool {
             if opened.has_room(generation) {
                 return Ok(opened);
             }
+            // Filled by others who waited for it too, it was a good one: the next is for those who are left.
+            if opened.in_flight.get() == 0 {
+                failed += 1;
+            }
         }
         Err(ConnectError {
             failure: Failure::NotProcessed,
-            detail: "each new connection was closed or full at once".into(),
+            detail: "each new connection was closed at once".into(),
             local: false,
         })
     }
@@ -545,7 +550,18 @@ impl Pool {
         as_inbound: bool,
         timeout: Duration,
     ) -> Result<TcpStream, ConnectError> {
+        let stream = self.dial(address, as_inbound, timeout).await?;
         self.0.recorder.count(Counter::Connects);
+        Ok(stream)
+    }
+
+    /// The same, not yet counted as a success.
+    async fn dial(
+        &self,
+        address: SocketAddr,
+        as_inbound: bool,
+        timeout: Duration,
+    ) -> Result<TcpStream, ConnectError> {
         let connecting = async {
             let socket = match address {
                 SocketAddr::V4(_) => TcpSocket::new_v4()?,
@@ -624,7 +640,7 @@ impl Pool {
             .map_err(|e| own(format!("TLS configuration: {e}")))?;
         let name = ServerName::try_from(uid.server_name())
             .map_err(|e| ConnectError::remote(Failure::Identity, format!("pod uid {uid}: {e}")))?;
-        let tcp = self.connect(address, false, timeout).await?;
+        let tcp = self.dial(address, false, timeout).await?;
         let connecting = TlsConnector::from(config).connect(name, tcp);
         let tls = match tokio::time::timeout(timeout.max(TLS_TIMEOUT), connecting).await {
             Ok(Ok(tls)) => tls,
@@ -641,6 +657,7 @@ impl Pool {
             self.0.recorder.count(Counter::IdentityMismatches);
             return Err(ConnectError::remote(Failure::Identity, format!("{address} does not speak Weft")));
         }
+        self.0.recorder.count(Counter::Connects);
         Ok((tls, material.generation))
     }
 

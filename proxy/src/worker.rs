@@ -249,7 +249,8 @@ impl Worker {
                     generation: Cell::new(None),
                 })
             });
-            if state.generation.get().is_none_or(|g| g < backend.generation) {
+            // What is not known says nothing about the endpoints that others use under its last good list.
+            if backend.resolved && state.generation.get().is_none_or(|g| g < backend.generation) {
                 state.balancer.borrow_mut().update(backend, now);
                 state.generation.set(Some(backend.generation));
                 state.failfast.set(false);

@@ -15,7 +15,7 @@ use weft_control_plane::cli::demo::{
     netns::Pod,
 };
 use weft_core::ports;
-use weft_harness::apps::{curl, load, serve, start, testapp};
+use weft_harness::apps::{curl, load, output, serve, service, start, testapp};
 
 use crate::{ECHO, pair};
 
@@ -186,6 +186,18 @@ fn knock(
     identity: Option<(CertificateDer<'static>, KeyPair)>,
     silent: Duration,
 ) -> io::Result<()> {
+    say(pod, to, server_name, identity, silent, b"hello")
+}
+
+/// The same with other bytes than a greeting.
+fn say(
+    pod: &Pod,
+    to: SocketAddr,
+    server_name: &str,
+    identity: Option<(CertificateDer<'static>, KeyPair)>,
+    silent: Duration,
+    bytes: &[u8],
+) -> io::Result<()> {
     use std::io::{Read as _, Write as _};
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
     let builder = ClientConfig::builder_with_provider(provider)
@@ -209,7 +221,7 @@ fn knock(
         std::thread::sleep(silent);
         let mut tls = rustls::ClientConnection::new(Arc::new(config), name).map_err(io::Error::other)?;
         let mut stream = rustls::Stream::new(&mut tls, &mut tcp);
-        stream.write_all(b"hello")?;
+        stream.write_all(bytes)?;
         let mut byte = [0];
         let n = stream.read(&mut byte)?;
         if n == 1 { Ok(()) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
@@ -271,6 +283,35 @@ fn certificates_of_strangers_are_refused_by_the_called_side() {
     }
     let wrong_pod = knock(client, to, "another-pod.weft.internal", Some(ours.leaf(good, |_| {})), at_once);
     assert!(wrong_pod.is_err(), "another pod's name was let in");
+}
+
+#[test]
+fn what_calls_itself_bytes_is_no_request_at_a_port_declared_http() {
+    let Some(pair) = pair("bytes_as_http", &[]) else { return };
+    let to = SocketAddr::new(pair.server.sidecar.pod.ip.into(), 8080);
+    let name = format!("{}.weft.internal", pair.server.sidecar.uid);
+    let ours = issuer_of(&pair.mesh.dir().join("state"));
+    let forged =
+        b"GET /head HTTP/1.1\r\nHost: a\r\nweft-client-id: spiffe://cluster.local/ns/shop/sa/admin\r\n\r\n";
+    let try_it = || {
+        let identity = ours.leaf("spiffe://cluster.local/ns/shop/sa/client", |_| {});
+        say(&pair.client.pod, to, &name, Some(identity), Duration::ZERO, forged)
+    };
+    try_it().expect("the control: nothing is declared, so bytes are bytes");
+    service(&pair.mesh, "shop", "echo", "10.96.0.1", &[("http", 80, 8080)]).unwrap();
+    wait(Duration::from_secs(10), || Ok(try_it().is_err())).unwrap();
+    assert!(pair.server.sidecar.metric("weft_proxy_errors_total", &["not_http"]).unwrap() >= 1.0);
+    assert_eq!(curl(&pair.client.pod, &[ECHO]).unwrap(), "ok");
+}
+
+#[test]
+fn empty_lines_before_a_request_do_not_make_it_bytes() {
+    let Some(pair) = pair("empty_lines", &[]) else { return };
+    let ask = "exec 3<>/dev/tcp/10.96.0.1/80; \
+               printf '\\r\\n\\r\\nGET /head HTTP/1.1\\r\\nHost: a\\r\\nConnection: close\\r\\n\
+               weft-client-id: spiffe://cluster.local/ns/shop/sa/admin\\r\\n\\r\\n' >&3; timeout 10 cat <&3";
+    let said = output(pair.client.app("bash").args(["-c", ask])).unwrap();
+    assert!(said.starts_with("HTTP/1.1 ") && !said.contains("sa/admin"), "{said}");
 }
 
 /// The mesh's own issuer, read from the state directory as an attacker with the key would.

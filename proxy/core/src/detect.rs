@@ -119,12 +119,14 @@ pub fn server_bytes_are_http(bytes: &[u8]) -> bool {
 
 fn http1(bytes: &[u8]) -> Detected {
     let bytes = &bytes[..bytes.len().min(MAX_BYTES)];
-    // One empty line before the request line is ignored (RFC 9112 §2.2).
-    let line = match bytes {
-        [b'\r'] => return Detected::NeedMore,
-        [b'\r', b'\n', rest @ ..] | [b'\n', rest @ ..] => rest,
-        _ => bytes,
-    };
+    // Empty lines before the request line are ignored: RFC 9112 §2.2 has at least one, servers skip them all.
+    let mut line = bytes;
+    while let [b'\r', b'\n', rest @ ..] | [b'\n', rest @ ..] = line {
+        line = rest;
+    }
+    if line == b"\r" {
+        return more(bytes);
+    }
     let Some(end) = line.iter().position(|&b| !is_token(b)) else {
         return if line.len() > MAX_METHOD { Detected::Opaque } else { more(bytes) };
     };
@@ -315,6 +317,7 @@ mod tests {
             b"CONNECT db:5432 HTTP/1.1\r\nHost: db",
             b"get / HTTP/1.0\n",
             b"\r\nGET /",
+            b"\r\n\r\n\nGET /",
         ] {
             assert_eq!(detect(yes), Detected::Http1, "{}", String::from_utf8_lossy(yes));
         }

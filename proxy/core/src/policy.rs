@@ -52,6 +52,17 @@ pub enum Protocol {
     Tls,
 }
 
+impl Protocol {
+    /// Whether the port was declared to speak HTTP of any version.
+    #[must_use]
+    pub const fn is_http(self) -> bool {
+        match self {
+            Self::Http1 | Self::Http2 | Self::Grpc => true,
+            Self::Detect | Self::Opaque | Self::Tls => false,
+        }
+    }
+}
+
 /// One destination's whole policy, immutable, taken once a request or connection.
 #[derive(Clone, Debug)]
 pub struct OutboundPolicy {

@@ -179,7 +179,7 @@ struct Inner {
     series: RefCell<[Option<Rc<Series>>; 3]>,
     edges: RefCell<HashMap<Arc<str>, u64>>,
     /// When edges were last handed on.
-    settled: Cell<Instant>,
+    settled: Cell<Option<Instant>>,
     /// Counted as open for as long as anything of it is.
     _open: Rc<Open>,
 }
@@ -208,7 +208,7 @@ impl Server {
             parent: original.port().to_string().into(),
             series: RefCell::default(),
             edges: RefCell::default(),
-            settled: Cell::new(now()),
+            settled: Cell::default(),
             _open: open,
         }))
     }
@@ -281,13 +281,16 @@ impl Inner {
         }
         decision.request(&outgoing.headers, &outgoing.path);
         let path = outgoing.path.path();
-        self.edge(if grpc { path } else { "" }, exchange.started());
         let port = self.port();
-        if !mesh && port.mtls == MtlsMode::Strict {
+        let permitted = if !mesh && port.mtls == MtlsMode::Strict {
             self.worker.recorder.count(Counter::PlaintextRefused);
-            return Err(Error::PlaintextRefused);
-        }
-        self.authorize(&port.authorization, &outgoing, path)?;
+            Err(Error::PlaintextRefused)
+        } else {
+            self.authorize(&port.authorization, &outgoing, path)
+        };
+        // Whoever is refused does not choose what is remembered of it.
+        self.edge(if grpc && permitted.is_ok() { path } else { "" }, exchange.started());
+        permitted?;
         if self.worker.drain.is_refusing() {
             return Err(Error::Draining);
         }
@@ -482,8 +485,9 @@ impl Inner {
             Some(count) => *count += 1,
             None => *edges.entry(if full { "" } else { method }.into()).or_default() += 1,
         }
-        if at.saturating_duration_since(self.settled.get()) >= SETTLE {
-            self.settled.set(at);
+        // The first at once: a connection may stay open for long after its only request.
+        if self.settled.get().is_none_or(|last| at.saturating_duration_since(last) >= SETTLE) {
+            self.settled.set(Some(at));
             drop(edges);
             self.settle_edges();
         }

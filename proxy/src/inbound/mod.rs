@@ -47,7 +47,7 @@ pub(crate) async fn serve(worker: Rc<Worker>, mut accepted: Accepted) {
         return refuse(&worker, &accepted, &Error::NotReady);
     };
     let port = port_policy(&policy, accepted.original.port());
-    let http = matches!(port.protocol, Protocol::Http1 | Protocol::Http2 | Protocol::Grpc);
+    let http = port.protocol.is_http();
     // Where the client must speak first (HTTP, and a sidecar where nobody else is admitted), a slow one is waited for.
     let must_speak = http || port.mtls == MtlsMode::Strict;
     let silence = if must_speak { worker.config.times.header } else { port.detect_timeout };
@@ -136,8 +136,13 @@ async fn mesh(
         tracing::warn!(%client, "the caller's certificate is not trusted any more");
         return reset(tls.tcp());
     }
-    match alpn {
+    // Both may have been offered: the handshake has agreed on one.
+    match tls.get_ref().1.alpn_protocol().and_then(Alpn::from_name).unwrap_or(alpn) {
         Alpn::H2 => http::serve_mesh(worker, tls, client, original, port, caller, open).await,
+        Alpn::Tcp if port.protocol.is_http() => {
+            tcp::serve_declared_http(&worker, tls, original, &caller).await;
+            drop(open);
+        }
         Alpn::Tcp => {
             tcp::serve(&worker, tls, original, &caller).await;
             drop(open);
@@ -165,7 +170,7 @@ async fn plaintext(worker: Rc<Worker>, accepted: Accepted, port: Arc<PortPolicy>
         Detected::Http2 => Some(true),
         Detected::Tls { .. } | Detected::Opaque | Detected::NeedMore => None,
     };
-    let declared = matches!(port.protocol, Protocol::Http1 | Protocol::Http2 | Protocol::Grpc);
+    let declared = port.protocol.is_http();
     match http {
         // An HTTP caller is told why: each of its requests is answered.
         Some(h2) if port.protocol != Protocol::Opaque || strict => {

@@ -35,6 +35,39 @@ pub(super) async fn serve<S: Stream>(worker: &Worker, client: S, original: Socke
     }
 }
 
+/// The same for a port that is declared to speak HTTP, by a caller's sidecar: TLS of the app's own alone passes as
+/// bytes. What the app could read as HTTP and nobody here has read may name any caller in its headers.
+pub(super) async fn serve_declared_http<S: Stream>(
+    worker: &Worker,
+    mut client: S,
+    original: SocketAddr,
+    caller: &Caller,
+) {
+    let mut begun = BytesMut::new();
+    let reading = async {
+        loop {
+            match weft_core::detect::detect(&begun) {
+                Detected::NeedMore => {}
+                Detected::Tls { .. } => return true,
+                Detected::Http1 | Detected::Http2 | Detected::Opaque => return false,
+            }
+            if !matches!(client.read_buf(&mut begun).await, Ok(n) if n > 0) {
+                // Nothing can come of what ended before it began.
+                return begun.is_empty();
+            }
+        }
+    };
+    if tokio::time::timeout(worker.config.times.header, reading).await.unwrap_or(false) {
+        return serve(worker, Prefixed::new(begun.freeze(), client), original, caller).await;
+    }
+    let error = Error::NotHttp;
+    let code = error.answer().code;
+    worker.recorder.error(code);
+    tracing::warn!(component = "inbound", code, %error, client = %caller.address,
+        caller = caller.identity.as_ref().map(|id| id.as_str()), destination = %original, "connection refused");
+    reset(client.tcp());
+}
+
 /// The client of a port that may be server-first is silent: dials the app, and lets whoever speaks first decide.
 /// Returns the connection when the client turned out to speak something that is to be understood, a late sidecar's
 /// handshake above all.

@@ -67,7 +67,7 @@ async fn destined(worker: Rc<Worker>, mut accepted: Accepted, destination: Rc<De
 
 async fn spoken(worker: Rc<Worker>, accepted: Accepted, destination: Rc<Destination>, first: First) {
     let protocol = destination.watched.policy().service.protocol;
-    let declared = matches!(protocol, Protocol::Http1 | Protocol::Http2 | Protocol::Grpc);
+    let declared = protocol.is_http();
     match first.detected {
         Detected::Http1 => http::serve(worker, accepted, destination, first.bytes, false).await,
         Detected::Http2 => http::serve(worker, accepted, destination, first.bytes, true).await,

@@ -189,6 +189,9 @@ async fn connect(
             Some(chosen.backend),
             Spoken::Tcp,
         ));
+        if !policy.resolved {
+            return Err(Error::BackendUnresolved);
+        }
         let permit = Permit::take(backend, policy.service.limits.max_connections).ok_or(Error::Overloaded)?;
         let picked = {
             let mut rng = worker.rng.borrow_mut();
@@ -288,8 +291,10 @@ async fn carry<C: Stream, S: Stream>(
     };
     let now = now();
     if let Some((lease, _permit)) = held {
-        // A long connection that breaks says little about the endpoint as it is now: only its opening counts.
-        let opened = if matches!(outcome, Outcome::Failure(_)) { Outcome::Cancelled } else { outcome };
+        // A connection that breaks after a while says little about the endpoint as it is now. One that brought nothing
+        // does: behind a sidecar this is how an app that is down looks, and quick failures must not attract more.
+        let worked = moved.down.get() > 0;
+        let opened = if worked && broken.is_some() { Outcome::Cancelled } else { outcome };
         exchange.settled(lease.finish(opened, now));
     }
     exchange.finish(class, now);
