@@ -54,7 +54,7 @@ bench: deps-bench ## Weft against nothing, a bare relay and Envoy, in one run (n
 	exec $(BUILT)/release/weft-bench $(ARGS)
 
 .PHONY: soak
-soak: deps-test deps-soak ## The long outages, and tests/REPORT.md: every figure that the tests measure (root; 25 minutes)
+soak: deps-test ## The long outages, and tests/REPORT.md: every figure that the tests measure (root; 25 minutes)
 	@$(CARGO) build --locked --release --workspace --bins
 	mkdir -p target
 	# Release programs under the tests' ordinary build: what is judged is optimized, what judges need not be.
@@ -124,7 +124,7 @@ deny: ## Dependencies: versions with known holes, duplicates, licences, sources
 	fi
 	$(CARGO) deny --log-level error check advisories
 
-.PHONY: deps deps-demo deps-test deps-soak deps-bench
+.PHONY: deps deps-demo deps-test deps-bench
 deps: deps-demo deps-test deps-bench ## Debian and Python packages that demo, test and bench need
-deps-demo deps-test deps-soak deps-bench: deps-%:
+deps-demo deps-test deps-bench: deps-%:
 	@tests/deps.sh $*

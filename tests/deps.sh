@@ -5,7 +5,7 @@
 # them say that they were skipped, and why. Python packages go into target/venv, which needs no root.
 # In CI (CI=true) something missing is an error: a gate that skips its tests is no gate.
 #
-# Usage: tests/deps.sh demo|test|soak|bench
+# Usage: tests/deps.sh demo|test|bench
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PATH=$PATH:/usr/sbin:/sbin
@@ -16,14 +16,9 @@ database="mariadbd=mariadb-server mariadb=mariadb-client mariadb-install-db=mari
 load="nginx=nginx-light wrk=wrk h2load=nghttp2-client iperf3=iperf3"
 case "${1:-}" in
   demo) programs="$base $database" requirements="" ;;
-  test) programs="$base $database $load curl=curl strace=strace tcpdump=tcpdump nc=netcat-openbsd openssl=openssl" requirements=tests/requirements.txt ;;
-  # The servers that every smuggling payload is tried on.
-  soak)
-    programs="node=nodejs haproxy=haproxy apache2=apache2 lighttpd=lighttpd varnishd=varnish"
-    requirements=tests/mesh/origins/requirements.txt
-    ;;
+  test) programs="$base $database $load curl=curl strace=strace tcpdump=tcpdump nc=netcat-openbsd openssl=openssl apache2=apache2-bin haproxy=haproxy node=nodejs" requirements=tests/requirements.txt ;;
   bench) programs="$base $load" requirements=tests/bench/requirements.txt ;;
-  *) echo "usage: $0 demo|test|soak|bench" >&2; exit 2 ;;
+  *) echo "usage: $0 demo|test|bench" >&2; exit 2 ;;
 esac
 
 missing() {

@@ -7,6 +7,10 @@
 //! Why the replay buffer suffices: the stream window between sidecars is no larger than the buffer
 //! (`pool::UPLOAD_WINDOW`) and a peer opens it only after its app took the request. Whatever was sent of a
 //! request that the app never saw is therefore still here, however long the upload is.
+//!
+//! Why crumbs are gathered: HTTP/2 libraries end a connection on which too many small frames lie unread, or a hundred
+//! empty ones ever came. A connection between sidecars, or to the app, is shared: what one caller sends in crumbs must
+//! not end it for the others.
 
 use std::{
     cell::RefCell,
@@ -14,10 +18,10 @@ use std::{
     fmt,
     pin::Pin,
     rc::Rc,
-    task::{Context, Poll, Waker},
+    task::{Context, Poll, Waker, ready},
 };
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use http::HeaderMap;
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use hyper::body::Incoming;
@@ -35,6 +39,8 @@ use crate::{
 
 /// Pieces in which an upload is handed on, so that no more than a window and one piece is ever taken ahead.
 const PIECE: usize = 16 * 1024;
+/// What is smaller is joined with what is there already.
+const CRUMB: usize = 256;
 
 /// A request's or response's body on the data path.
 pub(crate) struct Body(Kind);
@@ -90,7 +96,7 @@ impl Body {
             tail.end(None);
             return Self(Kind::Incoming(inner));
         }
-        Self(Kind::Watched(Box::new(Watched { inner, tail: Some(tail) })))
+        Self(Kind::Watched(Box::new(Watched { inner, next: None, tail: Some(tail) })))
     }
 
     pub(crate) fn attempt(body: AttemptBody) -> Self {
@@ -124,7 +130,7 @@ impl HttpBody for Body {
             Kind::Full(data) => data.is_empty(),
             Kind::Incoming(body) => body.is_end_stream(),
             Kind::Attempt(body) => body.is_end_stream(),
-            Kind::Watched(body) => body.inner.is_end_stream(),
+            Kind::Watched(body) => body.next.is_none() && body.inner.is_end_stream(),
         }
     }
 
@@ -137,6 +143,41 @@ impl HttpBody for Body {
             Kind::Watched(body) => body.inner.size_hint(),
         }
     }
+}
+
+/// What came behind crumbs.
+enum Next {
+    End,
+    Frame(Frame<Bytes>),
+    Failed(hyper::Error),
+}
+
+/// Data, and if it is a crumb whatever of the same body is there already; and what ended the gathering.
+fn gather(first: Bytes, source: &mut Incoming, cx: &mut Context<'_>) -> (Bytes, Option<Next>) {
+    if first.len() >= CRUMB || source.is_end_stream() {
+        return (first, None);
+    }
+    let mut second = BytesMut::new();
+    let joined = |second: BytesMut, first: Bytes| if second.is_empty() { first } else { second.freeze() };
+    while second.len() < PIECE && !source.is_end_stream() {
+        let next = match Pin::new(&mut *source).poll_frame(cx) {
+            Poll::Pending => break,
+            Poll::Ready(None) => Next::End,
+            Poll::Ready(Some(Err(error))) => Next::Failed(error),
+            Poll::Ready(Some(Ok(frame))) => match frame.data_ref() {
+                Some(data) if data.len() < PIECE => {
+                    if second.is_empty() {
+                        second.extend_from_slice(&first);
+                    }
+                    second.extend_from_slice(data);
+                    continue;
+                }
+                Some(_) | None => Next::Frame(frame),
+            },
+        };
+        return (joined(second, first), Some(next));
+    }
+    (joined(second, first), None)
 }
 
 /// A request body of which the first bytes are kept, so that another endpoint can be given the whole.
@@ -158,6 +199,8 @@ struct Kept {
     passed: usize,
     /// Read from the source but not yet handed on.
     rest: Bytes,
+    /// And what came behind it.
+    next: Option<Next>,
     /// The attempt that may read; older ones have lost.
     attempt: u32,
     waker: Option<Waker>,
@@ -185,6 +228,7 @@ impl Replay {
             failed: false,
             passed: 0,
             rest: Bytes::new(),
+            next: None,
             attempt: 0,
             waker: None,
         })))
@@ -268,21 +312,29 @@ impl AttemptBody {
                 self.trailers_sent = true;
                 return Poll::Ready(kept.trailers.clone().map(|t| Ok(Frame::trailers(t))));
             }
-            match Pin::new(&mut kept.source).poll_frame(cx) {
-                Poll::Pending => {
-                    kept.waker = Some(cx.waker().clone());
-                    return Poll::Pending;
-                }
-                Poll::Ready(None) => kept.ended = true,
-                Poll::Ready(Some(Err(e))) => {
+            let next = match kept.next.take() {
+                Some(next) => next,
+                None => match Pin::new(&mut kept.source).poll_frame(cx) {
+                    Poll::Pending => {
+                        kept.waker = Some(cx.waker().clone());
+                        return Poll::Pending;
+                    }
+                    Poll::Ready(None) => Next::End,
+                    Poll::Ready(Some(Err(error))) => Next::Failed(error),
+                    Poll::Ready(Some(Ok(frame))) => Next::Frame(frame),
+                },
+            };
+            match next {
+                Next::End => kept.ended = true,
+                Next::Failed(error) => {
                     kept.failed = true;
                     kept.ended = true;
-                    return Poll::Ready(Some(Err(BodyError::Hyper(e))));
+                    return Poll::Ready(Some(Err(BodyError::Hyper(error))));
                 }
-                Poll::Ready(Some(Ok(frame))) => match frame.into_data() {
+                Next::Frame(frame) => match frame.into_data() {
                     Ok(data) => {
-                        kept.rest = data;
-                        kept.ended = kept.source.is_end_stream();
+                        (kept.rest, kept.next) = gather(data, &mut kept.source, cx);
+                        kept.ended = kept.next.is_none() && kept.source.is_end_stream();
                     }
                     Err(frame) => {
                         kept.trailers = frame.into_trailers().ok();
@@ -303,9 +355,14 @@ impl AttemptBody {
 
     fn size_hint(&self) -> SizeHint {
         let kept = self.kept.borrow();
+        let next = match &kept.next {
+            Some(Next::Frame(frame)) => frame.data_ref().map_or(0, Bytes::len),
+            Some(Next::End | Next::Failed(_)) | None => 0,
+        };
         let ahead: usize =
             kept.pieces.get(self.next..).unwrap_or_default().iter().map(Bytes::len).sum::<usize>()
-                + kept.rest.len();
+                + kept.rest.len()
+                + next;
         let ahead = ahead as u64;
         let rest = kept.source.size_hint();
         let mut hint = SizeHint::new();
@@ -341,34 +398,57 @@ pub(crate) struct Tail {
 
 struct Watched {
     inner: Incoming,
+    next: Option<Next>,
     tail: Option<Tail>,
 }
 
 impl Watched {
     fn poll_frame(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
-        let polled = Pin::new(&mut self.inner).poll_frame(cx);
-        let Poll::Ready(frame) = polled else { return Poll::Pending };
-        match &frame {
-            Some(Ok(frame)) => {
-                if let Some(tail) = &mut self.tail
-                    && !tail.seen_data
-                {
-                    tail.first_byte();
-                }
-                if let Some(trailers) = frame.trailers_ref() {
-                    self.end(Some(trailers));
-                } else if self.inner.is_end_stream() {
+        loop {
+            let next = match self.next.take() {
+                Some(next) => next,
+                None => match ready!(Pin::new(&mut self.inner).poll_frame(cx)) {
+                    None => Next::End,
+                    Some(Err(error)) => Next::Failed(error),
+                    Some(Ok(frame)) => Next::Frame(frame),
+                },
+            };
+            let frame = match next {
+                Next::End => {
                     self.end(None);
+                    return Poll::Ready(None);
                 }
-            }
-            Some(Err(_)) => {
-                if let Some(tail) = self.tail.take() {
-                    tail.settle(Outcome::Failure(Failure::Reset), Class::ServerError, false);
+                Next::Failed(error) => {
+                    if let Some(tail) = self.tail.take() {
+                        tail.settle(Outcome::Failure(Failure::Reset), Class::ServerError, false);
+                    }
+                    return Poll::Ready(Some(Err(BodyError::Hyper(error))));
                 }
+                Next::Frame(frame) => frame,
+            };
+            if let Some(tail) = &mut self.tail
+                && !tail.seen_data
+            {
+                tail.first_byte();
             }
-            None => self.end(None),
+            let frame = match frame.into_data() {
+                Ok(data) => {
+                    let (data, next) = gather(data, &mut self.inner, cx);
+                    self.next = next;
+                    if data.is_empty() && !(self.next.is_none() && self.inner.is_end_stream()) {
+                        continue;
+                    }
+                    Frame::data(data)
+                }
+                Err(frame) => frame,
+            };
+            if let Some(trailers) = frame.trailers_ref() {
+                self.end(Some(trailers));
+            } else if self.next.is_none() && self.inner.is_end_stream() {
+                self.end(None);
+            }
+            return Poll::Ready(Some(Ok(frame)));
         }
-        Poll::Ready(frame.map(|f| f.map_err(BodyError::Hyper)))
     }
 
     fn end(&mut self, trailers: Option<&HeaderMap>) {

@@ -232,7 +232,8 @@ fn a_flood_of_frames_ends_its_own_connection_only() {
 #[test]
 #[ignore = "soak: twenty connections each, and the bounds of a quiet machine"]
 fn twenty_floods_of_each_kind_at_once_are_shut_out_within_a_second() {
-    shut_out("floods_all", 20, Duration::from_secs(1), 2.0, 20.0);
+    // Those who flood share the two cores with everybody.
+    shut_out("floods_all", 20, Duration::from_secs(1), 2.0, 100.0);
 }
 
 #[test]
@@ -246,13 +247,13 @@ fn frames_that_carry_something_are_no_flood() {
         let mut head = vec![0x83, 0x86];
         head.extend(fields(&[(":path", "/sink"), (":authority", "a")]));
         peer.write_all(&[PREFACE, &frame(1, 4, 1, &head)].concat()).unwrap();
-        for _ in 0..5 {
+        for _ in 0..100 {
             peer.write_all(&frame(0, 0, 1, b"x").repeat(200)).unwrap();
         }
         peer.write_all(&frame(0, 1, 1, b"")).unwrap();
         let mut said = Vec::new();
         let mut buffer = [0; 4096];
-        while !said.windows(4).any(|four| four == b"1000") {
+        while !said.windows(5).any(|five| five == b"20000") {
             let n = peer.read(&mut buffer).unwrap_or_else(|error| panic!("{component}: {error}: {said:?}"));
             assert!(n > 0, "{component}: {said:?}");
             said.extend_from_slice(&buffer[..n]);

@@ -14,12 +14,12 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result};
 use weft_control_plane::cli::demo::{
     mesh::{Mesh, Meshed, Workload, wait},
     netns::{Pod, Process},
 };
-use weft_harness::apps::{mesh_or_skip, python, service, skip, start, testapp};
+use weft_harness::apps::{mesh_or_skip, python, service, start, testapp};
 
 /// What is sent, and what comes of it.
 struct Payload {
@@ -643,7 +643,7 @@ impl World {
                 Ok(Some((seen, processes))) => {
                     origins.push(Origin { name, port, seen, _processes: processes })
                 }
-                Ok(None) => skip(test, &format!("{name} is not installed: make deps-test")),
+                Ok(None) => println!("{test}: without {name}, which is not installed: make deps-test"),
                 Err(error) => panic!("{name}: {error:#}"),
             }
         }
@@ -873,8 +873,13 @@ fn disagreements(world: &World, origin: &Origin, table: &[Payload]) -> Result<Ve
         })?;
         let seen = seen(origin)?;
         let way = ["inbound", "outbound"][way];
+        // A sidecar asks in the version that it was asked in: the preface of HTTP/2, to an app that takes it for a request.
+        let preface = |(method, path, ..): &Seen| (&**method, &**path) == ("PRI", "*");
         let known = |number: &String| number.parse::<usize>().is_ok_and(|n| n < table.len());
         for (number, requests) in seen.iter().filter(|(number, _)| !known(number)) {
+            if requests.iter().all(preface) {
+                continue;
+            }
             all.push(format!("{way} {}: {number:?} out of nothing: {requests:?}", origin.name));
         }
         for (n, (payload, answer)) in table.iter().zip(sent).enumerate() {
@@ -884,7 +889,7 @@ fn disagreements(world: &World, origin: &Origin, table: &[Payload]) -> Result<Ve
                 Ok(bytes) => String::from_utf8_lossy(&bytes).into_owned(),
                 Err(error) => format!("no answer: {error:#}"),
             };
-            let wrong = judge(payload, got, &text);
+            let wrong = judge(origin, payload, got, &text);
             if let Some(wrong) = wrong {
                 all.push(format!(
                     "{way} {}: {}: {wrong}\n   sent {:?}\n   seen {got:?}\n   told {text:?}",
@@ -899,7 +904,7 @@ fn disagreements(world: &World, origin: &Origin, table: &[Payload]) -> Result<Ve
 }
 
 /// What is wrong, if anything is.
-fn judge(payload: &Payload, got: &[Seen], told: &str) -> Option<&'static str> {
+fn judge(origin: &Origin, payload: &Payload, got: &[Seen], told: &str) -> Option<&'static str> {
     if told.starts_with("no answer") {
         return Some("the connection was left open");
     }
@@ -917,26 +922,36 @@ fn judge(payload: &Payload, got: &[Seen], told: &str) -> Option<&'static str> {
         Want::Only(want) => {
             // An app may have its own reasons to refuse what it was handed; it may not see anything else.
             let mut left = want.iter();
-            let in_order = got
-                .iter()
-                .all(|(method, path, _, body)| left.any(|(m, p, b)| m == method && p == path && b == body));
+            let in_order = got.iter().all(|(method, path, _, body)| {
+                // Varnish drops the body of a GET.
+                let dropped = origin.name == "varnish" && method == "GET" && body.is_empty();
+                left.any(|(m, p, b)| m == method && p == path && (b == body || dropped))
+            });
             if !in_order {
                 return Some("the app saw something else");
             }
-            let own = told.contains("HTTP/1.1 4") || told.contains("HTTP/1.1 5") || payload.h2;
+            let own = told.contains("HTTP/1.1 4")
+                || told.contains("HTTP/1.0 4")
+                || told.contains("HTTP/1.1 5")
+                || payload.h2;
             (got.len() < want.len() && !own).then_some("a request was lost")
         }
     }
 }
 
-fn run(test: &str, names: &[&'static str], least: usize) {
-    let Some(world) = World::new(test, names) else { return };
+#[test]
+fn no_payload_makes_an_app_see_another_request_than_its_sidecar() {
+    let names = [&APPS[..], &GATEWAYS].concat();
+    let Some(world) = World::new("smuggling", &names) else { return };
     let table = payloads();
     assert!(table.len() >= 150, "{} payloads", table.len());
-    let mut all = Vec::new();
-    for origin in &world.origins {
-        all.extend(disagreements(&world, origin, &table).unwrap());
-    }
+    // Servers side by side: each has a file of its own, and most of the time is theirs.
+    let all: Vec<String> = std::thread::scope(|scope| {
+        let (world, table) = (&world, &table);
+        let one = |origin| scope.spawn(move || disagreements(world, origin, table).unwrap());
+        let running: Vec<_> = world.origins.iter().map(one).collect();
+        running.into_iter().flat_map(|one| one.join().unwrap()).collect()
+    });
     let names: Vec<_> = world.origins.iter().map(|origin| origin.name).collect();
     println!(
         "figure: smuggling: {} disagreements (bound 0) of {} payloads x {} origins ({}) x 2 ways",
@@ -946,23 +961,7 @@ fn run(test: &str, names: &[&'static str], least: usize) {
         names.join(", ")
     );
     assert!(all.is_empty(), "{}", all.join("\n"));
-    let in_ci = std::env::var_os("CI").is_some();
-    let enough = || {
-        ensure!(names.len() >= least, "only {names:?} are installed");
-        Ok(())
-    };
-    if in_ci {
-        enough().unwrap();
+    if std::env::var_os("CI").is_some() {
+        assert!(names.len() >= 8, "only {names:?} are installed");
     }
-}
-
-#[test]
-fn no_payload_makes_an_app_see_another_request_than_its_sidecar() {
-    run("smuggling", &["hyper", "node", "nginx"], 2);
-}
-
-#[test]
-#[ignore = "soak: every payload at a dozen real servers"]
-fn no_payload_makes_any_server_see_another_request_than_its_sidecar() {
-    run("smuggling_all", &[&APPS[..], &GATEWAYS].concat(), 8);
 }
