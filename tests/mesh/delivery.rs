@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use weft_control_plane::cli::demo::mesh::wait;
-use weft_harness::apps::{curl, start_load};
+use weft_harness::apps::{curl, service, start_load};
 
 use crate::{ECHO, pair};
 
@@ -28,7 +28,13 @@ fn controller_away(away: u64) {
     pair.mesh.kill_controller().unwrap();
     std::thread::sleep(Duration::from_secs(away));
     pair.mesh.start_controller().unwrap();
-    std::thread::sleep(Duration::from_secs(4));
+    // The sidecar finds its way back within the 30 s of its backoff, and what changes is streamed to it again.
+    wait(Duration::from_secs(40), || Ok(pair.client.metric("weft_control_connected", &[])? == 1.0)).unwrap();
+    service(&pair.mesh, "shop", "echo", "10.96.0.1", &[("web", 80, 8080), ("late", 81, 8080)]).unwrap();
+    wait(Duration::from_secs(10), || {
+        Ok(curl(&pair.client.pod, &[&format!("{ECHO}:81")]).is_ok_and(|said| said == "ok"))
+    })
+    .unwrap();
     let summary = loading.finish().unwrap();
     println!(
         "figure: controller killed for {away} s and started cold: {} of {} failed",

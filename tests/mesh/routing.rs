@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, time::Duration};
 
 use weft_control_plane::cli::demo::mesh::{Mesh, Meshed, Workload, wait};
-use weft_harness::apps::{Served, curl, load, mesh_or_skip, serve, service};
+use weft_harness::apps::{Served, curl, load, mesh_or_skip, output, serve, service};
 
 const API: &str = "http://10.96.0.10";
 
@@ -45,6 +45,8 @@ fn policy(mesh: &Mesh, service: &str, spec: serde_json::Value) {
         "spec": spec,
     });
     mesh.write(&format!("policy-{service}.yaml"), &format!("{object:#}\n")).unwrap();
+    let object = format!("TrafficPolicy/shop/{service}");
+    output(&mut mesh.weft(&["wait", &object, "--applied"])).unwrap();
 }
 
 fn served_by(world: &World, args: &[&str]) -> String {
@@ -136,7 +138,6 @@ fn a_slow_endpoint_gets_little_and_the_tail_is_half_of_round_robins() {
     let Some(world) = world("slow_endpoint", &apps) else { return };
     let run = |algorithm: &str| {
         policy(&world.mesh, "api", serde_json::json!({"loadBalancing": {"algorithm": algorithm}}));
-        std::thread::sleep(Duration::from_millis(500));
         load(&world.mesh, &world.client.pod, &["--url", API, "--rate", "300", "--seconds", "6"]).unwrap()
     };
     let robin = run("RoundRobin");
@@ -165,10 +166,8 @@ fn a_failing_endpoint_is_ejected_and_one_that_refuses_costs_no_request() {
     // The app of another endpoint dies without a word: nothing was sent to it, so nothing fails.
     let dead = world.apps.remove(1);
     drop(dead.app);
-    std::thread::sleep(Duration::from_secs(1));
     world.apps.remove(0);
     world.mesh.forget("api-1").unwrap();
-    std::thread::sleep(Duration::from_millis(500));
     let args = ["--url", API, "--rate", "200", "--seconds", "3", "--half-post"];
     let refused = load(&world.mesh, &world.client.pod, &args).unwrap();
     assert_eq!(refused.failed, 0, "{refused:?}");

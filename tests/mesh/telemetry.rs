@@ -44,7 +44,8 @@ fn each_sidecar_has_prometheus_metrics_and_is_small() {
     let buckets = pair.client.metric("weft_request_duration_seconds_bucket", &["le=\"+Inf\""]).unwrap();
     assert_eq!(buckets, 100.0);
     println!("figure: idle sidecar: {idle} KiB resident");
-    if !cfg!(debug_assertions) {
+    // A debug build is larger; `make soak` names the programs of a release build.
+    if !cfg!(debug_assertions) || std::env::var_os("WEFT_PROGRAMS").is_some() {
         assert!(idle <= 12 * 1024, "{idle} KiB");
     }
 }
