@@ -12,12 +12,10 @@
 
 use std::{
     io::{self, Write},
-    net::SocketAddr,
     sync::{
         Arc,
         mpsc::{Receiver, SyncSender, TrySendError, sync_channel},
     },
-    time::Duration,
 };
 
 use tracing_subscriber::{
