@@ -13,10 +13,11 @@ PATH=$PATH:/usr/sbin:/sbin
 # program=package
 base="cc=gcc ip=iproute2 nsenter=util-linux setpriv=util-linux iptables=iptables ps=procps"
 database="mariadbd=mariadb-server mariadb=mariadb-client mariadb-install-db=mariadb-server"
+remote="sshd=openssh-server ssh=openssh-client redis-server=redis-server redis-cli=redis-tools faketime=faketime"
 load="nginx=nginx-light wrk=wrk h2load=nghttp2-client iperf3=iperf3"
 case "${1:-}" in
   demo) programs="$base $database" requirements="" ;;
-  test) programs="$base $database $load curl=curl strace=strace tcpdump=tcpdump nc=netcat-openbsd openssl=openssl apache2=apache2-bin haproxy=haproxy node=nodejs" requirements=tests/requirements.txt ;;
+  test) programs="$base $database $remote $load curl=curl strace=strace tcpdump=tcpdump nc=netcat-openbsd openssl=openssl apache2=apache2-bin haproxy=haproxy node=nodejs" requirements=tests/requirements.txt ;;
   bench) programs="$base $load" requirements=tests/bench/requirements.txt ;;
   *) echo "usage: $0 demo|test|bench" >&2; exit 2 ;;
 esac

@@ -135,7 +135,9 @@ async fn connection(
     side: Component,
     open: Rc<Open>,
 ) {
-    if stream.set_nodelay(true).is_err() {
+    // Urgent bytes stay in the stream: otherwise a read skips them, and the app gets a stream with a hole.
+    let inline = SockRef::from(&stream).set_out_of_band_inline(true);
+    if stream.set_nodelay(true).and(inline).is_err() {
         return;
     }
     pool::keep_alive(&stream);

@@ -543,19 +543,33 @@ impl Pool {
         Ok(H1 { sender, due, idle_since: now(), used: false })
     }
 
-    /// Opens a TCP connection; `as_inbound` makes it come from the address that capture lets pass.
+    /// Opens a TCP connection; `as_inbound` makes it come from the address that capture lets pass. An app that
+    /// listens on one family only is reached on that one: which of a pod's addresses its callers use is not its choice.
     pub(crate) async fn connect(
         &self,
         address: SocketAddr,
         as_inbound: bool,
         timeout: Duration,
     ) -> Result<TcpStream, ConnectError> {
-        let stream = self.dial(address, as_inbound, timeout).await?;
+        let stream = match self.dial(address, as_inbound, timeout).await {
+            Err(refused) if as_inbound && refused.failure == Failure::Refused => {
+                let Some(other) = self.other_family(address) else { return Err(refused) };
+                self.dial(other, as_inbound, timeout).await.map_err(|_| refused)?
+            }
+            dialled => dialled?,
+        };
         self.0.recorder.count(Counter::Connects);
         Ok(stream)
     }
 
-    /// The same, not yet counted as a success.
+    /// This pod's address of the other family, if that is one of this pod's.
+    fn other_family(&self, address: SocketAddr) -> Option<SocketAddr> {
+        let own = &self.0.config.pod_ips;
+        let other = own.iter().find(|ip| own.contains(&address.ip()) && ip.is_ipv4() != address.is_ipv4())?;
+        Some(SocketAddr::new(*other, address.port()))
+    }
+
+    /// The same, to this address only and not yet counted as a success.
     async fn dial(
         &self,
         address: SocketAddr,
@@ -568,6 +582,8 @@ impl Pool {
                 SocketAddr::V6(_) => TcpSocket::new_v6()?,
             };
             socket.set_nodelay(true)?;
+            // Otherwise a read skips an urgent byte, and the app gets a stream with a hole.
+            socket2::SockRef::from(&socket).set_out_of_band_inline(true)?;
             if as_inbound {
                 // Without this a source address has only the 28,000 ephemeral ports for all destinations.
                 let _ = nix::sys::socket::setsockopt(
@@ -609,10 +625,13 @@ impl Pool {
         };
         self.0.recorder.count(if failure == Failure::Refused {
             Counter::ConnectRefusals
+        } else if failure == Failure::ConnectTimeout {
+            Counter::ConnectTimeouts
         } else {
             Counter::ConnectErrors
         });
-        ConnectError::remote(failure, format!("{address}: {error}"))
+        let local = is_our_own_want(error);
+        ConnectError { local, ..ConnectError::remote(failure, format!("{address}: {error}")) }
     }
 
     /// Opens an mTLS connection to exactly this pod under exactly this identity. Every failure up to here
@@ -806,6 +825,16 @@ impl Drop for Open {
     fn drop(&mut self) {
         self.0.gauge(Gauge::PooledConnections, -1);
     }
+}
+
+/// Descriptors, memory or local ports have run out here: nothing that the endpoint did.
+pub(crate) fn is_our_own_want(error: &io::Error) -> bool {
+    use nix::errno::Errno;
+    let errno = error.raw_os_error().map(Errno::from_raw);
+    errno.is_some_and(|errno| {
+        [Errno::EMFILE, Errno::ENFILE, Errno::ENOBUFS, Errno::ENOMEM, Errno::EADDRNOTAVAIL, Errno::EADDRINUSE]
+            .contains(&errno)
+    })
 }
 
 /// Keepalive on. No bound on unacknowledged data here: `TCP_USER_TIMEOUT` also ends a connection whose reader

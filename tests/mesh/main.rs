@@ -17,6 +17,7 @@ mod routing;
 mod secrecy;
 mod smuggling;
 mod tcp;
+mod tcp_habits;
 mod telemetry;
 
 use weft_control_plane::cli::demo::mesh::{Mesh, Meshed, Workload};

@@ -598,6 +598,35 @@ fn the_program_shows_applies_and_removes() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn wrong_options_are_all_named_and_no_rule_is_made() -> Result<()> {
+    let Some(world) = world_or_skip("wrong_options_are_all_named_and_no_rule_is_made") else { return Ok(()) };
+    let pod = world.pod("a")?;
+    let empty = tables(&pod)?;
+    let wrong = [
+        ["--exclude-inbound-ports", "0", "0"],
+        ["--exclude-outbound-ports", "20-30,25", "25"],
+        ["--exclude-outbound-cidrs", "fd00::/8", "fd00::/8"],
+        ["--only-inbound-ports", "14006", "14006"],
+    ];
+    let mut command = pod.command(program("weft-iptables")?);
+    command.args(["--families", "ipv4"]);
+    for [option, value, _] in wrong {
+        command.args([option, value]);
+    }
+    let output = command.output()?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success(), "{said}");
+    for [option, _, part] in wrong {
+        assert!(
+            said.lines().any(|line| line.contains(option) && line.contains(part)),
+            "{option} {part}: {said}"
+        );
+    }
+    assert_eq!(tables(&pod)?, empty);
+    Ok(())
+}
+
 /// A pod without IPv6 is told so and captured all the same.
 #[test]
 fn without_ipv6_the_rest_is_captured() -> Result<()> {
