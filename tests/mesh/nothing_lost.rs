@@ -1,18 +1,161 @@
-//! Rolling restarts: no request fails, none is done twice, none reaches the wrong pod.
+//! Whatever is replaced, rotated or away while requests go on: none fails, none is done twice, none reaches the wrong
+//! pod.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    fs,
     net::Ipv4Addr,
-    time::Duration,
+    path::{Path, PathBuf},
+    sync::atomic::{AtomicBool, AtomicU64, Ordering},
+    time::{Duration, Instant},
 };
 
 use nix::sys::signal::Signal;
-use weft_control_plane::cli::demo::mesh::Workload;
-use weft_harness::apps::{Served, mesh_or_skip, serve, service, start_load};
+use weft_control_plane::cli::demo::mesh::{Mesh, Meshed, Options, Workload, wait};
+use weft_core::ports;
+use weft_harness::apps::{
+    Loading, Served, curl, load, mesh_with, output, serve, service, start, start_load, testapp,
+};
+
+const API: &str = "http://10.96.0.10/";
+
+/// A service `api` of three backends, and a client that calls it all the time. Each request has an id, which both ends
+/// write down.
+struct Busy {
+    // Apps and sidecars end before the mesh that they live in.
+    loading: Loading,
+    client: Meshed,
+    backends: Vec<Served>,
+    /// A pod of another service, at an address that was a backend's.
+    other: Option<Served>,
+    made: u32,
+    rate: u32,
+    mesh: Mesh,
+}
+
+impl Busy {
+    fn start(test: &str, rate: u32, controller_args: &[&str]) -> Option<Self> {
+        let env = [("WEFT_RENEW_SPREAD", "200ms"), ("WEFT_RECONNECT_CAP", "1s")];
+        let options = Options {
+            controller_args: controller_args.iter().map(|&arg| arg.to_owned()).collect(),
+            sidecar_env: env.map(|(name, value)| (name.to_owned(), value.to_owned())).into(),
+            ..Options::default()
+        };
+        let mesh = mesh_with(test, options)?;
+        service(&mesh, "shop", "api", "10.96.0.10", &[("http", 80, 8080)]).unwrap();
+        service(&mesh, "shop", "other", "10.96.0.11", &[("http", 80, 8080)]).unwrap();
+        let backends = (1..=3).map(|n| backend(&mesh, n)).collect();
+        let client = mesh.workload(Workload::new("shop", "client")).unwrap();
+        let (rate_text, sent) = (rate.to_string(), mesh.dir().join("sent"));
+        let mut args = vec!["--url", API, "--rate", &rate_text, "--seconds", "3600", "--half-post"];
+        args.extend(["--ids", sent.to_str().unwrap()]);
+        let loading = start_load(&mesh, &client.pod, &args).unwrap();
+        let busy = Self { loading, client, backends, other: None, made: 3, rate, mesh };
+        busy.more_answered();
+        Some(busy)
+    }
+
+    /// Waits until as many more requests were answered as are sent in half a second.
+    fn more_answered(&self) {
+        let answered = || self.client.metric("weft_requests_total", &["direction=\"outbound\""]).unwrap();
+        let before = answered();
+        wait(Duration::from_secs(20), || Ok(answered() > before + f64::from(self.rate) / 2.0)).unwrap();
+    }
+
+    fn add(&mut self) {
+        self.made += 1;
+        self.backends.push(backend(&self.mesh, self.made));
+    }
+
+    /// Deletes the oldest backend; gives the address that is free now.
+    fn delete(&mut self) -> Ipv4Addr {
+        let oldest = self.backends.remove(0);
+        delete(&self.mesh, oldest)
+    }
+
+    /// The address of a deleted backend goes to a pod of another service.
+    fn reuse(&mut self, freed: Ipv4Addr) {
+        if let Some(before) = self.other.take() {
+            delete(&self.mesh, before);
+        }
+        let mut other = Workload::new("shop", &format!("other-{}", self.made));
+        other.ip = Some(freed);
+        self.other = Some(serve(&self.mesh, other, &[]).unwrap());
+    }
+
+    fn sidecars(&self) -> Vec<&Meshed> {
+        let served = self.backends.iter().chain(&self.other).map(|served| &served.sidecar);
+        served.chain([&self.client]).collect()
+    }
+
+    /// Asks the controller to rotate, and waits until every sidecar has a certificate that is newer.
+    fn rotate(&self, query: &str) {
+        let renewals = |meshed: &&Meshed| meshed.metric("weft_certificate_renewals_total", &["ok"]).unwrap();
+        let sidecars = self.sidecars();
+        let before: Vec<_> = sidecars.iter().map(renewals).collect();
+        self.mesh.post(&format!("/api/v1/certs/rotate{query}")).unwrap();
+        wait(Duration::from_secs(30), || {
+            Ok(sidecars.iter().zip(&before).all(|(meshed, before)| renewals(meshed) > *before))
+        })
+        .unwrap_or_else(|error| panic!("not everybody renewed after {query:?}: {error}"));
+    }
+
+    fn trusts(&self, roots: f64) {
+        let trusted = |meshed: &&Meshed| meshed.metric("weft_trust_roots", &[]).unwrap();
+        let sidecars = self.sidecars();
+        wait(Duration::from_secs(30), || Ok(sidecars.iter().all(|meshed| trusted(meshed) == roots)))
+            .unwrap_or_else(|error| panic!("not everybody trusts {roots} roots: {error}"));
+    }
+
+    /// A → A+B → B, each step when everybody has followed the one before.
+    fn replace_root(&self) {
+        self.rotate("?root=add");
+        self.trusts(2.0);
+        self.rotate("?root=activate");
+        self.retire_root();
+    }
+
+    fn retire_root(&self) {
+        self.mesh.post("/api/v1/certs/rotate?root=retire").unwrap();
+        self.trusts(1.0);
+    }
+
+    /// Ends the load and compares what both ends wrote down. `what` goes into the figure.
+    fn nothing_lost(self, what: &str) {
+        self.more_answered();
+        let Self { loading, client, backends, other, rate, mesh, .. } = self;
+        let summary = loading.finish().unwrap();
+        let read = |name: &str| fs::read_to_string(mesh.dir().join(name)).unwrap_or_default();
+        let (sent, arrived) = (read("sent"), read("seen"));
+        let mut times = BTreeMap::<&str, u32>::new();
+        for id in arrived.lines() {
+            *times.entry(id).or_default() += 1;
+        }
+        let posts = sent.lines().filter(|line| line.contains(" POST "));
+        let posts: BTreeSet<&str> = posts.filter_map(|line| line.split(' ').next()).collect();
+        let twice = posts.iter().filter(|id| times.get(*id).copied().unwrap_or(0) > 1).count();
+        let wrong = summary.served_by.keys().filter(|by| !by.starts_with("api-")).count();
+        println!(
+            "figure: {what} at {rate}/s, half POST: {} of {} failed (bound 0), {twice} POSTs done twice (bound 0), {wrong} wrong pods (bound 0)",
+            summary.failed, summary.sent
+        );
+        assert_eq!(summary.failed, 0, "{summary:?}");
+        assert_eq!((twice, wrong), (0, 0), "{summary:?}");
+        drop((client, backends, other));
+    }
+}
+
+fn backend(mesh: &Mesh, n: u32) -> Served {
+    let seen = mesh.dir().join("seen");
+    // Half of the apps end at once on SIGTERM, the others finish what they have.
+    let habit = if n.is_multiple_of(2) { "exit" } else { "drain" };
+    let args = ["--ids", seen.to_str().unwrap(), "--on-term", habit, "--delay-ms", "5"];
+    serve(mesh, Workload::new("shop", &format!("api-{n}")), &args).unwrap()
+}
 
 /// What Kubernetes does to a pod that is deleted, in its order: the endpoint is terminating and the preStop hook
 /// runs at t = 0, the app gets SIGTERM when the hook has ended, the sidecar when the app has.
-fn delete(mesh: &weft_control_plane::cli::demo::mesh::Mesh, mut served: Served) -> Ipv4Addr {
+fn delete(mesh: &Mesh, mut served: Served) -> Ipv4Addr {
     mesh.set_state(&served.sidecar, true, true).unwrap();
     served.sidecar.drain().unwrap();
     served.app.signal(Signal::SIGTERM).unwrap();
@@ -39,69 +182,346 @@ fn soak_twenty_rolling_restarts_at_500_a_second() {
 }
 
 fn rolling_restarts(rounds: u32, rate: u32) {
-    let rate = rate.to_string();
-    let Some(mesh) = mesh_or_skip("rolling_restarts") else { return };
-    service(&mesh, "shop", "api", "10.96.0.10", &[("http", 80, 8080)]).unwrap();
-    service(&mesh, "shop", "other", "10.96.0.11", &[("http", 80, 8080)]).unwrap();
-    let seen = mesh.dir().join("seen");
-    let ids = seen.to_str().unwrap().to_owned();
-    let start = |n: u32, ip: Option<Ipv4Addr>| {
-        let mut workload = Workload::new("shop", &format!("api-{n}"));
-        workload.ip = ip;
-        // Half of the apps end at once on SIGTERM, the others finish what they have.
-        let habit = if n.is_multiple_of(2) { "exit" } else { "drain" };
-        serve(&mesh, workload, &["--ids", &ids, "--on-term", habit, "--delay-ms", "5"]).unwrap()
-    };
-    let mut backends: Vec<Served> = (1..=3).map(|n| start(n, None)).collect();
-    let client = mesh.workload(Workload::new("shop", "client")).unwrap();
-    let sent = mesh.dir().join("sent");
-    let args = [
-        "--url",
-        "http://10.96.0.10/",
-        "--rate",
-        &rate,
-        "--seconds",
-        "3600",
-        "--half-post",
-        "--ids",
-        sent.to_str().unwrap(),
-    ];
-    let loading = start_load(&mesh, &client.pod, &args).unwrap();
-    std::thread::sleep(Duration::from_millis(500));
-    let mut next = 4;
-    let mut others: Vec<Served> = Vec::new();
-    for round in 0..rounds {
-        for (place, backend) in backends.iter_mut().enumerate() {
-            let fresh = start(next, None);
-            next += 1;
-            let old = std::mem::replace(backend, fresh);
-            let freed = delete(&mesh, old);
+    let Some(mut busy) = Busy::start("rolling_restarts", rate, &[]) else { return };
+    for _ in 0..rounds {
+        for place in 0..3 {
+            busy.add();
+            let freed = busy.delete();
             if place == 0 {
-                // The freed address goes to a pod of another service.
-                others.clear();
-                let mut other = Workload::new("shop", &format!("other-{round}"));
-                other.ip = Some(freed);
-                others.push(serve(&mesh, other, &[]).unwrap());
+                busy.reuse(freed);
             }
         }
     }
-    let summary = loading.finish().unwrap();
-    let lines = |path: &std::path::Path| std::fs::read_to_string(path).unwrap_or_default();
-    let arrived = lines(&seen);
-    let mut times = BTreeMap::<&str, u32>::new();
-    for id in arrived.lines() {
-        *times.entry(id).or_default() += 1;
+    busy.nothing_lost(&format!("{rounds} rolling restarts of 3 backends"));
+}
+
+#[test]
+fn leaves_and_roots_are_replaced_under_load_and_nothing_is_lost() {
+    rotations(2, Duration::ZERO);
+}
+
+#[test]
+#[ignore = "soak: takes ten minutes; `make soak`"]
+fn soak_leaves_are_replaced_every_twenty_seconds_for_ten_minutes_and_roots_between() {
+    rotations(30, Duration::from_secs(20));
+}
+
+/// A root's three steps are taken in the middle.
+fn rotations(times: u32, every: Duration) {
+    let Some(busy) = Busy::start("rotations", 200, &[]) else { return };
+    for n in 0..times {
+        let begun = Instant::now();
+        if n == times / 2 {
+            busy.replace_root()
+        } else {
+            busy.rotate("")
+        }
+        busy.more_answered();
+        std::thread::sleep(every.saturating_sub(begun.elapsed()));
     }
-    let asked = lines(&sent);
-    let posts: BTreeSet<&str> =
-        asked.lines().filter(|l| l.contains(" POST ")).filter_map(|l| l.split(' ').next()).collect();
-    let duplicated = posts.iter().filter(|id| times.get(*id).copied().unwrap_or(0) > 1).count();
-    let wrong = summary.served_by.keys().filter(|by| by.starts_with("other")).count();
+    let leaves = times - 1;
+    busy.nothing_lost(&format!("{leaves} times all leaves and once the root replaced"));
+}
+
+#[test]
+fn the_issuer_may_be_away_for_most_of_a_certificates_life() {
+    issuer_away(15);
+}
+
+#[test]
+#[ignore = "soak: takes two minutes; `make soak`"]
+fn soak_the_issuer_is_away_for_most_of_a_long_certificates_life() {
+    issuer_away(120);
+}
+
+fn issuer_away(life: u64) {
+    let life_text = format!("{life}s");
+    let Some(busy) = Busy::start("issuer_away", 100, &["--certificate-lifetime", &life_text]) else { return };
+    busy.rotate("");
+    let begun = Instant::now();
+    let port = ports::IDENTITY.to_string();
+    let refuse = |what: &str| {
+        let rule =
+            [what, "INPUT", "-p", "tcp", "--dport", &port, "-j", "REJECT", "--reject-with", "tcp-reset"];
+        output(busy.mesh.controller_pod.command("iptables").args(rule)).unwrap();
+    };
+    refuse("-I");
+    std::thread::sleep(Duration::from_secs_f64(life as f64 * 0.8).saturating_sub(begun.elapsed()));
+    let failed =
+        |meshed: &&Meshed| meshed.metric("weft_certificate_renewals_total", &["failed"]).unwrap() > 0.0;
+    assert!(busy.sidecars().iter().all(failed), "nobody has noticed");
+    refuse("-D");
+    // Nobody's certificate of before is good any more when this ends.
+    std::thread::sleep(Duration::from_secs(life + 1).saturating_sub(begun.elapsed()));
+    busy.nothing_lost(&format!("the issuer away for 80 % of a certificate's {life} s"));
+}
+
+/// Writes files of a mesh's folder for as long as it is told to, from a thread beside the test's own.
+struct Churn<'a> {
+    source: PathBuf,
+    stop: &'a AtomicBool,
+    writes: &'a AtomicU64,
+}
+
+impl Churn<'_> {
+    fn write(&self, file: &str, object: &serde_json::Value) {
+        let temporary = self.source.with_file_name(format!("{file}.churn"));
+        fs::write(&temporary, format!("{object:#}\n")).unwrap();
+        fs::rename(&temporary, self.source.join(file)).unwrap();
+        self.writes.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// A hundred times a second, who may do what, and where it goes.
+    fn policies(&self) {
+        let mut n = 0;
+        while !self.stop.load(Ordering::Relaxed) {
+            match n % 3 {
+                0 => self.write("authz.yaml", &authorization(if n % 2 == 0 { &["/extra"] } else { &[] })),
+                1 => self.write("policy.yaml", &traffic_policy(n)),
+                _ => self.write("route.yaml", &route(n)),
+            }
+            n += 1;
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    /// Ten endpoints, a thousand, and ten again, within five seconds.
+    fn endpoints(&self) {
+        let mut many = false;
+        while !self.stop.load(Ordering::Relaxed) {
+            many = !many;
+            for slice in 0..10 {
+                self.write(
+                    &format!("slice-{slice}.yaml"),
+                    &endpoint_slice(slice, if many { 100 } else { 1 }),
+                );
+            }
+            std::thread::sleep(Duration::from_millis(2_500));
+        }
+    }
+}
+
+/// `/` is allowed by each, `/private` by none.
+fn authorization(more: &[&str]) -> serde_json::Value {
+    let paths = [&["/", "/public/*"], more].concat();
+    serde_json::json!({
+        "apiVersion": "weft.dev/v1alpha1", "kind": "AuthorizationPolicy",
+        "metadata": {"namespace": "shop", "name": "api"},
+        "spec": {"selector": {"matchLabels": {"app": "api"}}, "action": "Allow",
+                 "rules": [{"from": [{"identities": ["spiffe://cluster.local/ns/shop/sa/client"]}],
+                            "to": [{"paths": paths}]}]},
+    })
+}
+
+fn traffic_policy(n: u32) -> serde_json::Value {
+    serde_json::json!({
+        "apiVersion": "weft.dev/v1alpha1", "kind": "TrafficPolicy",
+        "metadata": {"namespace": "shop", "name": "api"},
+        "spec": {"targetRefs": [{"group": "", "kind": "Service", "name": "api"}],
+                 "retries": {"maxRetries": 1 + n % 3}},
+    })
+}
+
+fn route(n: u32) -> serde_json::Value {
+    serde_json::json!({
+        "apiVersion": "gateway.networking.k8s.io/v1", "kind": "HTTPRoute",
+        "metadata": {"namespace": "shop", "name": "api"},
+        "spec": {"parentRefs": [{"group": "", "kind": "Service", "name": "api"}],
+                 "rules": [{"backendRefs": [{"name": "api", "port": 80}],
+                            "filters": [{"type": "RequestHeaderModifier",
+                                         "requestHeaderModifier": {"set": [{"name": "x-route", "value": n.to_string()}]}}]}]},
+    })
+}
+
+fn endpoint_slice(slice: u32, endpoints: u32) -> serde_json::Value {
+    let endpoint = |n: u32| serde_json::json!({"addresses": [format!("198.18.{slice}.{}", n + 1)], "conditions": {"ready": true}});
+    serde_json::json!({
+        "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
+        "metadata": {"namespace": "shop", "name": format!("many-{slice}"),
+                     "labels": {"kubernetes.io/service-name": "many"}},
+        "endpoints": (0..endpoints).map(endpoint).collect::<Vec<_>>(),
+        "ports": [{"name": "http", "port": 8080, "protocol": "TCP"}],
+    })
+}
+
+#[test]
+fn policies_may_be_replaced_all_the_time_and_no_decision_is_wrong() {
+    policy_churn(4);
+}
+
+#[test]
+#[ignore = "soak: takes a minute; `make soak`"]
+fn soak_policies_are_replaced_for_a_minute() {
+    policy_churn(60);
+}
+
+fn policy_churn(seconds: u64) {
+    let Some(busy) = Busy::start("policy_churn", 100, &[]) else { return };
+    let (stop, writes) = (AtomicBool::new(false), AtomicU64::new(0));
+    let churn = Churn { source: busy.mesh.source(), stop: &stop, writes: &writes };
+    let apply = |paths: &[&str]| {
+        let status = busy.mesh.api("/api/v1/status").unwrap();
+        let ours = |o: &&serde_json::Value| o["kind"] == "AuthorizationPolicy" && o["name"] == "api";
+        let before = status["objects"].as_array().unwrap().iter().find(ours).map(|o| o["version"].clone());
+        churn.write("authz.yaml", &authorization(paths));
+        let mut args = vec!["wait", "AuthorizationPolicy/shop/api", "--applied", "--timeout", "20s"];
+        if let Some(before) = before.as_ref().and_then(|version| version.as_str()) {
+            args.extend(["--after", before]);
+        }
+        output(&mut busy.mesh.weft(&args)).unwrap();
+    };
+    apply(&[]);
+    let private = format!("{API}private");
+    let (begun, seconds_text) = (Instant::now(), seconds.to_string());
+    let denied = std::thread::scope(|scope| {
+        scope.spawn(|| churn.policies());
+        let args = ["--url", &private, "--rate", "100", "--seconds", &seconds_text, "--connections", "8"];
+        let denied = load(&busy.mesh, &busy.client.pod, &args);
+        stop.store(true, Ordering::Relaxed);
+        denied.unwrap()
+    });
+    let per_second = writes.load(Ordering::Relaxed) as f64 / begun.elapsed().as_secs_f64();
+    assert_eq!(denied.statuses, BTreeMap::from([("403".to_owned(), denied.sent)]), "{denied:?}");
+    // What is said to be live is: at once, and at every backend.
+    let extra = format!("{API}extra");
+    // The last of all those must have been read before another is waited for.
+    churn.write("authz.yaml", &authorization(&["/done"]));
+    let done = format!("{API}done");
+    let code = |url: &str| curl(&busy.client.pod, &["-o", "/dev/null", "-w", "%{http_code}", url]).unwrap();
+    wait(Duration::from_secs(20), || Ok(code(&done) == "200")).unwrap();
+    for n in 0..6 {
+        let allowed = n % 2 == 0;
+        apply(if allowed { &["/extra"] } else { &[] });
+        for _ in 0..6 {
+            assert_eq!(code(&extra), if allowed { "200" } else { "403" }, "change {n}");
+        }
+    }
     println!(
-        "figure: {rounds} rolling restarts of 3 backends at {rate}/s, half POST: {} sent, {} failed, {duplicated} duplicated POSTs, {wrong} wrong pods",
-        summary.sent, summary.failed
+        "figure: policies written {per_second:.0} times a second for {seconds} s: of {} requests that none of them allows {} were let through (bound 0)",
+        denied.sent, denied.ok
+    );
+    busy.nothing_lost("policies replaced all the time, each of which allows this");
+}
+
+#[test]
+fn endpoints_may_come_and_go_by_the_thousand_and_nothing_is_lost() {
+    endpoint_churn(6);
+}
+
+#[test]
+#[ignore = "soak: takes a minute; `make soak`"]
+fn soak_endpoints_come_and_go_for_a_minute() {
+    endpoint_churn(60);
+}
+
+fn endpoint_churn(seconds: u64) {
+    let Some(busy) = Busy::start("endpoint_churn", 50, &[]) else { return };
+    let _app = thousand_addresses(&busy.mesh);
+    let (stop, writes) = (AtomicBool::new(false), AtomicU64::new(0));
+    let churn = Churn { source: busy.mesh.source(), stop: &stop, writes: &writes };
+    for slice in 0..10 {
+        churn.write(&format!("slice-{slice}.yaml"), &endpoint_slice(slice, 1));
+    }
+    let many = "http://10.96.0.20/";
+    wait(Duration::from_secs(10), || Ok(curl(&busy.client.pod, &[many]).is_ok_and(|said| said == "ok")))
+        .unwrap();
+    let seen = || {
+        let seen = busy.mesh.api("/api/v1/endpoints?service=shop/many").unwrap();
+        seen["rows"].as_array().map_or(0, Vec::len)
+    };
+    let (mut largest, seconds_text) = (0, seconds.to_string());
+    let summary = std::thread::scope(|scope| {
+        scope.spawn(|| churn.endpoints());
+        let args = ["--url", many, "--rate", "200", "--seconds", &seconds_text, "--half-post"];
+        let mut loading = start_load(&busy.mesh, &busy.client.pod, &args).unwrap();
+        let begun = Instant::now();
+        while begun.elapsed() < Duration::from_secs(seconds) {
+            largest = largest.max(seen());
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        let summary = loading.collect();
+        stop.store(true, Ordering::Relaxed);
+        summary.unwrap()
+    });
+    println!(
+        "figure: 10, {largest} and 10 endpoints within 5 s, again and again for {seconds} s: {} of {} failed (bound 0)",
+        summary.failed, summary.sent
     );
     assert_eq!(summary.failed, 0, "{summary:?}");
-    assert_eq!((duplicated, wrong), (0, 0));
-    assert!(summary.served_by.len() > 3, "{:?}", summary.served_by);
+    assert!(largest >= 1_000, "{largest}");
+    busy.nothing_lost("another service whose endpoints come and go");
+}
+
+/// A pod without a sidecar that answers at each of a thousand addresses, and a service `many` without a selector.
+fn thousand_addresses(mesh: &Mesh) -> weft_control_plane::cli::demo::netns::Process {
+    let pod = mesh.world.pod("thousand").unwrap();
+    output(pod.command("ip").args(["route", "add", "local", "198.18.0.0/16", "dev", "lo"])).unwrap();
+    let via = pod.ip.to_string();
+    output(mesh.world.bridge().command("ip").args(["route", "add", "198.18.0.0/16", "via", &via])).unwrap();
+    let app = start(&mut testapp(mesh, &pod, &["http", "--port", "8080", "--name", "thousand"]), &pod, 8080);
+    let object = serde_json::json!({
+        "apiVersion": "v1", "kind": "Service", "metadata": {"namespace": "shop", "name": "many"},
+        "spec": {"clusterIP": "10.96.0.20", "clusterIPs": ["10.96.0.20"],
+                 "ports": [{"name": "http", "port": 80, "targetPort": 8080}]},
+    });
+    mesh.write("service-many.yaml", &format!("{object:#}\n")).unwrap();
+    app.unwrap()
+}
+
+#[test]
+fn everything_at_once_loses_nothing() {
+    all_at_once(Duration::ZERO, Duration::from_secs(1), 150);
+}
+
+#[test]
+#[ignore = "soak: takes ten minutes; `make soak`"]
+fn soak_everything_at_once_for_ten_minutes() {
+    all_at_once(Duration::from_secs(600), Duration::from_secs(10), 500);
+}
+
+/// Backends and roots are replaced and the controller, which is the issuer, is killed, while others replace policies
+/// and endpoints all the time: rounds of all of it for so long, but one at least.
+fn all_at_once(long: Duration, away: Duration, rate: u32) {
+    let Some(mut busy) = Busy::start("all_at_once", rate, &["--certificate-lifetime", "60s"]) else { return };
+    let _app = thousand_addresses(&busy.mesh);
+    let (stop, writes) = (AtomicBool::new(false), AtomicU64::new(0));
+    let source: &Path = &busy.mesh.source();
+    let begun = Instant::now();
+    let mut rounds = 0;
+    std::thread::scope(|scope| {
+        let churn = || Churn { source: source.to_owned(), stop: &stop, writes: &writes };
+        let (policies, endpoints) = (churn(), churn());
+        scope.spawn(move || policies.policies());
+        scope.spawn(move || endpoints.endpoints());
+        // The others end too when this does not go well.
+        let _stops = Stops(&stop);
+        loop {
+            rounds += 1;
+            busy.rotate("?root=add");
+            busy.trusts(2.0);
+            let freed = busy.delete();
+            busy.mesh.kill_controller().unwrap();
+            std::thread::sleep(away);
+            busy.mesh.start_controller().unwrap();
+            busy.add();
+            busy.reuse(freed);
+            busy.rotate("?root=activate");
+            busy.retire_root();
+            if begun.elapsed() >= long {
+                break;
+            }
+        }
+    });
+    let (seconds, writes) = (begun.elapsed().as_secs(), writes.load(Ordering::Relaxed));
+    busy.nothing_lost(&format!(
+        "{rounds} times a backend and the root replaced and the controller killed in {seconds} s, with {writes} changes of policies and endpoints"
+    ));
+}
+
+struct Stops<'a>(&'a AtomicBool);
+
+impl Drop for Stops<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }
