@@ -299,6 +299,18 @@ impl Pool {
         }
     }
 
+    /// Whether a peer lets itself be connected to. Between sidecars, and where HTTP/2 is spoken, the connection stays
+    /// for whoever comes next.
+    pub(crate) async fn knock(&self, peer: &Peer, timeout: Duration) -> Result<(), ConnectError> {
+        match peer {
+            Peer::Mesh { .. } | Peer::Plain { h2: true, .. } | Peer::App { h2: true, .. } => {
+                self.h2(peer, timeout).await.map(drop)
+            }
+            Peer::Plain { address, h2: false } => self.connect(*address, false, timeout).await.map(drop),
+            Peer::App { address, h2: false } => self.connect(*address, true, timeout).await.map(drop),
+        }
+    }
+
     async fn send_h2(
         &self,
         peer: &Peer,

@@ -15,8 +15,9 @@ use std::{
 use rand::{SeedableRng as _, rngs::SmallRng};
 use tokio::sync::watch;
 use weft_core::{
-    balance::Balancer,
+    balance::{Balancer, Lease},
     budget::Budget,
+    classify::{Failure, Outcome},
     policy::{BackendKey, InboundPolicy, OutboundPolicy, PortPolicy},
 };
 
@@ -24,9 +25,9 @@ use crate::{
     config::Config,
     discovery::{Discovery, Watched},
     drain::{Drain, LocalDrain},
-    pool::Pool,
+    pool::{Peer, Pool},
     telemetry::{
-        exchange::now,
+        exchange::{Exchange, now},
         metrics::{Direction, EndpointReport, Recorder, Series, SeriesKey, endpoint_report},
     },
     tls::{self, Material},
@@ -266,6 +267,24 @@ impl Worker {
             series: RefCell::new(vec![None; series]),
             policy,
         }
+    }
+
+    /// Finds out beside all requests whether an endpoint answers again.
+    pub(crate) fn knock(self: &Rc<Self>, lease: Lease, peer: Option<Peer>, timeout: Duration) {
+        let worker = self.clone();
+        tokio::task::spawn_local(async move {
+            let outcome = match peer {
+                Some(peer) => match worker.pool.knock(&peer, timeout).await {
+                    Ok(()) => Outcome::Success,
+                    Err(error) if error.local => Outcome::Cancelled,
+                    Err(error) => Outcome::Failure(error.failure),
+                },
+                None => Outcome::Failure(Failure::Identity),
+            };
+            let exchange = Exchange::start(&worker.recorder, now());
+            exchange.settled(lease.finish(outcome, now()));
+            exchange.discard();
+        });
     }
 
     fn report_endpoints(&self) -> Vec<EndpointReport> {

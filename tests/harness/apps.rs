@@ -28,6 +28,8 @@ pub struct Summary {
     pub p99_ms: f64,
     pub p999_ms: f64,
     pub max_ms: f64,
+    /// Took 900 ms or more.
+    pub slow: u64,
 }
 
 /// A meshed pod with its app.
@@ -192,6 +194,53 @@ impl Loading {
             "load failed"
         );
         serde_json::from_str(&text).with_context(|| text.clone())
+    }
+}
+
+/// Many connections that `weft-testapp hold` keeps; they end with this.
+pub struct Holding {
+    process: Process,
+    status: PathBuf,
+}
+
+/// Where they stand.
+#[derive(Clone, Copy, Debug, Default, Deserialize)]
+pub struct Held {
+    /// Were accepted (by the kernel, which is before a sidecar looks at them).
+    pub opened: u64,
+    /// Were refused, or not accepted in 10 s.
+    pub failed: u64,
+    /// Of those opened, so many were ended by the other side.
+    pub ended: u64,
+    /// So many were answered something.
+    pub answered: u64,
+}
+
+/// Starts `weft-testapp hold`.
+pub fn hold(mesh: &Mesh, pod: &Pod, address: &str, count: u64, args: &[&str]) -> Result<Holding> {
+    static NEXT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(0);
+    let n = NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+    let status = mesh.dir().join(format!("hold-{n}"));
+    let (count, path) = (count.to_string(), status.to_str().context("a path")?.to_owned());
+    let mut all = vec!["hold", "--address", address, "--count", &count, "--status", &path];
+    all.extend_from_slice(args);
+    Ok(Holding { process: Process::spawn(&mut testapp(mesh, pod, &all))?, status })
+}
+
+impl Holding {
+    /// Where they stand now.
+    pub fn now(&mut self) -> Result<Held> {
+        ensure!(self.process.running(), "weft-testapp hold has ended");
+        match std::fs::read_to_string(&self.status) {
+            Ok(text) => Ok(serde_json::from_str(&text)?),
+            Err(_) => Ok(Held::default()),
+        }
+    }
+
+    /// Waits until each of `count` was accepted or refused.
+    pub fn tried(&mut self, count: u64, patience: Duration) -> Result<Held> {
+        mesh::wait(patience, || self.now().map(|held| held.opened + held.failed >= count))?;
+        self.now()
     }
 }
 

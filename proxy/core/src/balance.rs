@@ -36,7 +36,7 @@ use std::{
 use rand_core::RngCore;
 
 use crate::{
-    classify::Outcome,
+    classify::{Failure, Outcome},
     eject::{Reason, State, Tracker},
     ewma::Ewma,
     identity::PodUid,
@@ -503,6 +503,11 @@ impl Lease {
         self.started
     }
 
+    /// This is the probe of an endpoint that could not be connected to: connect, and send nothing.
+    pub fn only_connects(&self) -> bool {
+        self.probe && self.slot.seen.borrow().tracker.reason() == Some(Reason::NoConnection)
+    }
+
     /// The response began: the latency sample.
     pub fn first_byte(&mut self, now: Instant) {
         if self.first_byte.is_some() {
@@ -553,18 +558,31 @@ impl Lease {
                 }
                 None
             }
-            Outcome::Failure(_) => {
+            Outcome::Failure(failure) => {
                 seen.latency.at_least(took.max(shared.slow()), now);
                 seen.failing.learn(1.0, decay, now);
+                let no_connection = policy.consecutive_failures > 0
+                    && match failure {
+                        Failure::ConnectTimeout => took >= SILENCE,
+                        Failure::Refused | Failure::Unreachable => true,
+                        Failure::Status(_)
+                        | Failure::Grpc(_)
+                        | Failure::Reset
+                        | Failure::Malformed
+                        | Failure::Timeout
+                        | Failure::Identity
+                        | Failure::NotProcessed => false,
+                    };
                 let reason = if !seen.tracker.is_out() {
-                    let reason = seen.tracker.failure(&policy, now)?;
+                    let counted = seen.tracker.failure(&policy, now);
+                    let reason = if no_connection { Reason::NoConnection } else { counted? };
                     if !slot.is_ready.get() || shared.out.get() >= shared.most_out() {
                         return None;
                     }
                     shared.out.set(shared.out.get() + 1);
                     reason
                 } else if self.probe {
-                    Reason::ProbeFailed
+                    if no_connection { Reason::NoConnection } else { Reason::ProbeFailed }
                 } else {
                     return None; // sent before the ejection
                 };
@@ -798,6 +816,9 @@ const FORGOTTEN: f64 = 0.01;
 /// Added to every latency: below it, differences are noise of the clock and the scheduler.
 const SHORTEST_LATENCY: f64 = 50e-6;
 
+/// Who gave up on a connection sooner (a request with a short deadline) knows that it is slow, not that it is silent.
+const SILENCE: Duration = Duration::from_millis(500);
+
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
@@ -808,7 +829,6 @@ mod tests {
     use super::*;
     use crate::{
         backoff::Backoff,
-        classify::Failure,
         policy::{Service, ServiceName},
     };
 
@@ -1016,6 +1036,40 @@ mod tests {
             let all = [address(0), address(1), address(2)];
             assert!(w.balancer.pick(&all, w.now, &mut w.rng).is_ok());
         }
+    }
+
+    #[test]
+    fn an_endpoint_that_does_not_answer_is_ejected_at_once_and_probed_by_connecting_only() {
+        let silent = Outcome::Failure(Failure::ConnectTimeout);
+        // Whatever an endpoint has cost before, it is drawn.
+        let mut w = World::new(service(Algorithm::Random), (0..3).map(endpoint));
+        let find = |w: &mut World, at: u16| {
+            std::iter::repeat_with(|| w.pick()).find(|l| l.endpoint().address == address(at)).unwrap()
+        };
+        // A short deadline says nothing yet.
+        let lease = find(&mut w, 1);
+        assert!(lease.finish(silent, w.now + 100 * MS).is_none());
+        let lease = find(&mut w, 1);
+        assert!(!lease.only_connects());
+        w.now += S;
+        let mut until = lease.finish(silent, w.now).unwrap().until;
+        for _ in 0..3 {
+            w.now = until;
+            let probe = find(&mut w, 1);
+            assert!(probe.only_connects());
+            assert!((0..200).all(|_| w.pick().endpoint().address != address(1)));
+            w.now += S;
+            let again = probe.finish(silent, w.now).unwrap();
+            assert_eq!(again.reason, Reason::NoConnection);
+            until = again.until;
+        }
+        w.now = until;
+        find(&mut w, 1).finish(Outcome::Success, w.now);
+        assert_eq!(w.state(address(1)), Health::Healthy);
+        assert!(!find(&mut w, 1).only_connects());
+        // A refusal comes at once and says as much.
+        let refused = find(&mut w, 2).finish(Outcome::Failure(Failure::Refused), w.now).unwrap();
+        assert_eq!(refused.reason, Reason::NoConnection);
     }
 
     #[test]

@@ -5,6 +5,10 @@
 //! five times in a row. Why probing: when an ejection ends, nothing is known, so one request at a time
 //! finds out. Why the backoff survives a short recovery: an endpoint that flaps is not a new one.
 //!
+//! Why one connection that does not come about is enough: nobody is there, whatever the requests before it said; and an
+//! endpoint that swallows packets costs each request that meets it a second. A request is not sent to find out whether
+//! it is back either: whoever probes it only connects.
+//!
 //! This file decides for one endpoint. Whether it *may* be ejected (never above the cap, never the last
 //! one) is a matter of all of them: `balance.rs`.
 
@@ -40,6 +44,8 @@ pub enum Reason {
     },
     /// The probe after an ejection failed.
     ProbeFailed,
+    /// A connection to it was refused, or did not come about in time.
+    NoConnection,
 }
 
 /// What was seen of one endpoint.

@@ -242,6 +242,12 @@ impl Client {
             let permit =
                 Permit::take(backend, policy.service.limits.max_requests).ok_or(Error::Overloaded)?;
             let lease = self.pick(backend, policy.service.limits.queue_wait, &tried).await?;
+            if lease.only_connects() {
+                let h2 = sending.outgoing.version == Version::HTTP_2;
+                let peer = Peer::of(lease.endpoint(), h2, policy.service.mtls_required);
+                self.worker.knock(lease, peer, self.connect_timeout(rule));
+                continue;
+            }
             let address = lease.endpoint().address;
             let number = attempts.number();
             let connected = Cell::new(false);
@@ -340,6 +346,10 @@ impl Client {
         }
     }
 
+    fn connect_timeout(&self, rule: &Rule) -> std::time::Duration {
+        rule.timeouts.connect.unwrap_or(self.worker.config.times.connect)
+    }
+
     async fn send(
         &self,
         sending: &Sending<'_>,
@@ -366,7 +376,7 @@ impl Client {
             }
         }
         let options = SendOptions {
-            connect_timeout: sending.rule.timeouts.connect.unwrap_or(self.worker.config.times.connect),
+            connect_timeout: self.connect_timeout(sending.rule),
             idempotent: sending.idempotent,
             upload: sending.replay.as_ref(),
             fresh: number > 1,

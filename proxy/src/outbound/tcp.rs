@@ -207,6 +207,11 @@ async fn connect(
         };
         let timeout = rule.timeouts.connect.unwrap_or(worker.config.times.connect);
         let endpoint = lease.endpoint().clone();
+        if lease.only_connects() {
+            let peer = Peer::of(&endpoint, false, policy.service.mtls_required);
+            worker.knock(lease, peer, timeout);
+            continue;
+        }
         let connected = match Peer::of(&endpoint, false, policy.service.mtls_required) {
             Some(Peer::Mesh { address, uid, identity }) => {
                 let connecting = worker.pool.connect_mesh(address, &uid, &identity, Alpn::Tcp, timeout);

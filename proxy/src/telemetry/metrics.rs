@@ -563,6 +563,7 @@ pub fn endpoint_report(backend: &Arc<str>, view: EndpointView, now: Instant) -> 
             format!("{:.1} % of {requests} requests succeeded", rate * 100.0)
         }
         Some(Reason::ProbeFailed) => "the probe failed".to_owned(),
+        Some(Reason::NoConnection) => "it could not be connected to".to_owned(),
         None => String::new(),
     };
     EndpointReport {
