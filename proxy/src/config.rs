@@ -75,9 +75,9 @@ pub struct Config {
 /// What an app or a peer may make grow.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// Connections open at a time, for each worker and direction (`WEFT_MAX_CONNECTIONS`).
+    /// Connections open at a time in each direction (`WEFT_MAX_CONNECTIONS`).
     pub max_connections: usize,
-    /// Inbound connections from one address, for each worker (`WEFT_MAX_CONNECTIONS_PER_PEER`).
+    /// Inbound connections from one address (`WEFT_MAX_CONNECTIONS_PER_PEER`).
     pub max_connections_per_peer: usize,
     /// Bytes of a request's or response's head (`WEFT_MAX_HEADER_BYTES`).
     pub header_bytes: usize,

@@ -28,7 +28,9 @@ mod error;
 mod front;
 mod head;
 mod inbound;
+mod limits;
 mod listener;
+mod memory;
 mod outbound;
 mod pool;
 mod tcp;
@@ -46,6 +48,8 @@ use crate::{
     config::Config,
     drain::Drain,
     error::Component,
+    limits::Limits,
+    memory::Memory,
     telemetry::metrics::{self, Recorder, Shared},
     worker::{Budgets, Parts, Worker},
 };
@@ -87,7 +91,11 @@ pub async fn start(
     shared: Arc<Shared>,
     log: telemetry::log::LogHandle,
 ) -> Result<Proxy, StartError> {
-    raise_descriptor_limit();
+    let descriptors = raise_descriptor_limit();
+    let memory = Memory::find();
+    tracing::info!(descriptors, memory = memory.as_ref().map(Memory::limit), "limits of this process");
+    let now = tokio::time::Instant::now().into_std();
+    let limits = Limits::new(&config.limits, descriptors, memory, now);
     count_panics(&shared);
     let drain = Drain::new();
     let (asks, answers): (Vec<_>, Vec<_>) = (0..config.workers).map(|_| metrics::channel()).unzip();
@@ -97,6 +105,7 @@ pub async fn start(
         discovery: control.discovery.clone(),
         material: control.material.clone(),
         drain: drain.clone(),
+        limits,
         budgets: Budgets::default(),
     };
     let (started, bound) = std_mpsc::channel();
@@ -139,10 +148,8 @@ fn data(
         for (side, port) in sides {
             match listener::bind(side, port, shared) {
                 Ok(listeners) => {
-                    let limits = listener::Limits::new(&worker.config.limits);
                     for listener in listeners {
-                        let run = listener::run(worker.clone(), listener, side, limits.clone());
-                        tokio::task::spawn_local(run);
+                        tokio::task::spawn_local(listener::run(worker.clone(), listener, side));
                     }
                 }
                 Err(error) => {
@@ -156,26 +163,29 @@ fn data(
     });
 }
 
-/// A panic ends one connection's task; it is counted and logged, and the process goes on.
+/// A panic ends one connection's task; it is counted and logged, and the process goes on. Not by the standard hook:
+/// that writes to standard error, and waits where nobody reads it.
 fn count_panics(shared: &Arc<Shared>) {
     let shared = shared.clone();
-    let before = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
         shared.count(metrics::Counter::Panics);
         tracing::error!(%panic, "a connection's task panicked: please report this");
-        before(panic);
     }));
 }
 
-/// As many descriptors as the hard limit allows: each connection needs two.
-fn raise_descriptor_limit() {
+/// As many descriptors as the hard limit allows: each connection needs two. Says how many.
+fn raise_descriptor_limit() -> Option<u64> {
     use nix::sys::resource::{Resource, getrlimit, setrlimit};
     let raised = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(soft, hard)| {
-        if soft < hard { setrlimit(Resource::RLIMIT_NOFILE, hard, hard) } else { Ok(()) }
+        if soft < hard {
+            setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
+        }
+        Ok(hard)
     });
-    if let Err(error) = raised {
+    if let Err(error) = &raised {
         tracing::warn!(%error, "the descriptor limit stays as it is");
     }
+    raised.ok().or_else(|| getrlimit(Resource::RLIMIT_NOFILE).ok().map(|(soft, _)| soft))
 }
 
 /// The whole life of a sidecar: start, serve until SIGTERM or SIGINT, drain, end. Hardens the process: call it before

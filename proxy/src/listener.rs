@@ -5,10 +5,9 @@
 //! out of descriptors.
 
 use std::{
-    cell::{Cell, RefCell},
-    collections::HashMap,
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    os::fd::AsRawFd as _,
     rc::Rc,
     time::Duration,
 };
@@ -17,12 +16,16 @@ use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use tokio::net::{TcpListener, TcpStream};
 
 use crate::{
-    config,
     drain::ConnectionGuard,
     error::Component,
-    inbound, outbound, pool,
+    inbound,
+    limits::{Limits, Slot},
+    outbound, pool,
     tcp::reset,
-    telemetry::metrics::{Counter, Gauge},
+    telemetry::{
+        exchange::now,
+        metrics::{Counter, Gauge},
+    },
     worker::Worker,
 };
 
@@ -93,8 +96,8 @@ fn listen(address: SocketAddr, shared: bool) -> io::Result<TcpListener> {
     TcpListener::from_std(socket.into())
 }
 
-/// Accepts until the process ends. The limits are those of one side of a worker: its listeners share them.
-pub(crate) async fn run(worker: Rc<Worker>, listener: TcpListener, side: Component, limits: Rc<Limits>) {
+/// Accepts until the process ends.
+pub(crate) async fn run(worker: Rc<Worker>, listener: TcpListener, side: Component) {
     let (accepted, shed, open) = match side {
         Component::Outbound => (Counter::OutboundAccepted, Counter::OutboundShed, Gauge::OutboundConnections),
         Component::Inbound => (Counter::InboundAccepted, Counter::InboundShed, Gauge::InboundConnections),
@@ -112,7 +115,7 @@ pub(crate) async fn run(worker: Rc<Worker>, listener: TcpListener, side: Compone
             }
         };
         worker.recorder.count(accepted);
-        let Some(slot) = Limits::take(&limits, client.ip(), side) else {
+        let Some(slot) = Limits::take(&worker.limits, client.ip(), stream.as_raw_fd(), side, now()) else {
             worker.recorder.count(shed);
             reset(&stream);
             continue;
@@ -181,66 +184,8 @@ fn is_own_listener(worker: &Worker, original: SocketAddr, local: Option<IpAddr>)
 }
 
 fn is_exhausted(error: &io::Error) -> bool {
-    // EMFILE and ENFILE, ENOBUFS and ENOMEM: nothing that another accept at once could change.
-    matches!(error.raw_os_error(), Some(23 | 24 | 105 | 12))
-}
-
-/// How many connections one side of a worker has open, and may.
-pub(crate) struct Limits {
-    open: Cell<usize>,
-    max: usize,
-    per_peer: RefCell<HashMap<IpAddr, usize>>,
-    max_per_peer: usize,
-}
-
-/// One open connection, counted.
-struct Slot {
-    limits: Rc<Limits>,
-    peer: Option<IpAddr>,
-}
-
-impl Limits {
-    pub(crate) fn new(limits: &config::Limits) -> Rc<Self> {
-        Rc::new(Self {
-            open: Cell::new(0),
-            max: limits.max_connections,
-            per_peer: RefCell::default(),
-            max_per_peer: limits.max_connections_per_peer,
-        })
-    }
-
-    fn take(limits: &Rc<Self>, peer: IpAddr, side: Component) -> Option<Slot> {
-        if limits.open.get() >= limits.max {
-            return None;
-        }
-        // Outbound, every client is this pod.
-        let peer = (side == Component::Inbound).then_some(peer);
-        if let Some(peer) = peer {
-            let mut per_peer = limits.per_peer.borrow_mut();
-            let open = per_peer.entry(peer).or_default();
-            if *open >= limits.max_per_peer {
-                return None;
-            }
-            *open += 1;
-        }
-        limits.open.set(limits.open.get() + 1);
-        Some(Slot { limits: limits.clone(), peer })
-    }
-}
-
-impl Drop for Slot {
-    fn drop(&mut self) {
-        self.limits.open.set(self.limits.open.get() - 1);
-        if let Some(peer) = self.peer {
-            let mut per_peer = self.limits.per_peer.borrow_mut();
-            if let Some(open) = per_peer.get_mut(&peer) {
-                *open -= 1;
-                if *open == 0 {
-                    per_peer.remove(&peer);
-                }
-            }
-        }
-    }
+    // Nothing that another accept at once could change.
+    pool::is_our_own_want(error)
 }
 
 /// Lowers a gauge when the connection ends, however it ends.

@@ -25,6 +25,7 @@ use crate::{
     config::Config,
     discovery::{Discovery, Watched},
     drain::{Drain, LocalDrain},
+    limits::Limits,
     pool::{Peer, Pool},
     telemetry::{
         exchange::{Exchange, now},
@@ -44,6 +45,7 @@ pub(crate) struct Worker {
     pub(crate) pool: Pool,
     pub(crate) recorder: Recorder,
     pub(crate) drain: LocalDrain,
+    pub(crate) limits: Arc<Limits>,
     pub(crate) rng: RefCell<SmallRng>,
     inbound: RefCell<Option<Arc<InboundPolicy>>>,
     server_config: RefCell<Option<Configured>>,
@@ -62,6 +64,7 @@ pub(crate) struct Parts {
     pub(crate) discovery: Discovery,
     pub(crate) material: watch::Receiver<Option<Arc<Material>>>,
     pub(crate) drain: Drain,
+    pub(crate) limits: Arc<Limits>,
     pub(crate) budgets: Budgets,
 }
 
@@ -135,6 +138,7 @@ impl Worker {
         let pool = Pool::new(parts.config.clone(), parts.material.clone(), recorder.clone());
         let worker = Rc::new(Self {
             drain: LocalDrain::new(parts.drain),
+            limits: parts.limits,
             config: parts.config,
             inbound: RefCell::new(parts.discovery.inbound().borrow().clone()),
             discovery: parts.discovery,

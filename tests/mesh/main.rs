@@ -14,6 +14,7 @@ mod http;
 mod identity;
 mod inbound;
 mod nothing_lost;
+mod resources;
 mod routing;
 mod secrecy;
 mod smuggling;

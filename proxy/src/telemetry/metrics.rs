@@ -117,6 +117,9 @@ const PROCESS_FDS: (&str, &str) = ("process_open_fds", "Open descriptors");
 const CONNTRACK: (&str, &str) =
     ("weft_conntrack_entries", "Connections that the kernel tracks in this network namespace");
 const CONNTRACK_MAX: (&str, &str) = ("weft_conntrack_entries_max", "And how many it can");
+const LOCAL_PORTS: (&str, &str) =
+    ("weft_local_ports_used", "Local ports in use towards the address that takes most of them");
+const LOCAL_PORTS_MAX: (&str, &str) = ("weft_local_ports_max", "Local ports that there are for one address");
 
 /// Upper bounds of the classic buckets, in microseconds; +Inf follows.
 const BUCKETS: [u64; 16] = [
@@ -871,11 +874,14 @@ impl Merged {
             line(&mut out, ERRORS.0, &format!("code=\"{}\"", escape(code)), n);
         }
         let process = Process::read();
+        let range = local_port_range();
         for ((name, help), value) in [
             (PROCESS_RSS, process.rss),
             (PROCESS_FDS, process.fds),
             (CONNTRACK, process.conntrack),
             (CONNTRACK_MAX, process.conntrack_max),
+            (LOCAL_PORTS, range.as_ref().map(local_ports_used)),
+            (LOCAL_PORTS_MAX, range.map(|range| range.count() as u64)),
         ] {
             if let Some(value) = value {
                 head(&mut out, name, "gauge", help);
@@ -1113,6 +1119,31 @@ impl Process {
             conntrack_max: number("/proc/sys/net/netfilter/nf_conntrack_max"),
         }
     }
+}
+
+fn local_port_range() -> Option<std::ops::RangeInclusive<u16>> {
+    let text = std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").ok()?;
+    let (first, last) = text.trim().split_once(char::is_whitespace)?;
+    Some(first.parse().ok()?..=last.trim().parse().ok()?)
+}
+
+/// Every destination has all local ports to itself, so the one that uses most of them is the first that cannot be
+/// dialled any more. Some milliseconds with ten thousand connections: for a scrape, not for each report.
+fn local_ports_used(range: &std::ops::RangeInclusive<u16>) -> u64 {
+    let mut by_remote: HashMap<(String, String), u64> = HashMap::new();
+    for table in ["/proc/net/tcp", "/proc/net/tcp6"] {
+        let Ok(text) = std::fs::read_to_string(table) else { continue };
+        for line in text.lines().skip(1) {
+            let mut fields = line.split_ascii_whitespace().skip(1);
+            let (Some(local), Some(remote)) = (fields.next(), fields.next()) else { continue };
+            let Some((address, port)) = local.rsplit_once(':') else { continue };
+            let ephemeral = u16::from_str_radix(port, 16).is_ok_and(|port| range.contains(&port));
+            if ephemeral && !remote.ends_with(":0000") {
+                *by_remote.entry((address.to_owned(), remote.to_owned())).or_default() += 1;
+            }
+        }
+    }
+    by_remote.into_values().max().unwrap_or(0)
 }
 
 fn record(histogram: &mut Option<Histogram<u32>>, sum: &mut u64, value: Duration) {

@@ -71,6 +71,9 @@ pub struct Workload {
     pub capture_args: Vec<String>,
     /// More environment of the sidecar.
     pub env: BTreeMap<String, String>,
+    /// What this sidecar is started under, as root, beside what all are: with other limits, in a control group, with
+    /// another standard output. It must become the program.
+    pub under: Vec<String>,
 }
 
 /// A pod with a sidecar.
@@ -151,6 +154,7 @@ impl Workload {
             ip: None,
             capture_args: Vec::new(),
             env: BTreeMap::new(),
+            under: Vec::new(),
         }
     }
 
@@ -365,7 +369,8 @@ impl Mesh {
             ips.push_str(&format!(",{}", pod.ip6));
         }
         let user = Some((ports::PROXY_UID, ports::PROXY_UID));
-        let mut command = pod.command_under(&self.options.under, user, self.binaries.path("weft-proxy"));
+        let under = [&self.options.under[..], &workload.under].concat();
+        let mut command = pod.command_under(&under, user, self.binaries.path("weft-proxy"));
         command
             .env_clear()
             .env("WEFT_NAMESPACE", &workload.namespace)

@@ -1,0 +1,218 @@
+//! How many connections this pod may hold, by count, by descriptors and by memory.
+//!
+//! Why before anything runs out: a process without descriptors can neither dial an endpoint for a request that it has
+//! accepted nor answer its probes, and one that meets its container's memory limit is killed with all that it carries.
+//! So what is new is refused while there is still room for what is there. Why a reset and not a wait: whoever connects
+//! is told at once, and can go elsewhere.
+//!
+//! Descriptors are counted by nobody: the kernel gives the lowest free number, so the number of a new one says how many
+//! are in use.
+//!
+//! One count for all workers: the limits are the pod's. Only connections take it, never requests.
+
+use std::{
+    collections::HashMap,
+    net::IpAddr,
+    os::fd::RawFd,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use crate::{config, error::Component, memory::Memory};
+
+/// What is open, and how much may be. Shared by all workers.
+pub(crate) struct Limits {
+    open: [AtomicUsize; 2],
+    max: usize,
+    /// A descriptor from this number on is refused.
+    descriptors: [i32; 2],
+    per_peer: Mutex<HashMap<IpAddr, usize>>,
+    max_per_peer: usize,
+    memory: Option<Watched>,
+}
+
+/// One open connection, counted until it is dropped.
+pub(crate) struct Slot {
+    limits: Arc<Limits>,
+    side: Component,
+    peer: Option<IpAddr>,
+}
+
+/// Memory, asked for at most every [`SAMPLE_AGE`] or [`SAMPLE_TAKES`] connections.
+struct Watched {
+    memory: Memory,
+    sampled: Mutex<Instant>,
+    takes: AtomicUsize,
+    short: AtomicBool,
+}
+
+impl Limits {
+    /// `descriptors`: how many this process may open.
+    pub(crate) fn new(
+        limits: &config::Limits,
+        descriptors: Option<u64>,
+        memory: Option<Memory>,
+        now: Instant,
+    ) -> Arc<Self> {
+        let descriptors = descriptors.and_then(|n| i32::try_from(n).ok()).unwrap_or(i32::MAX);
+        let [outbound, inbound] = [descriptors / 4 * 3, descriptors / 8 * 5];
+        let sampled = Mutex::new(now);
+        Arc::new(Self {
+            open: Default::default(),
+            max: limits.max_connections,
+            // The last quarter is for what serves those that are there: endpoints, the app, the controller, probes.
+            // A flood from outside leaves an eighth to the app's own calls.
+            descriptors: [outbound, inbound],
+            per_peer: Mutex::default(),
+            // However few there are, one address never takes them all.
+            max_per_peer: limits
+                .max_connections_per_peer
+                .min(usize::try_from(inbound / 2).unwrap_or(0).max(1)),
+            memory: memory.map(|memory| Watched {
+                memory,
+                sampled,
+                takes: AtomicUsize::new(0),
+                short: AtomicBool::new(false),
+            }),
+        })
+    }
+
+    /// Room for one connection from `peer`, by this descriptor, if there is.
+    pub(crate) fn take(
+        limits: &Arc<Self>,
+        peer: IpAddr,
+        descriptor: RawFd,
+        side: Component,
+        now: Instant,
+    ) -> Option<Slot> {
+        let memory_short = limits.memory.as_ref().is_some_and(|memory| memory.is_short(now));
+        if memory_short || descriptor >= limits.descriptors[index(side)] {
+            return None;
+        }
+        let before = limits.open[index(side)].fetch_add(1, Ordering::Relaxed);
+        // From here on a refusal gives back what it took.
+        let mut slot = Slot { limits: limits.clone(), side, peer: None };
+        if before >= limits.max {
+            return None;
+        }
+        // Outbound, every client is this pod.
+        if side == Component::Inbound {
+            let mut per_peer = limits.per_peer.lock().unwrap_or_else(PoisonError::into_inner);
+            let open = per_peer.entry(peer).or_default();
+            if *open >= limits.max_per_peer {
+                drop(per_peer);
+                return None;
+            }
+            *open += 1;
+            slot.peer = Some(peer);
+        }
+        Some(slot)
+    }
+}
+
+/// The place of one side.
+const fn index(side: Component) -> usize {
+    match side {
+        Component::Outbound => 0,
+        Component::Inbound => 1,
+    }
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        self.limits.open[index(self.side)].fetch_sub(1, Ordering::Relaxed);
+        if let Some(peer) = self.peer {
+            let mut per_peer = self.limits.per_peer.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(open) = per_peer.get_mut(&peer) {
+                *open -= 1;
+                if *open == 0 {
+                    per_peer.remove(&peer);
+                }
+            }
+        }
+    }
+}
+
+impl Watched {
+    fn is_short(&self, now: Instant) -> bool {
+        let takes = self.takes.fetch_add(1, Ordering::Relaxed);
+        let due = {
+            let mut sampled = self.sampled.lock().unwrap_or_else(PoisonError::into_inner);
+            let due =
+                takes.is_multiple_of(SAMPLE_TAKES) || now.saturating_duration_since(*sampled) >= SAMPLE_AGE;
+            if due {
+                *sampled = now;
+            }
+            due
+        };
+        if due && let Some(used) = self.memory.used() {
+            let short = used >= self.memory.limit() / 100 * SHORT_PERCENT;
+            if short != self.short.swap(short, Ordering::Relaxed) {
+                let limit = self.memory.limit();
+                if short {
+                    tracing::warn!(used, limit, "connections are refused: memory is short");
+                } else {
+                    tracing::info!(used, limit, "connections are accepted again");
+                }
+            }
+        }
+        self.short.load(Ordering::Relaxed)
+    }
+}
+
+/// Of the container's limit. The rest is for what connections that are there may still need.
+const SHORT_PERCENT: u64 = 80;
+/// Asking costs some 20 µs: never for each connection of a flood ...
+const SAMPLE_TAKES: usize = 32;
+/// ... and never old news for one that comes alone.
+const SAMPLE_AGE: Duration = Duration::from_millis(20);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::Config;
+
+    fn limits(settings: &[(&str, &str)], descriptors: u64) -> Arc<Limits> {
+        Limits::new(&Config::for_tests(settings).limits, Some(descriptors), None, now())
+    }
+
+    fn now() -> Instant {
+        tokio::time::Instant::now().into_std()
+    }
+
+    fn peer(n: u8) -> IpAddr {
+        IpAddr::from([10, 0, 0, n])
+    }
+
+    #[test]
+    fn a_peer_and_a_side_are_bounded_and_what_ends_makes_room() {
+        let take = |limits: &Arc<Limits>, n, side| Limits::take(limits, peer(n), 10, side, now());
+        let by_peer = limits(&[("WEFT_MAX_CONNECTIONS_PER_PEER", "2")], 10_000);
+        let first = take(&by_peer, 1, Component::Inbound);
+        let _second = take(&by_peer, 1, Component::Inbound).unwrap();
+        assert!(take(&by_peer, 1, Component::Inbound).is_none());
+        assert!(take(&by_peer, 1, Component::Outbound).is_some());
+        assert!(take(&by_peer, 2, Component::Inbound).is_some());
+        drop(first);
+        assert!(take(&by_peer, 1, Component::Inbound).is_some());
+
+        let by_side = limits(&[("WEFT_MAX_CONNECTIONS", "1")], 10_000);
+        let _held = take(&by_side, 1, Component::Inbound).unwrap();
+        assert!(take(&by_side, 2, Component::Inbound).is_none());
+        assert!(take(&by_side, 2, Component::Outbound).is_some());
+    }
+
+    #[test]
+    fn descriptors_are_kept_for_those_that_are_there_and_for_the_apps_own_calls() {
+        let limits = limits(&[], 256);
+        let take = |descriptor, side| Limits::take(&limits, peer(1), descriptor, side, now()).is_some();
+        assert!(take(159, Component::Inbound) && !take(160, Component::Inbound));
+        assert!(take(191, Component::Outbound) && !take(192, Component::Outbound));
+        let held: Vec<_> =
+            (0..81).map(|_| Limits::take(&limits, peer(1), 10, Component::Inbound, now())).collect();
+        assert_eq!(held.iter().flatten().count(), 80, "one address takes half");
+    }
+}
