@@ -305,7 +305,8 @@ async fn connect(
             material.trust().clone()
         }
     };
-    let tls = controller_config(&trust, &config.controller_identity, Some(&material))?;
+    let tls =
+        controller_config(&trust, &config.controller_identity, Some(&material), Some(material.clock()))?;
     let stream = dial(&config.controller, tls, config.times.controller).await?;
     one_shot(stream, &config.times).await
 }
@@ -378,7 +379,7 @@ mod tests {
     async fn a_name_that_does_not_resolve_and_a_port_that_is_closed_are_told_apart() {
         let trust = Trust::default();
         let config = Config::for_tests(&[]);
-        let tls = controller_config(&trust, &config.controller_identity, None).unwrap();
+        let tls = controller_config(&trust, &config.controller_identity, None, None).unwrap();
         let limit = Duration::from_secs(5);
         let closed = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
         let closed = HostPort { host: closed.ip().to_string(), port: closed.port() };

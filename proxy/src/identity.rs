@@ -28,6 +28,7 @@ use weft_proto::pb::v1::{CertifyRequest, CertifyResponse, identity_client::Ident
 use zeroize::Zeroizing;
 
 use crate::{
+    clock::Clock,
     config::Config,
     control::{DialError, dial, one_shot},
     telemetry::metrics::{Counter, Gauge, Shared},
@@ -175,7 +176,8 @@ impl Keeper {
     /// Asks for a certificate and publishes it; gives the time of the next renewal.
     async fn renew(&mut self) -> Result<Instant, CertifyError> {
         let key = WorkloadKey::generate()?;
-        let answer = certify(&self.config, &key).await?;
+        let answer =
+            certify(&self.config, &key, self.issued.as_ref().map(|issued| issued.material.clock())).await?;
         let issued = self.take(&key, answer)?;
         let renew = issued.renew;
         info!(identity = %issued.material.identity, generation = issued.material.generation,
@@ -247,10 +249,14 @@ impl Keeper {
 }
 
 /// One exchange with the issuer, over server-authenticated TLS on its own connection.
-async fn certify(config: &Config, key: &WorkloadKey) -> Result<CertifyResponse, CertifyError> {
+async fn certify(
+    config: &Config,
+    key: &WorkloadKey,
+    clock: Option<Clock>,
+) -> Result<CertifyResponse, CertifyError> {
     let token = read_token(&config.token_file).await?;
     let anchors = Trust::from_file(&config.trust_domain, &config.trust_anchors)?;
-    let tls = controller_config(&anchors, &config.controller_identity, None)?;
+    let tls = controller_config(&anchors, &config.controller_identity, None, clock)?;
     // The issuer takes the key and nothing else: the request names nobody.
     let mut params = rcgen::CertificateParams::default();
     params.distinguished_name = rcgen::DistinguishedName::new();

@@ -23,6 +23,7 @@ pub mod control;
 pub mod discovery;
 
 mod body;
+mod clock;
 mod detect;
 mod error;
 mod front;

@@ -663,7 +663,7 @@ impl Pool {
         };
         let material = self.0.material.borrow().clone();
         let material = material.ok_or_else(|| own("this workload has no certificate yet".to_owned()))?;
-        if !material.validity.contains(std::time::SystemTime::now(), Duration::ZERO) {
+        if !material.validity.contains(material.clock().now(), Duration::ZERO) {
             return Err(own("this workload's certificate has expired".to_owned()));
         }
         let config = self

@@ -45,6 +45,8 @@ use x509_parser::{
     public_key::PublicKey,
 };
 
+use crate::clock::Clock;
+
 /// ALPN of HTTP between sidecars.
 pub const ALPN_H2: &[u8] = b"weft-h2/1";
 /// ALPN of opaque TCP between sidecars.
@@ -72,6 +74,7 @@ pub struct Material {
     pub generation: u64,
     certified: Arc<CertifiedKey>,
     trust: Trust,
+    clock: Clock,
 }
 
 /// Trust anchors and revocation lists by trust domain. Cheap to clone.
@@ -160,7 +163,7 @@ pub fn client_config(
     expected: &SpiffeId,
     alpn: Alpn,
 ) -> Result<Arc<ClientConfig>, TlsError> {
-    client(&material.trust, expected, Some(&material.certified), alpn.name())
+    client(&material.trust, expected, Some(&material.certified), Some(material.clock), alpn.name())
 }
 
 /// A server's configuration: a client must show a certificate of one of `trust_domains`.
@@ -174,6 +177,7 @@ pub fn server_config(
     let verifier = ClientVerifier {
         trust: material.trust.clone(),
         accepted: trust_domains.iter().map(|td| td.as_str().into()).collect(),
+        clock: material.clock,
     };
     let mut config = ServerConfig::builder_with_provider(crypto())
         .with_protocol_versions(&[&TLS13])?
@@ -195,17 +199,19 @@ pub(crate) fn controller_config(
     trust: &Trust,
     controller: &SpiffeId,
     material: Option<&Material>,
+    clock: Option<Clock>,
 ) -> Result<Arc<ClientConfig>, TlsError> {
-    client(trust, controller, material.map(|m| &m.certified), ALPN_GRPC)
+    client(trust, controller, material.map(|m| &m.certified), clock, ALPN_GRPC)
 }
 
 fn client(
     trust: &Trust,
     expected: &SpiffeId,
     certified: Option<&Arc<CertifiedKey>>,
+    clock: Option<Clock>,
     alpn: &[u8],
 ) -> Result<Arc<ClientConfig>, TlsError> {
-    let verifier = ServerVerifier { trust: trust.clone(), expected: expected.clone() };
+    let verifier = ServerVerifier { trust: trust.clone(), expected: expected.clone(), clock };
     let builder = ClientConfig::builder_with_provider(crypto())
         .with_protocol_versions(&[&TLS13])?
         .dangerous() // not weaker: a stricter verifier than the stock one
@@ -304,7 +310,8 @@ impl Material {
         let validity = validity_of(&parsed)?;
         let identity = verify(&trust, leaf, chain.get(1..).unwrap_or_default(), now, Role::Client)?;
         let certified = CertifiedKey::new(chain, Arc::new(key.clone()));
-        Ok(Self { identity, validity, generation, certified: Arc::new(certified), trust })
+        let clock = Clock::heard(now);
+        Ok(Self { identity, validity, generation, certified: Arc::new(certified), trust, clock })
     }
 
     /// The same certificate with other trust.
@@ -316,6 +323,7 @@ impl Material {
             generation,
             certified: Arc::clone(&self.certified),
             trust,
+            clock: self.clock,
         }
     }
 
@@ -330,7 +338,12 @@ impl Material {
     /// Whether a chain that a caller showed before would be accepted from it now.
     pub(crate) fn still_accepts(&self, chain: &[CertificateDer<'_>]) -> bool {
         let Some((leaf, rest)) = chain.split_first() else { return false };
-        verify(&self.trust, leaf, rest, UnixTime::now(), Role::Client).is_ok()
+        verify(&self.trust, leaf, rest, self.clock.at_least(UnixTime::now()), Role::Client).is_ok()
+    }
+
+    /// What time it is, as far as certificates go.
+    pub(crate) fn clock(&self) -> Clock {
+        self.clock
     }
 
     /// Whom this workload trusts.
@@ -495,6 +508,7 @@ impl Signer for WorkloadKey {
 struct ClientVerifier {
     trust: Trust,
     accepted: Vec<Arc<str>>,
+    clock: Clock,
 }
 
 /// On the client's side: exactly one identity.
@@ -502,6 +516,8 @@ struct ClientVerifier {
 struct ServerVerifier {
     trust: Trust,
     expected: SpiffeId,
+    /// `None`: nobody has said yet what time it is.
+    clock: Option<Clock>,
 }
 
 impl ClientCertVerifier for ClientVerifier {
@@ -515,6 +531,7 @@ impl ClientCertVerifier for ClientVerifier {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<ClientCertVerified, rustls::Error> {
+        let now = self.clock.at_least(now);
         let identity = verify(&self.trust, end_entity, intermediates, now, Role::Client).map_err(refuse)?;
         if !self.accepted.iter().any(|domain| **domain == *identity.trust_domain()) {
             return Err(refuse(TlsError::TrustDomain(identity)));
@@ -554,6 +571,7 @@ impl ServerCertVerifier for ServerVerifier {
         _ocsp_response: &[u8],
         now: UnixTime,
     ) -> Result<ServerCertVerified, rustls::Error> {
+        let now = self.clock.map_or(now, |clock| clock.at_least(now));
         let identity = verify(&self.trust, end_entity, intermediates, now, Role::Server).map_err(refuse)?;
         if identity != self.expected {
             let mismatch = TlsError::Mismatch { expected: self.expected.clone(), actual: identity };
@@ -990,7 +1008,8 @@ mod tests {
         assert!(refused.is_err());
         assert!(is_identity_failure(&client.unwrap_err()));
         // No certificate at all.
-        let mut client = ClientConfig::clone(&controller_config(&a.trust(), &web.identity, None).unwrap());
+        let mut client =
+            ClientConfig::clone(&controller_config(&a.trust(), &web.identity, None, None).unwrap());
         client.alpn_protocols = vec![ALPN_H2.to_vec()];
         let (client, refused) = handshake(Arc::new(client), server).await;
         assert!(refused.is_err());

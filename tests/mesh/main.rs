@@ -21,6 +21,7 @@ mod smuggling;
 mod tcp;
 mod tcp_habits;
 mod telemetry;
+mod time;
 
 use weft_control_plane::cli::demo::mesh::{Mesh, Meshed, Workload};
 use weft_harness::apps::{Served, serve, service};

@@ -254,7 +254,7 @@ impl Caller {
         };
         tokio::select! {
             () = untrusted => "not_trusted",
-            () = self.expired() => "certificate_expired",
+            () = self.expired(worker) => "certificate_expired",
         }
     }
 
@@ -293,10 +293,11 @@ impl Caller {
     }
 
     /// Ends when the caller's certificate does; never for plaintext.
-    async fn expired(&self) {
+    async fn expired(&self, worker: &Worker) {
+        let now = || worker.material.borrow().as_ref().map_or_else(SystemTime::now, |own| own.clock().now());
         let Some(validity) = self.validity else { return std::future::pending().await };
         // The wall clock may jump: it is read again at least every ten minutes.
-        while let Ok(left) = validity.not_after.duration_since(SystemTime::now()) {
+        while let Ok(left) = validity.not_after.duration_since(now()) {
             tokio::time::sleep(left.min(std::time::Duration::from_secs(600))).await;
         }
     }

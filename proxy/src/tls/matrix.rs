@@ -877,7 +877,8 @@ async fn without_a_certificate_or_with_the_servers_own_nobody_is_let_in() {
     let w = World::new();
     let web = w.a.material("shop", "web", "uid-1");
     let server = server_config(&web, std::slice::from_ref(&w.a.domain)).unwrap();
-    let mut nameless = ClientConfig::clone(&controller_config(&w.a.trust(), &web.identity, None).unwrap());
+    let mut nameless =
+        ClientConfig::clone(&controller_config(&w.a.trust(), &web.identity, None, None).unwrap());
     nameless.alpn_protocols = vec![ALPN_H2.to_vec()];
     let (client, refused) = handshake(Arc::new(nameless), Arc::clone(&server)).await;
     assert!(refused.is_err() && is_identity_failure(&client.unwrap_err()));
