@@ -77,7 +77,7 @@ const TLS_TIMEOUT: Duration = Duration::from_secs(2);
 /// What is read of an app's answer before the caller takes it.
 const READ_BUFFER: usize = 64 * 1024;
 /// Data that a sidecar does not acknowledge for so long ends the connection; only where both ends always read.
-const USER_TIMEOUT: Duration = Duration::from_secs(15);
+const USER_TIMEOUT: Duration = Duration::from_secs(14);
 /// How often a connection may be closed as soon as it is open before that counts as a failure of the endpoint.
 const MAX_OPENED: usize = 3;
 /// The source address by which inbound reaches its app: capture rules let it pass.

@@ -126,7 +126,7 @@ fn a_half_open_partition_is_noticed_within_fifteen_seconds() {
         summary.sent,
         summary.max_ms / 1_000.0
     );
-    assert!(noticed <= Duration::from_millis(15_500), "{noticed:?}");
+    assert!(noticed <= Duration::from_secs(15), "{noticed:?}");
     assert_eq!(summary.failed, 0, "{summary:?}");
     assert!(summary.max_ms < 17_000.0, "{summary:?}");
 }
