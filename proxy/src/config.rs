@@ -22,6 +22,9 @@ use weft_core::{
 
 use crate::harden::Harden;
 
+/// What the fields that a sidecar adds to a head may take.
+const ADDED_FIELDS: usize = 2 * 1024;
+
 /// Where the admin socket is unless `WEFT_ADMIN_SOCKET` says otherwise.
 pub const ADMIN_SOCKET: &str = "/var/run/weft/admin.sock";
 
@@ -95,6 +98,16 @@ pub struct Limits {
     pub series: usize,
     /// Lines that may wait for a blocked log pipe (`WEFT_LOG_BUFFER_LINES`).
     pub log_lines: usize,
+}
+
+impl Limits {
+    /// The same limit on a head as HTTP/2 between sidecars counts it, so that what the first sidecar lets pass the second
+    /// one does: 32 bytes more a field, and the fields that sidecars add.
+    pub(crate) fn header_list(&self) -> u32 {
+        let bytes =
+            self.header_bytes.saturating_add(self.headers.saturating_mul(32)).saturating_add(ADDED_FIELDS);
+        u32::try_from(bytes).unwrap_or(u32::MAX)
+    }
 }
 
 /// How long things may take.

@@ -16,9 +16,11 @@ use weft_core::framing::Why;
 
 use crate::{body::Body, error::Error, pool::Peer};
 
-/// The app's HTTP version, for the far end to restore; absent: HTTP/2.
-pub(crate) const WEFT_HTTP: HeaderName = HeaderName::from_static("weft-http");
-/// Which attempt this is, from the second on.
+/// The app's HTTP version, and whether its target was in absolute form, for the far end to restore; absent: HTTP/2.
+const WEFT_HTTP: HeaderName = HeaderName::from_static("weft-http");
+/// Ends the value of [`WEFT_HTTP`] where the target was in absolute form.
+const ABSOLUTE: &[u8] = b" absolute";
+/// Which attempt this is, from the second on; the app is told as well.
 pub(crate) const WEFT_ATTEMPT: HeaderName = HeaderName::from_static("weft-attempt");
 /// On an answer to an upgrade that the app did not take up: its real status. HTTP/2 gives a 2xx answer to CONNECT a
 /// meaning of its own (RFC 9113 §8.5), so such an answer crosses under another status.
@@ -42,6 +44,8 @@ pub(crate) struct Outgoing {
     pub(crate) headers: HeaderMap,
     /// The app's.
     pub(crate) version: Version,
+    /// The target's scheme where it stood in absolute form, as requests to forward proxies do.
+    absolute: Option<Scheme>,
     /// Set when the app asks for another protocol (WebSocket).
     pub(crate) upgrade: Option<Upgrade>,
 }
@@ -53,10 +57,15 @@ pub(crate) struct Upgrade {
 }
 
 impl Outgoing {
-    /// Takes a request apart. From an app, private headers are removed; from a sidecar (`trusted`), they were
-    /// read by the caller of this function and are removed as well.
-    pub(crate) fn take(request: Request<Incoming>) -> Result<(Self, Incoming), Error> {
+    /// Takes a request apart. Private headers are removed; only from a sidecar (`mesh`) are they believed, and what
+    /// is not read here was read by the caller of this function.
+    pub(crate) fn take(request: Request<Incoming>, mesh: bool) -> Result<(Self, Incoming), Error> {
+        let version = app_version(&request, mesh);
         let (mut parts, body) = request.into_parts();
+        let absolute = match parts.headers.get(WEFT_HTTP) {
+            Some(form) if mesh => form.as_bytes().ends_with(ABSOLUTE),
+            _ => version != Version::HTTP_2 && parts.uri.scheme().is_some(),
+        };
         let extended = parts.extensions.remove::<Protocol>();
         let upgrade = match extended {
             Some(protocol) => {
@@ -77,6 +86,9 @@ impl Outgoing {
         {
             // The library compares the body with the first of them only; HTTP/1 was followed before it was read.
             return Err(Error::Malformed(Why::ContentLength));
+        }
+        if version == Version::HTTP_2 && !mesh {
+            join_cookies(&mut parts.headers);
         }
         let uri = parts.uri.into_parts();
         let authority = match uri.authority {
@@ -104,7 +116,8 @@ impl Outgoing {
             authority,
             path,
             headers: parts.headers,
-            version: parts.version,
+            version,
+            absolute: uri.scheme.filter(|_| absolute),
             upgrade,
         };
         Ok((outgoing, body))
@@ -124,22 +137,23 @@ impl Outgoing {
             Peer::Plain { h2, .. } | Peer::App { h2, .. } => (*h2, false),
         };
         if mesh {
-            match self.version {
-                Version::HTTP_2 => {}
-                Version::HTTP_10 => {
-                    headers.insert(WEFT_HTTP, HeaderValue::from_static("1.0"));
-                }
-                _ => {
-                    headers.insert(WEFT_HTTP, HeaderValue::from_static("1.1"));
-                }
+            let form = match (self.version, &self.absolute) {
+                (Version::HTTP_2, _) => None,
+                (Version::HTTP_10, None) => Some("1.0"),
+                (Version::HTTP_10, Some(_)) => Some("1.0 absolute"),
+                (_, None) => Some("1.1"),
+                (_, Some(_)) => Some("1.1 absolute"),
+            };
+            if let Some(form) = form {
+                headers.insert(WEFT_HTTP, HeaderValue::from_static(form));
             }
-            if attempt > 1 {
-                headers.insert(WEFT_ATTEMPT, HeaderValue::from(attempt));
-            }
+        }
+        if attempt > 1 {
+            headers.insert(WEFT_ATTEMPT, HeaderValue::from(attempt));
         }
         if h2 {
             let mut uri = http::uri::Parts::default();
-            uri.scheme = Some(Scheme::HTTP);
+            uri.scheme = Some(self.absolute.clone().unwrap_or(Scheme::HTTP));
             uri.path_and_query = Some(self.path.clone());
             uri.authority = Some(match &self.authority {
                 Some(authority) => authority.clone(),
@@ -155,7 +169,16 @@ impl Outgoing {
                 request.extensions_mut().insert(Protocol::from(protocol));
             }
         } else {
-            *request.uri_mut() = Uri::from(self.path.clone());
+            *request.uri_mut() = match (&self.absolute, &self.authority) {
+                (Some(scheme), Some(authority)) => {
+                    let mut uri = http::uri::Parts::default();
+                    uri.scheme = Some(scheme.clone());
+                    uri.authority = Some(authority.clone());
+                    uri.path_and_query = Some(self.path.clone());
+                    Uri::from_parts(uri).map_err(|_| Error::BadTarget)?
+                }
+                _ => Uri::from(self.path.clone()),
+            };
             *request.method_mut() = match &self.upgrade {
                 // Between sidecars an upgrade is an extended CONNECT; to an app it is a GET again.
                 Some(_) => Method::GET,
@@ -185,6 +208,41 @@ fn is_host(authority: &Authority) -> bool {
         rest.is_empty()
             || port.is_some_and(|port| port.len() <= 5 && port.bytes().all(|b| b.is_ascii_digit()))
     })
+}
+
+/// The HTTP version that the app spoke, or is to see: the caller's app's. Only a sidecar is believed about it.
+pub(crate) fn app_version<B>(request: &Request<B>, mesh: bool) -> Version {
+    match request.headers().get(WEFT_HTTP) {
+        Some(form) if mesh => match form.as_bytes().get(..3) {
+            Some(b"1.0") => Version::HTTP_10,
+            _ => Version::HTTP_11,
+        },
+        _ => request.version(),
+    }
+}
+
+/// One `cookie` line of the crumbs that HTTP/2 clients make of it (RFC 9113 §8.2.3): what matches headers must see it
+/// whole.
+fn join_cookies(headers: &mut HeaderMap) {
+    let mut crumbs = headers.get_all(header::COOKIE).iter();
+    if let (Some(first), Some(_)) = (crumbs.next(), crumbs.next()) {
+        let mut whole = first.as_bytes().to_vec();
+        for crumb in headers.get_all(header::COOKIE).iter().skip(1) {
+            whole.extend_from_slice(b"; ");
+            whole.extend_from_slice(crumb.as_bytes());
+        }
+        // Joined from values, with a separator that may stand in one.
+        if let Ok(whole) = HeaderValue::from_bytes(&whole) {
+            headers.insert(header::COOKIE, whole);
+        }
+    }
+}
+
+/// How long the sender of an HTTP/1.1 answer keeps its connection open for the next request, if it says so.
+pub(crate) fn keep_alive_timeout(headers: &HeaderMap) -> Option<Duration> {
+    let parameters = headers.get(KEEP_ALIVE)?.to_str().ok()?;
+    let seconds = parameters.split(',').find_map(|p| p.trim().strip_prefix("timeout=")?.trim().parse().ok());
+    seconds.map(Duration::from_secs)
 }
 
 /// An HTTP/1.1 `GET` that asks to switch to another protocol. `h2c` and `TLS/x` are offers that many clients make with
@@ -383,6 +441,23 @@ mod tests {
         assert_eq!(read("2H"), Some(Duration::from_secs(7_200)));
         assert_eq!(read("99999999n"), Some(Duration::from_nanos(99_999_999)));
         for nonsense in ["", "m", "1", "999999999S", "-1S", "1x", "1 S"] {
+            assert_eq!(read(nonsense), None, "{nonsense}");
+        }
+    }
+
+    #[test]
+    fn cookie_crumbs_become_one_line() {
+        let mut h = headers(&[("cookie", "a=1"), ("x", "y"), ("cookie", "b=2"), ("cookie", "c=3")]);
+        join_cookies(&mut h);
+        assert_eq!(h, headers(&[("cookie", "a=1; b=2; c=3"), ("x", "y")]));
+    }
+
+    #[test]
+    fn keep_alive_timeouts_are_read_and_nonsense_is_not() {
+        let read = |text: &'static str| keep_alive_timeout(&headers(&[("keep-alive", text)]));
+        assert_eq!(read("timeout=5"), Some(Duration::from_secs(5)));
+        assert_eq!(read("max=100, timeout=15"), Some(Duration::from_secs(15)));
+        for nonsense in ["", "timeout", "timeout=", "timeout=-1", "max=3"] {
             assert_eq!(read(nonsense), None, "{nonsense}");
         }
     }

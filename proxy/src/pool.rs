@@ -217,6 +217,8 @@ struct H1 {
     sender: http1::SendRequest<Body>,
     due: Due,
     idle_since: Instant,
+    /// How long it may be idle: our own limit, or less where the app has said so.
+    idle_limit: Duration,
     used: bool,
 }
 
@@ -362,7 +364,7 @@ impl Pool {
     ) -> Result<Sent, SendError> {
         let entry = self.h1_peer(peer);
         loop {
-            let mut connection = match entry.take_idle(options, self.0.config.times.app_idle) {
+            let mut connection = match entry.take_idle(options) {
                 Some(idle) => idle,
                 None => self.open_h1(peer, options.connect_timeout).await.map_err(SendError::from)?,
             };
@@ -382,6 +384,9 @@ impl Pool {
             connection.due.to(request.method());
             match connection.sender.try_send_request(request).await {
                 Ok(response) => {
+                    if let Some(announced) = head::keep_alive_timeout(response.headers()) {
+                        connection.idle_limit = announced.min(self.0.config.times.app_idle);
+                    }
                     let upload = options.upload.cloned();
                     let checkout = Checkout(Use::H1 { peer: entry, connection: Some(connection), upload });
                     return Ok(Sent { response, checkout, mesh: false, upgrades_by_ok: false });
@@ -472,7 +477,7 @@ impl Pool {
             .initial_stream_window_size(DOWNLOAD_WINDOW)
             .initial_connection_window_size(CONNECTION_WINDOW)
             .max_send_buf_size(SEND_BUFFER)
-            .max_header_list_size(64 * 1024)
+            .max_header_list_size(self.0.config.limits.header_list())
             .keep_alive_interval(PING_INTERVAL)
             .keep_alive_timeout(PING_TIMEOUT)
             .keep_alive_while_idle(true);
@@ -552,7 +557,7 @@ impl Pool {
                 tracing::debug!(%error, "HTTP/1.1 connection to the app ended");
             }
         });
-        Ok(H1 { sender, due, idle_since: now(), used: false })
+        Ok(H1 { sender, due, idle_since: now(), idle_limit: self.0.config.times.app_idle, used: false })
     }
 
     /// Opens a TCP connection; `as_inbound` makes it come from the address that capture lets pass. An app that
@@ -714,9 +719,7 @@ impl Pool {
     pub(crate) fn sweep(&self, now: Instant) {
         let idle_for = |since: Instant| now.saturating_duration_since(since);
         self.0.h1.borrow_mut().retain(|_, peer| {
-            peer.idle
-                .borrow_mut()
-                .retain(|c| !c.sender.is_closed() && idle_for(c.idle_since) < self.0.config.times.app_idle);
+            peer.idle.borrow_mut().retain(|c| !c.sender.is_closed() && idle_for(c.idle_since) < c.idle_limit);
             !peer.idle.borrow().is_empty() || Rc::strong_count(peer) > 1
         });
         self.0.h2.borrow_mut().retain(|_, peer| {
@@ -757,27 +760,23 @@ impl H2 {
 }
 
 impl H1Peer {
-    fn take_idle(&self, options: SendOptions<'_>, longest: Duration) -> Option<H1> {
+    fn take_idle(&self, options: SendOptions<'_>) -> Option<H1> {
         if options.fresh {
             return None;
         }
-        let limit = if options.idempotent { longest } else { IDLE_LIMIT_UNSAFE.min(longest) };
         let now = now();
         let mut idle = self.idle.borrow_mut();
         while let Some(connection) = idle.pop() {
             let age = now.saturating_duration_since(connection.idle_since);
-            if age >= limit {
-                // Those below are older still; what is too old for this request may do for another.
-                if age < longest {
-                    idle.push(connection);
-                } else {
-                    idle.clear();
-                }
+            if age >= connection.idle_limit || connection.sender.is_closed() {
+                continue;
+            }
+            if age >= IDLE_LIMIT_UNSAFE && !options.idempotent {
+                // What is too old for this request may do for another; those below are older still.
+                idle.push(connection);
                 return None;
             }
-            if !connection.sender.is_closed() {
-                return Some(connection);
-            }
+            return Some(connection);
         }
         None
     }
@@ -874,8 +873,9 @@ fn failure_of(error: &hyper::Error) -> Failure {
     while let Some(cause) = source {
         if let Some(h2) = cause.downcast_ref::<h2::Error>() {
             let refused = h2.is_reset() && h2.reason() == Some(h2::Reason::REFUSED_STREAM);
-            // RFC 9113 §6.8: streams above the last id of a GOAWAY were not processed.
-            let gone = h2.is_go_away() && h2.is_remote() && h2.reason() == Some(h2::Reason::NO_ERROR);
+            // RFC 9113 §6.8: streams above the last id of a GOAWAY were not processed, whatever its code. h2 ends those at
+            // or below it with an error of IO.
+            let gone = h2.is_go_away() && h2.is_remote();
             return if refused || gone { Failure::NotProcessed } else { Failure::Reset };
         }
         if BadAnswer::is(cause) {

@@ -30,7 +30,7 @@ use crate::{
     drain::{Graceful, RequestGuard},
     error::{Component, Error, is_grpc},
     front::{self, Front, Requests},
-    head::{self, Outgoing, WEFT_ATTEMPT, WEFT_CLIENT_ID, WEFT_HTTP},
+    head::{self, Outgoing, WEFT_ATTEMPT, WEFT_CLIENT_ID},
     listener::{Accepted, Open},
     pool::{self, Checkout, LocalExec, Peer, SendOptions, Sent},
     tcp::{self, Prefixed},
@@ -59,12 +59,13 @@ pub(super) async fn serve_mesh(
     caller: Rc<Caller>,
     open: Rc<Open>,
 ) {
-    let streams = worker.config.limits.streams_mesh;
+    let limits = &worker.config.limits;
     let server = Server::new(worker.clone(), original, port, caller.clone(), client, open);
     let requests = Requests::default();
     let io = Front::h2(tls, Bytes::new(), requests.clone(), Component::Inbound, worker.config.head());
     let service = service_fn(move |request| server.clone().handle(request, None));
-    let connection = h2_builder(&worker, streams).serve_connection(TokioIo::new(io), service);
+    let connection = h2_builder(&worker, limits.streams_mesh, limits.header_list())
+        .serve_connection(TokioIo::new(io), service);
     let ended = run(&worker, connection, &caller).await;
     requests.report(&worker.recorder, &ended, Component::Inbound, client, original);
 }
@@ -85,8 +86,9 @@ pub(super) async fn serve_plain(
     let ended = if h2 {
         let io = Front::h2(stream, first, requests.clone(), Component::Inbound, head);
         let service = service_fn(move |request| server.clone().handle(request, None));
-        let connection =
-            h2_builder(&worker, limits.streams_outside).serve_connection(TokioIo::new(io), service);
+        let header_list = u32::try_from(limits.header_bytes).unwrap_or(u32::MAX);
+        let connection = h2_builder(&worker, limits.streams_outside, header_list)
+            .serve_connection(TokioIo::new(io), service);
         run(&worker, connection, &caller).await
     } else {
         let io = Front::h1(stream, first, requests.clone(), Component::Inbound, head);
@@ -116,7 +118,11 @@ pub(crate) fn http1_builder(limits: &Limits) -> hyper::server::conn::http1::Buil
     builder
 }
 
-fn h2_builder(worker: &Worker, streams: u32) -> hyper::server::conn::http2::Builder<LocalExec> {
+fn h2_builder(
+    worker: &Worker,
+    streams: u32,
+    header_list: u32,
+) -> hyper::server::conn::http2::Builder<LocalExec> {
     let mut builder = hyper::server::conn::http2::Builder::new(LocalExec);
     builder
         .timer(TokioTimer::new())
@@ -125,7 +131,7 @@ fn h2_builder(worker: &Worker, streams: u32) -> hyper::server::conn::http2::Buil
         .max_concurrent_streams(streams)
         // A caller whose app gives up all its requests at once is no attacker; the rate of it is bounded in `front`.
         .max_pending_accept_reset_streams(Some(streams as usize))
-        .max_header_list_size(u32::try_from(worker.config.limits.header_bytes).unwrap_or(u32::MAX))
+        .max_header_list_size(header_list)
         .initial_stream_window_size(pool::UPLOAD_WINDOW)
         .initial_connection_window_size(pool::CONNECTION_WINDOW)
         .max_send_buf_size(pool::SEND_BUFFER)
@@ -272,10 +278,9 @@ impl Inner {
             request.headers().contains_key(header::UPGRADE) || request.method() == Method::CONNECT;
         let upgrade = wants_upgrade.then(|| hyper::upgrade::on(&mut request));
         let mesh = self.caller.identity.is_some();
-        let version = app_version(&request, mesh);
         let attempt = request.headers().get(WEFT_ATTEMPT).filter(|_| mesh).cloned();
-        let (mut outgoing, body) = Outgoing::take(request)?;
-        if outgoing.upgrade.is_some() && version != Version::HTTP_2 {
+        let (mut outgoing, body) = Outgoing::take(request, mesh)?;
+        if outgoing.upgrade.is_some() && outgoing.version != Version::HTTP_2 {
             // Between sidecars an upgrade is an extended CONNECT; what the app will see is what is authorized.
             outgoing.method = Method::GET;
         }
@@ -296,8 +301,8 @@ impl Inner {
         }
         if let Some(attempt) = attempt {
             tracing::debug!(?attempt, request_id = decision.request_id(), "another attempt");
+            outgoing.headers.insert(WEFT_ATTEMPT, attempt);
         }
-        outgoing.version = version;
         if !mesh {
             // A caller without a sidecar made none; between sidecars the caller's did.
             head::identify(&mut outgoing.headers, &mut *self.worker.rng.borrow_mut());
@@ -455,7 +460,7 @@ impl Inner {
     }
 
     fn spoken(&self, request: &Request<Incoming>, grpc: bool) -> Spoken {
-        Spoken::of(app_version(request, self.caller.identity.is_some()), grpc)
+        Spoken::of(head::app_version(request, self.caller.identity.is_some()), grpc)
     }
 
     fn series(&self, spoken: Spoken) -> Rc<Series> {
@@ -510,17 +515,6 @@ impl Inner {
 impl Drop for Inner {
     fn drop(&mut self) {
         self.settle_edges();
-    }
-}
-
-/// The HTTP version that the app shall see: the caller's app's. Only a sidecar is believed about it.
-fn app_version(request: &Request<Incoming>, mesh: bool) -> Version {
-    match request.headers().get(WEFT_HTTP) {
-        Some(version) if mesh => match version.as_bytes() {
-            b"1.0" => Version::HTTP_10,
-            _ => Version::HTTP_11,
-        },
-        _ => request.version(),
     }
 }
 

@@ -168,7 +168,7 @@ impl Client {
         let wants_upgrade =
             request.headers().contains_key(header::UPGRADE) || request.method() == http::Method::CONNECT;
         let upgrade = wants_upgrade.then(|| hyper::upgrade::on(&mut request));
-        let (mut outgoing, body) = Outgoing::take(request)?;
+        let (mut outgoing, body) = Outgoing::take(request, false)?;
         head::identify(&mut outgoing.headers, &mut *self.worker.rng.borrow_mut());
         decision.request(&outgoing.headers, &outgoing.path);
         let idempotent = retry::is_idempotent(&outgoing.method, &outgoing.headers);
