@@ -2,3 +2,5 @@
 
 pub mod apps;
 pub mod netns;
+pub mod streams;
+pub mod wire;

@@ -5,18 +5,22 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
+mod defaults;
 mod delivery;
 mod faults;
 mod floods;
 mod hardening;
 mod hostile;
 mod http;
+mod http1;
+mod http2;
 mod identity;
 mod inbound;
 mod nothing_lost;
 mod resources;
 mod routing;
 mod secrecy;
+mod servers;
 mod smuggling;
 mod tcp;
 mod tcp_habits;
@@ -24,7 +28,10 @@ mod telemetry;
 mod time;
 
 use weft_control_plane::cli::demo::mesh::{Mesh, Meshed, Workload};
-use weft_harness::apps::{Served, serve, service};
+use weft_harness::{
+    apps::{Served, serve, service},
+    wire::{Backend, Wire},
+};
 
 /// A client pod and a service `echo` (10.96.0.1:80 → 8080) of one backend.
 struct Pair {
@@ -42,4 +49,48 @@ fn pair(test: &str, server_args: &[&str]) -> Option<Pair> {
     let server = serve(&mesh, Workload::new("shop", "echo-1"), server_args).unwrap();
     let client = mesh.workload(Workload::new("shop", "client")).unwrap();
     Some(Pair { client, server, mesh })
+}
+
+/// The same where the backend is a script of the test's own.
+struct Scripted {
+    _backend: Backend,
+    client: Meshed,
+    server: Meshed,
+    mesh: Mesh,
+}
+
+/// `echo`, for a [`Wire`].
+const ECHO_ADDRESS: &str = "10.96.0.1:80";
+
+fn scripted(
+    test: &str,
+    script: impl Fn(Wire, usize) -> anyhow::Result<()> + Send + Sync + 'static,
+) -> Option<Scripted> {
+    scripted_with(test, weft_control_plane::cli::demo::mesh::Options::default(), script)
+}
+
+fn scripted_with(
+    test: &str,
+    options: weft_control_plane::cli::demo::mesh::Options,
+    script: impl Fn(Wire, usize) -> anyhow::Result<()> + Send + Sync + 'static,
+) -> Option<Scripted> {
+    let mesh = weft_harness::apps::mesh_with(test, options)?;
+    service(&mesh, "shop", "echo", "10.96.0.1", &[("web", 80, 8080)]).unwrap();
+    let server = mesh.workload(Workload::new("shop", "echo-1")).unwrap();
+    let backend = Backend::start(&server.pod, 8080, script).unwrap();
+    let client = mesh.workload(Workload::new("shop", "client")).unwrap();
+    Some(Scripted { _backend: backend, client, server, mesh })
+}
+
+/// What callers of a service keep to.
+fn policy(mesh: &Mesh, service: &str, spec: serde_json::Value) {
+    let mut spec = spec;
+    spec["targetRefs"] = serde_json::json!([{"group": "", "kind": "Service", "name": service}]);
+    let object = serde_json::json!({
+        "apiVersion": "weft.dev/v1alpha1",
+        "kind": "TrafficPolicy",
+        "metadata": {"namespace": "shop", "name": service},
+        "spec": spec,
+    });
+    mesh.write(&format!("policy-{service}.yaml"), &format!("{object:#}\n")).unwrap();
 }

@@ -35,16 +35,9 @@ fn route(mesh: &Mesh, rules: serde_json::Value) {
     mesh.write("route-api.yaml", &format!("{object:#}\n")).unwrap();
 }
 
+/// What callers of a service keep to, from now on.
 fn policy(mesh: &Mesh, service: &str, spec: serde_json::Value) {
-    let mut spec = spec;
-    spec["targetRefs"] = serde_json::json!([{"group": "", "kind": "Service", "name": service}]);
-    let object = serde_json::json!({
-        "apiVersion": "weft.dev/v1alpha1",
-        "kind": "TrafficPolicy",
-        "metadata": {"namespace": "shop", "name": service},
-        "spec": spec,
-    });
-    mesh.write(&format!("policy-{service}.yaml"), &format!("{object:#}\n")).unwrap();
+    crate::policy(mesh, service, spec);
     let object = format!("TrafficPolicy/shop/{service}");
     output(&mut mesh.weft(&["wait", &object, "--applied"])).unwrap();
 }
