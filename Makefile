@@ -58,7 +58,7 @@ soak: deps-test ## The long outages, and tests/REPORT.md: every figure that the 
 	@$(CARGO) build --locked --release --workspace --bins
 	mkdir -p target
 	# Release programs under the tests' ordinary build: what is judged is optimized, what judges need not be.
-	WEFT_PROGRAMS=$(abspath $(BUILT))/release $(CARGO) test --locked --workspace --lib --tests -- \
+	WEFT_MODEL_STEPS=100000 WEFT_PROGRAMS=$(abspath $(BUILT))/release $(CARGO) test --locked --workspace --lib --tests -- \
 	  --include-ignored --nocapture --test-threads=1 2>&1 | tee target/soak.log
 	{
 	  echo '# What the tests measured'

@@ -8,15 +8,16 @@
 //!
 //! A new certificate does not end the stream: the next connection shows it.
 
-use std::{collections::VecDeque, io, sync::Arc, time::Duration};
+use std::{collections::VecDeque, io, pin::Pin, sync::Arc, time::Duration};
 
 use hyper_util::rt::TokioIo;
 use rand::seq::SliceRandom as _;
 use rustls_pki_types::ServerName;
 use tokio::{
+    io::{AsyncRead, AsyncWrite},
     net::TcpStream,
     sync::{mpsc, watch},
-    time::{Instant, MissedTickBehavior, timeout_at},
+    time::{Instant, MissedTickBehavior, timeout, timeout_at},
 };
 use tokio_rustls::{TlsConnector, client::TlsStream};
 use tokio_stream::wrappers::ReceiverStream;
@@ -88,18 +89,58 @@ pub fn start(config: &Arc<Config>, shared: &Arc<Shared>, workers: Vec<mpsc::Send
     let (store, discovery, asked) = Store::new(config, Arc::clone(shared), reports.clone(), bundles);
     let (publish, connection) = watch::channel(None);
     let (up, connected) = watch::channel(false);
-    let stream = Stream {
-        config: Arc::clone(config),
-        shared: Arc::clone(shared),
-        material: material.clone(),
-        store,
-        asked,
-        publish,
-        up,
+    let dial: Dial = {
+        let (config, material) = (Arc::clone(config), material.clone());
+        Box::new(move || Box::pin(connect(Arc::clone(&config), material.clone())))
     };
-    tokio::spawn(stream.run());
     tokio::spawn(report::run(Arc::clone(config), reports.clone(), registry.clone(), connection));
+    let (config, shared) = (Arc::clone(config), Arc::clone(shared));
+    tokio::spawn(Stream { config, shared, dial, store, asked, publish, up }.run());
     Control { material, discovery, registry, reports, connected }
+}
+
+/// Follows policy alone, over connections that the caller makes: the same stream without certificates and
+/// telemetry, for whoever brings a network of his own, such as a simulated one.
+pub fn follow<F, S>(
+    config: &Arc<Config>,
+    shared: &Arc<Shared>,
+    mut dial: impl FnMut() -> F + Send + 'static,
+) -> (Discovery, watch::Receiver<bool>)
+where
+    F: Future<Output = io::Result<S>> + Send + 'static,
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let (bundles, _) = watch::channel(Bundles::default());
+    let (store, discovery, asked) = Store::new(config, Arc::clone(shared), Reports::new(), bundles);
+    let (publish, _) = watch::channel(None);
+    let (up, connected) = watch::channel(false);
+    let (config, shared) = (Arc::clone(config), Arc::clone(shared));
+    let dial: Dial = {
+        let config = Arc::clone(&config);
+        Box::new(move || {
+            let (config, stream) = (Arc::clone(&config), dial());
+            Box::pin(async move {
+                let to = &config.controller;
+                let stream = timeout(config.times.controller, stream).await;
+                let stream = stream.map_err(|_| DialError::Timeout(to.clone(), config.times.controller))?;
+                one_shot(stream.map_err(|e| DialError::Connect(to.clone(), e))?, &config.times).await
+            })
+        })
+    };
+    tokio::spawn(Stream { config, shared, dial, store, asked, publish, up }.run());
+    (discovery, connected)
+}
+
+/// Makes one connection to the controller.
+type Dial = Box<dyn FnMut() -> Dialled + Send>;
+type Dialled = Pin<Box<dyn Future<Output = Result<Channel, DialError>> + Send>>;
+
+/// The connection that is being made; none for ever while none is.
+async fn made(connect: &mut Option<Dialled>) -> Result<Channel, DialError> {
+    match connect {
+        Some(connect) => connect.await,
+        None => std::future::pending().await,
+    }
 }
 
 /// Why there is no connection to the controller.
@@ -129,9 +170,9 @@ pub(crate) async fn dial(
     limit: Duration,
 ) -> Result<TlsStream<TcpStream>, DialError> {
     let deadline = Instant::now() + limit;
-    let timeout = || DialError::Timeout(to.clone(), limit);
+    let late = || DialError::Timeout(to.clone(), limit);
     let resolve = tokio::net::lookup_host((to.host.as_str(), to.port));
-    let found = timeout_at(deadline, resolve).await.map_err(|_| timeout())?;
+    let found = timeout_at(deadline, resolve).await.map_err(|_| late())?;
     let mut addresses: Vec<_> =
         found.map_err(|e| DialError::Resolve(to.clone(), e))?.take(MAX_ADDRESSES).collect();
     addresses.shuffle(&mut rand::rng());
@@ -147,7 +188,7 @@ pub(crate) async fn dial(
         match timeout_at(deadline.min(Instant::now() + share), attempt).await {
             Ok(Ok(stream)) => return Ok(stream),
             Ok(Err(error)) => last = DialError::Connect(to.clone(), error),
-            Err(_) => last = timeout(),
+            Err(_) => last = late(),
         }
     }
     Err(last)
@@ -155,7 +196,10 @@ pub(crate) async fn dial(
 
 /// A gRPC channel over exactly this connection: when it ends, so does the channel, and whoever dials next
 /// shows the newest certificate.
-pub(crate) async fn one_shot(stream: TlsStream<TcpStream>, times: &Times) -> Result<Channel, DialError> {
+pub(crate) async fn one_shot(
+    stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    times: &Times,
+) -> Result<Channel, DialError> {
     let mut stream = Some(TokioIo::new(stream));
     let connector = tower::service_fn(move |_: http::Uri| {
         let stream = stream.take().ok_or_else(|| io::Error::from(io::ErrorKind::NotConnected));
@@ -176,7 +220,7 @@ pub(crate) async fn one_shot(stream: TlsStream<TcpStream>, times: &Times) -> Res
 struct Stream {
     config: Arc<Config>,
     shared: Arc<Shared>,
-    material: watch::Receiver<Option<Arc<Material>>>,
+    dial: Dial,
     store: Store,
     asked: mpsc::UnboundedReceiver<Ask>,
     publish: watch::Sender<Option<Channel>>,
@@ -190,11 +234,12 @@ impl Stream {
         let mut tick = tokio::time::interval(self.store.tick_every());
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            let connect = connect(Arc::clone(&self.config), self.material.clone(), wait);
-            tokio::pin!(connect);
+            let due = Instant::now() + wait;
+            let mut connect = None;
             let connected = loop {
                 tokio::select! {
-                    connected = &mut connect => break connected,
+                    () = tokio::time::sleep_until(due), if connect.is_none() => connect = Some((self.dial)()),
+                    connected = made(&mut connect) => break connected,
                     ask = self.asked.recv() => match ask {
                         Some(ask) => self.store.ask(ask),
                         None => return, // nobody can ask any more: the sidecar is gone
@@ -285,15 +330,13 @@ async fn next(
     }
 }
 
-/// Waits, then for a certificate, then for a connection. The controller must be who the configuration says,
+/// Waits for a certificate, then for a connection. The controller must be who the configuration says,
 /// by the roots that are trusted now or by the anchor file as it stands: roots may have rotated while this
 /// sidecar was cut off.
 async fn connect(
     config: Arc<Config>,
     mut material: watch::Receiver<Option<Arc<Material>>>,
-    wait: Duration,
 ) -> Result<Channel, DialError> {
-    tokio::time::sleep(wait).await;
     let material = match material.wait_for(Option::is_some).await.map(|material| material.clone()) {
         Ok(Some(material)) => material,
         Ok(None) | Err(_) => std::future::pending().await, // the keeper is gone, and the sidecar with it
@@ -333,7 +376,6 @@ const MAX_PUSHBACK: Duration = Duration::from_secs(60);
 mod tests {
     use std::{
         collections::BTreeMap,
-        pin::Pin,
         sync::{
             Mutex,
             atomic::{AtomicUsize, Ordering},
@@ -689,7 +731,7 @@ mod tests {
             ["self/uid-web-1", "authz/uid-web-1/0"].iter().all(|name| applied.iter().any(|one| one == name))
         })
         .await;
-        tokio::time::timeout(Duration::from_secs(5), control.flush()).await.unwrap();
+        timeout(Duration::from_secs(5), control.flush()).await.unwrap();
         let reports = controller.state.reports.lock().unwrap();
         for (i, report) in reports.iter().enumerate() {
             assert_eq!(report.sequence, i as u64 + 1);

@@ -266,7 +266,8 @@ async fn a_reconnecting_client_hears_of_what_is_gone_and_of_what_changed_and_not
     // A name that it holds and does not ask for any more is not its business.
     let names = [A, B, "svc/shop/gone:80"];
     stream.send(&Request::subscribe(SVC, &names).holding(&held)).await;
-    assert_eq!(stream.take().await.says(), [B, "-svc/shop/gone:80"]);
+    assert_eq!(stream.take().await.says(), [B]);
+    assert_eq!(stream.take().await.says(), ["-svc/shop/gone:80"]);
     // Versions say nothing later than in the first request of a type.
     stream.send(&Request::unsubscribe(SVC, &[A])).await;
     stream.send(&Request::subscribe(SVC, &[A]).holding(&[(A, first.version(A))])).await;

@@ -25,6 +25,7 @@ use hyper_util::{
 use rand::Rng as _;
 use rustls::ServerConfig;
 use tokio::{
+    io::{AsyncRead, AsyncWrite},
     net::{TcpListener, TcpStream},
     sync::{Semaphore, watch},
     time::{Instant, sleep, timeout},
@@ -146,7 +147,7 @@ impl Server {
         &self,
         stream: tokio_rustls::server::TlsStream<TcpStream>,
         peer: Option<tls::Peer>,
-        mut closing: watch::Receiver<bool>,
+        closing: watch::Receiver<bool>,
     ) {
         // A connection must not outlive the certificate that it came with.
         let mut age = self.max_age.mul_f64(rand::rng().random_range(0.8..1.2));
@@ -155,40 +156,50 @@ impl Server {
         {
             age = age.min(left);
         }
-        let (close, close_seen) = watch::channel(false);
-        let service =
-            self.routes.clone().map_request(move |mut request: http::Request<hyper::body::Incoming>| {
-                request.extensions_mut().insert(Closing(close_seen.clone()));
-                if let Some(peer) = &peer {
-                    request.extensions_mut().insert(peer.clone());
-                }
-                request
-            });
-        let service = TowerToHyperService::new(service.map_err(|error: Infallible| match error {}));
-        let connection = hyper::server::conn::http2::Builder::new(TokioExecutor::new())
-            .timer(TokioTimer::new())
-            .max_send_buf_size(SEND_BUFFER)
-            .max_concurrent_streams(MAX_STREAMS)
-            .max_header_list_size(16 * 1024)
-            .keep_alive_interval(Some(PING_EVERY))
-            .keep_alive_timeout(PING_TIMEOUT)
-            .serve_connection(TokioIo::new(stream), service);
-        tokio::pin!(connection);
-        tokio::select! {
-            ended = connection.as_mut() => {
-                if let Err(error) = ended {
-                    tracing::debug!(%error, "connection ended");
-                }
-                return;
-            }
-            () = sleep(age) => {}
-            () = closed(&mut closing) => {}
-        }
-        // GOAWAY first, then the streams end by themselves: the client comes back, to any replica.
-        connection.as_mut().graceful_shutdown();
-        close.send_replace(true);
-        let _ = timeout(DRAIN, connection).await;
+        connection(stream, peer, self.routes.clone(), age, closing).await;
     }
+}
+
+/// Serves one connection whose other end is known, for `age` at most.
+pub async fn connection(
+    stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    peer: Option<tls::Peer>,
+    routes: Routes,
+    age: Duration,
+    mut closing: watch::Receiver<bool>,
+) {
+    let (close, close_seen) = watch::channel(false);
+    let service = routes.map_request(move |mut request: http::Request<hyper::body::Incoming>| {
+        request.extensions_mut().insert(Closing(close_seen.clone()));
+        if let Some(peer) = &peer {
+            request.extensions_mut().insert(peer.clone());
+        }
+        request
+    });
+    let service = TowerToHyperService::new(service.map_err(|error: Infallible| match error {}));
+    let connection = hyper::server::conn::http2::Builder::new(TokioExecutor::new())
+        .timer(TokioTimer::new())
+        .max_send_buf_size(SEND_BUFFER)
+        .max_concurrent_streams(MAX_STREAMS)
+        .max_header_list_size(16 * 1024)
+        .keep_alive_interval(Some(PING_EVERY))
+        .keep_alive_timeout(PING_TIMEOUT)
+        .serve_connection(TokioIo::new(stream), service);
+    tokio::pin!(connection);
+    tokio::select! {
+        ended = connection.as_mut() => {
+            if let Err(error) = ended {
+                tracing::debug!(%error, "connection ended");
+            }
+            return;
+        }
+        () = sleep(age) => {}
+        () = closed(&mut closing) => {}
+    }
+    // GOAWAY first, then the streams end by themselves: the client comes back, to any replica.
+    connection.as_mut().graceful_shutdown();
+    close.send_replace(true);
+    let _ = timeout(DRAIN, connection).await;
 }
 
 /// Waits until a flag is set, or nobody is left to set it.

@@ -10,9 +10,9 @@
 //! missing name is answered at once, remembered, and sent when it appears; names that a reconnecting client
 //! holds and that are gone are removed; an unknown type is ignored and does not end the stream.
 //!
-//! What takes something's place is told before what it replaces is taken away, across types: a route that
-//! names another backend comes before the removal of the old one. Endpoints that go are apart from this:
-//! nobody may wait for that.
+//! What takes something's place is told before what it replaces is taken away, across types: a new backend
+//! comes before the route that names it, and the removal of the old one after both, even if the route has to
+//! wait for an ACK. Endpoints that go are apart from this: nobody may wait for that.
 //!
 //! Who may ask for what is not decided here: a [`Source`] that does not show a resource to this subscriber
 //! has none, and "not allowed" looks exactly like "not there".
@@ -283,28 +283,38 @@ impl Stream {
     /// The next response of any type, if there is something to tell and it may be told now. To be called
     /// again until `None`, whenever the source changed, a request was taken, or [`Stream::wake_at`] came.
     pub fn next(&mut self, source: &dyn Source, now: Instant) -> Option<DeltaDiscoveryResponse> {
-        let breaks = ResourceType::ALL.map(|ty| self.types[ty.index()].breaks(ty, source));
-        let mut order = ResourceType::ALL;
-        order.sort_by_key(|ty| breaks[ty.index()]);
-        order.into_iter().find_map(|ty| self.next_of(ty, source, now))
+        let mut waits = false;
+        for ty in ResourceType::ALL {
+            let mut pass = Pass::Make { left: false };
+            let response = self.next_of(ty, source, now, &mut pass);
+            if response.is_some() {
+                return response;
+            }
+            waits |= matches!(pass, Pass::Make { left: true });
+        }
+        // An answer is awaited for so long at most; then the stream ends.
+        if !waits || ResourceType::ALL.into_iter().any(|ty| self.types[ty.index()].is_behind(ty, source)) {
+            return None;
+        }
+        ResourceType::ALL.into_iter().find_map(|ty| self.next_of(ty, source, now, &mut Pass::Break))
     }
 
-    /// The same of one type, for a caller that paces types apart.
-    pub fn next_of(
+    fn next_of(
         &mut self,
         ty: ResourceType,
         source: &dyn Source,
         now: Instant,
+        pass: &mut Pass,
     ) -> Option<DeltaDiscoveryResponse> {
         let state = &mut self.types[ty.index()];
         if state.in_flight.is_some() {
             return None;
         }
         let mut batch = Batch::default();
-        state.tell_plain(ty, source, &mut batch);
+        state.tell_plain(ty, source, &mut batch, pass);
         // Streams that connected together need not all hear their heads together.
         let spread = Duration::from_millis(self.id % (HEAD_INTERVAL.as_millis() as u64 / 2));
-        state.tell_collections(source, &mut batch, now, now + HEAD_INTERVAL - spread);
+        state.tell_collections(source, &mut batch, now, now + HEAD_INTERVAL - spread, pass);
         if batch.resources.is_empty() && batch.removed.is_empty() {
             return None;
         }
@@ -375,6 +385,28 @@ impl Stream {
     }
 }
 
+/// Which half of what there is to tell.
+#[derive(Debug)]
+enum Pass {
+    /// What is new, and answers to whoever waits for one; whether anything was left for the other half.
+    Make { left: bool },
+    /// All, removals of what the client holds among it.
+    Break,
+}
+
+impl Pass {
+    /// Whether a removal is left for later, which is noted.
+    fn leaves(&mut self) -> bool {
+        match self {
+            Self::Make { left } => {
+                *left = true;
+                true
+            }
+            Self::Break => false,
+        }
+    }
+}
+
 impl Type {
     fn reply(&mut self, nonce: &str, error: Option<Status>) -> Reply {
         if nonce.is_empty() {
@@ -390,24 +422,39 @@ impl Type {
         }
     }
 
-    /// Whether something goes away that the client may still need until it has heard of the rest.
-    fn breaks(&self, ty: ResourceType, source: &dyn Source) -> bool {
+    /// Whether something new has to wait for an ACK.
+    fn is_behind(&self, ty: ResourceType, source: &dyn Source) -> bool {
         let plain = |(name, plain): (&Arc<str>, &Plain)| {
-            matches!(plain.told, Told::Version(_)) && source.lookup(ty, name).is_none()
+            let told = match &plain.told {
+                Told::Version(version) => Some(version),
+                Told::Nothing | Told::Gone => None,
+            };
+            source.lookup(ty, name).is_some_and(|now| told.is_none_or(|told| *told != now.version))
         };
         let collection = |(name, following): (&Arc<str>, &Following)| {
-            following.position.is_some() && source.collection(name).is_none()
+            source.collection(name).is_some_and(|collection| {
+                let position = following.position.as_ref();
+                position.is_none_or(|position| {
+                    position.epoch != *collection.epoch()
+                        || position.full.is_some()
+                        || position.normal < collection.read().seq()
+                })
+            })
         };
-        self.in_flight.is_none() && (self.plain.iter().any(plain) || self.collections.iter().any(collection))
+        self.in_flight.is_some() && (self.plain.iter().any(plain) || self.collections.iter().any(collection))
     }
 
-    /// Removals first, then what changed, starting where the last response stopped.
-    fn tell_plain(&mut self, ty: ResourceType, source: &dyn Source, batch: &mut Batch) {
+    /// What changed, starting where the last response stopped.
+    fn tell_plain(&mut self, ty: ResourceType, source: &dyn Source, batch: &mut Batch, pass: &mut Pass) {
         let mut changed: Vec<(Arc<str>, Versioned)> = Vec::new();
         for name in order(&self.plain, self.after.as_ref()) {
             let Some(plain) = self.plain.get_mut(&name) else { continue };
             match source.lookup(ty, &name) {
                 None => {
+                    let is_held = matches!(plain.told, Told::Version(_)) && !plain.answer;
+                    if is_held && pass.leaves() {
+                        continue;
+                    }
                     if (plain.answer || plain.told != Told::Gone) && !batch.is_full() {
                         batch.remove(name.to_string());
                         *plain = Plain { told: Told::Gone, answer: false };
@@ -440,11 +487,16 @@ impl Type {
         batch: &mut Batch,
         now: Instant,
         first_head: Instant,
+        pass: &mut Pass,
     ) {
         let mut visits = Vec::new();
         for name in order(&self.collections, self.after.as_ref()) {
             let Some(following) = self.collections.get_mut(&name) else { continue };
             let Some(collection) = source.collection(&name) else {
+                let is_held = following.position.is_some() || following.cursor.is_some();
+                if is_held && pass.leaves() {
+                    continue;
+                }
                 if !following.gone && !batch.is_full() {
                     batch.remove(name.to_string());
                     *following = Following { gone: true, ..Following::default() };

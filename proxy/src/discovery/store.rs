@@ -3,12 +3,12 @@
 //! Why joining is done here and not by the sender's order: a snapshot becomes live only when the service,
 //! its route and the endpoints of every backend that the route names have all arrived, in whatever order.
 //! The old snapshot serves meanwhile. If something stays missing, the new one is published after 15 s with
-//! what is there, its unresolved backends marked.
+//! what is there, its unresolved backends marked; where an old one serves, so much later that a stream which died
+//! without a word is found out first.
 //!
-//! Why what is gone stays for a moment: when one change switches a route to another backend and deletes the
-//! old one, nothing says that the removal arrives last, and between the two nobody could be served. A service
-//! or a collection that is removed is therefore kept for [`LINGER`]; a route that names it no longer has
-//! arrived by then, and a route that still does answers 500 a moment later.
+//! Why a snapshot that lost a backend waits a moment, too: when one change switches a route to another backend
+//! and deletes the old one, or takes back what an earlier one deleted, nothing says in which order that arrives,
+//! and in between nobody could be served. Two seconds later a backend that is not there answers so.
 //!
 //! Why the store runs no task: it is told what arrived and what is asked for, by the one task that owns the
 //! stream, and never waits. The workers see only finished `Arc`s.
@@ -17,7 +17,7 @@
 //! last good one in force and are reported, and nothing grows beyond its bound.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, HashMap},
     net::SocketAddr,
     sync::{
         Arc, LazyLock, PoisonError, RwLock,
@@ -75,6 +75,8 @@ struct State {
     trust_domain: TrustDomain,
     idle: Duration,
     warm: Duration,
+    /// How long a dead stream may look alive.
+    silence: Duration,
     max_destinations: usize,
     // Where results go
     shared: Arc<Shared>,
@@ -91,8 +93,6 @@ struct State {
     backends: HashMap<BackendKey, Built>,
     generation: u64,
     own: Own,
-    /// What is removed but still in force, the oldest first.
-    leaving: VecDeque<(Instant, Name)>,
     // What this turn changed
     touched: BTreeSet<Name>,
     news: BTreeSet<Name>,
@@ -128,8 +128,6 @@ enum Value {
     Authorization(Arc<Authorization>),
     Workload(Arc<WorkloadResource>),
     Trust,
-    /// Said to be gone since then, and in force for a moment longer.
-    Leaving(Instant, Box<Value>),
 }
 
 struct Route {
@@ -159,6 +157,8 @@ struct Destination {
     held_at: Instant,
     waiters: Vec<oneshot::Sender<()>>,
     warming: Option<Instant>,
+    /// What a new snapshot lacks because it is said not to be there, and since when.
+    absent: Option<(BTreeSet<Name>, Instant)>,
     /// What the published snapshot was made of: compared to see whether anything changed.
     made_of: Option<MadeOf>,
     /// What was missing when it was published all the same: it is not waited for twice.
@@ -238,6 +238,7 @@ impl Store {
             trust_domain: config.trust_domain.clone(),
             idle: config.times.discovery_idle,
             warm: config.times.discovery_warm,
+            silence: config.times.ping + config.times.ping_timeout,
             max_destinations: config.limits.destinations,
             shared,
             reports,
@@ -252,7 +253,6 @@ impl Store {
             backends: HashMap::new(),
             generation: 0,
             own: Own::default(),
-            leaving: VecDeque::new(),
             touched: BTreeSet::new(),
             news: BTreeSet::new(),
             subscriptions: Vec::new(),
@@ -507,47 +507,23 @@ impl State {
             return;
         }
         let Some(held) = self.held.get_mut(name) else { return };
-        match std::mem::replace(&mut held.value, Value::Removed) {
-            kept @ (Value::Authorization(_) | Value::Workload(_) | Value::Trust) => {
-                // Who may call, and whom to trust, is never weakened or lost by an absence.
-                warn!(resource = %name, "the control plane says that it is gone: the last good one stays in force");
-                held.value = kept;
-                return;
-            }
-            Value::Leaving(since, was) => held.value = Value::Leaving(since, was),
-            // What others may still name; of an address that is gone nobody says where it went.
-            was @ (Value::Service(_) | Value::Endpoints(_))
-                if matches!(name, Name::Service(_) | Name::Collection(_)) =>
-            {
-                let now = Instant::now();
-                held.value = Value::Leaving(now, Box::new(was));
-                self.leaving.push_back((now, name.clone()));
-            }
+        let keeps = match held.value {
+            Value::Authorization(_) | Value::Workload(_) | Value::Trust => true,
             Value::Pending | Value::Removed | Value::Service(_) | Value::Route(_) | Value::Endpoints(_) => {
-                held.version.clear()
+                false
             }
+        };
+        if keeps {
+            // Who may call, and whom to trust, is never weakened or lost by an absence.
+            warn!(resource = %name, "the control plane says that it is gone: the last good one stays in force");
+            return;
         }
+        held.value = Value::Removed;
+        held.version.clear();
         if self.refused.remove(name) {
             self.reports.accepted(name.resource_type().type_url(), &name.to_string());
         }
         self.touched.insert(name.clone());
-    }
-
-    /// What has lingered long enough is gone. Without a stream nothing can take its place, so nothing leaves.
-    fn leave(&mut self) {
-        let Some(up) = self.connected else { return };
-        while let Some((since, name)) = self.leaving.pop_front() {
-            if since.max(up).elapsed() < LINGER {
-                return self.leaving.push_front((since, name));
-            }
-            let Some(held) = self.held.get_mut(&name) else { continue };
-            // It may have come back, and gone again, since.
-            if matches!(held.value, Value::Leaving(started, _) if started == since) {
-                held.value = Value::Removed;
-                held.version.clear();
-                self.touched.insert(name);
-            }
-        }
     }
 
     fn ranges(&self, workload: &WorkloadResource) {
@@ -574,6 +550,7 @@ impl State {
                 held_at: Instant::now(),
                 waiters: Vec::new(),
                 warming: None,
+                absent: None,
                 made_of: None,
                 lacks: BTreeSet::new(),
                 live: BTreeMap::new(),
@@ -712,6 +689,7 @@ impl State {
             Found::Nothing => {
                 self.shrink(user, &mut destination, joined.needs);
                 destination.warming = None;
+                destination.absent = None;
                 destination.made_of = None;
                 self.know(address, Some(Answer::Unknown(Arc::clone(&destination.used))));
                 if let Some(watched) = destination.watched.as_ref().filter(|watched| !watched.removed()) {
@@ -719,16 +697,31 @@ impl State {
                     watched.remove();
                 }
             }
-            Found::Policy { made_of, missing } => {
-                let since = *destination.warming.get_or_insert_with(Instant::now);
+            Found::Policy { made_of, mut missing, absent } => {
+                let now = Instant::now();
+                let since = *destination.warming.get_or_insert(now);
                 // Without a stream nothing can arrive: what serves is better than what is half there.
-                let waited = self.connected.map_or(Duration::ZERO, |up| since.max(up).elapsed());
+                let waited =
+                    |since: Instant| self.connected.map_or(Duration::ZERO, |up| since.max(up).elapsed());
+                let lost: BTreeSet<Name> = absent.difference(&destination.lacks).cloned().collect();
+                if destination.made_of.is_none() || lost.is_empty() {
+                    destination.absent = None;
+                } else if destination.absent.as_ref().is_none_or(|(names, _)| *names != lost) {
+                    destination.absent = Some((lost, now));
+                }
+                let hopes = destination.absent.as_ref().is_some_and(|(_, since)| waited(*since) < HOPE);
                 let whole = missing.is_subset(&destination.lacks);
-                if whole || waited >= self.warm {
+                let patience = match destination.made_of {
+                    Some(_) => self.warm + self.silence,
+                    None => self.warm,
+                };
+                if (whole && !hopes) || waited(since) >= patience {
                     if !whole {
                         warn!(%address, service = %made_of.service.name, ?missing, "published although not whole");
                     }
                     destination.warming = None;
+                    destination.absent = None;
+                    missing.extend(absent);
                     destination.lacks = missing;
                     self.shrink(user, &mut destination, joined.needs);
                     self.publish(address, &mut destination, made_of);
@@ -794,7 +787,7 @@ impl State {
             Some(Value::Removed) => return Joined { needs, found: Found::Nothing },
             _ => return Joined { needs, found: Found::Pending },
         };
-        let mut missing = BTreeSet::new();
+        let (mut missing, mut absent) = (BTreeSet::new(), BTreeSet::new());
         let mut route = Routes::None;
         // A pod by its own address has no routes and no balancing.
         if let Some(name) = service.route.as_ref().filter(|_| service.pod.is_none()) {
@@ -826,9 +819,12 @@ impl State {
         };
         let mut backends = Vec::with_capacity(names.len());
         for name in names {
-            backends.push(self.backend(name, &service, &mut needs, &mut missing));
+            backends.push(self.backend(name, &service, &mut needs, &mut missing, &mut absent));
         }
-        Joined { needs, found: Found::Policy { made_of: MadeOf { service, route, backends }, missing } }
+        Joined {
+            needs,
+            found: Found::Policy { made_of: MadeOf { service, route, backends }, missing, absent },
+        }
     }
 
     /// The newest policy of a backend.
@@ -838,14 +834,18 @@ impl State {
         parent: &Arc<Service>,
         needs: &mut BTreeSet<Name>,
         missing: &mut BTreeSet<Name>,
+        absent: &mut BTreeSet<Name>,
     ) -> Arc<BackendPolicy> {
         let (service, resolved) = if *name == parent.name {
             (Arc::clone(parent), true)
         } else {
             let key = Name::Service(name.clone());
-            let found = match self.held.get(&key).map(Held::in_force) {
+            let found = match self.held.get(&key).map(|held| &held.value) {
                 Some(Value::Service(service)) if service.name == *name => (Arc::clone(service), true),
-                Some(Value::Removed | Value::Service(_)) => (nothing(name), false),
+                Some(Value::Removed | Value::Service(_)) => {
+                    absent.insert(key.clone());
+                    (nothing(name), false)
+                }
                 _ => {
                     if !self.refused.contains(&key) {
                         missing.insert(key.clone());
@@ -863,7 +863,7 @@ impl State {
         } else if let Some(collection) = &service.endpoints {
             match collection.parse::<Name>() {
                 Ok(key @ Name::Collection(_)) => {
-                    match self.held.get_mut(&key).map(Held::in_force_mut) {
+                    match self.held.get_mut(&key).map(|held| &mut held.value) {
                         Some(Value::Endpoints(members)) => {
                             if !members.complete {
                                 missing.insert(key.clone());
@@ -871,7 +871,7 @@ impl State {
                             endpoints = members.list();
                             version = members.generation;
                         }
-                        Some(Value::Removed) => {}
+                        Some(Value::Removed) => drop(absent.insert(key.clone())),
                         _ => drop(missing.insert(key.clone())),
                     }
                     needs.insert(key);
@@ -956,7 +956,6 @@ impl State {
         if self.own.warming.is_some() {
             self.join_own();
         }
-        self.leave();
         let now = Instant::now();
         let mut warming = Vec::new();
         let mut idle = Vec::new();
@@ -1019,7 +1018,6 @@ impl State {
                 let state = match &held.value {
                     Value::Pending => "pending".to_owned(),
                     Value::Removed => "removed".to_owned(),
-                    Value::Leaving(..) => "leaving".to_owned(),
                     Value::Endpoints(members) => format!("{} endpoints", members.by_uid.len()),
                     Value::Service(_)
                     | Value::Route(_)
@@ -1084,8 +1082,8 @@ enum Found {
     Pending,
     /// The control plane said no.
     Nothing,
-    /// A policy, and what of it has not been answered yet.
-    Policy { made_of: MadeOf, missing: BTreeSet<Name> },
+    /// A policy, what of it has not been answered yet, and what is said not to be there.
+    Policy { made_of: MadeOf, missing: BTreeSet<Name>, absent: BTreeSet<Name> },
 }
 
 impl MadeOf {
@@ -1099,27 +1097,6 @@ impl MadeOf {
             && Arc::ptr_eq(&self.service, &other.service)
             && self.backends.len() == other.backends.len()
             && self.backends.iter().zip(&other.backends).all(|(a, b)| Arc::ptr_eq(a, b))
-    }
-}
-
-impl Held {
-    /// What of it is in force: what it was, while it is leaving.
-    fn in_force(&self) -> &Value {
-        if let Value::Leaving(_, was) = &self.value { was } else { &self.value }
-    }
-
-    fn in_force_mut(&mut self) -> &mut Value {
-        match &mut self.value {
-            Value::Leaving(_, was) => was,
-            value @ (Value::Pending
-            | Value::Removed
-            | Value::Service(_)
-            | Value::Route(_)
-            | Value::Endpoints(_)
-            | Value::Authorization(_)
-            | Value::Workload(_)
-            | Value::Trust) => value,
-        }
     }
 }
 
@@ -1186,8 +1163,9 @@ fn nothing(name: &ServiceName) -> Arc<Service> {
 /// What holds where no authorization can be used.
 static DENY: LazyLock<Arc<Authorization>> =
     LazyLock::new(|| Arc::new(Authorization { default: Action::Deny, rules: Vec::new(), generation: 0 }));
-/// How long what is removed stays in force: what takes its place was sent beside it.
-const LINGER: Duration = Duration::from_secs(2);
+/// How long the snapshot before it serves instead of one that lost something: what takes its place may be on
+/// its way.
+const HOPE: Duration = Duration::from_secs(2);
 /// Backends of one route: each is subscribed.
 const MAX_BACKENDS: usize = 1_000;
 
@@ -1586,11 +1564,11 @@ mod tests {
         world.send(&[], &["ep/shop/old:80/*"]);
         // While there is no stream nothing can come in its place.
         world.store.disconnected();
-        advance(LINGER * 2).await;
+        advance(HOPE * 2).await;
         world.store.tick();
         assert!(resolved());
         world.connect();
-        advance(LINGER).await;
+        advance(HOPE).await;
         world.store.tick();
         assert!(!resolved());
         // It comes back with other members, none of the old.
@@ -1600,10 +1578,37 @@ mod tests {
         assert_eq!(endpoints(&watched.policy(), 0), ["uid-2"]);
         // And the same within the moment.
         world.send(&[], &["ep/shop/old:80/*"]);
+        assert_eq!(endpoints(&watched.policy(), 0), ["uid-2"]);
         world.send_all("shop/old:80", &[("uid-3", [10, 1, 0, 3])]);
-        advance(LINGER).await;
-        world.store.tick();
         assert_eq!(endpoints(&watched.policy(), 0), ["uid-3"]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_route_back_to_a_backend_that_was_deleted_waits_for_it_to_come_back() {
+        let mut world = World::ready();
+        world.ask("10.0.0.1:80").await;
+        world.send(&[("ip/10.0.0.1:80", service("api", true))], &[]);
+        world.send(&[("route/shop/api:80", route(&["a", "b"]))], &[]);
+        world.send_all("shop/api:80", &[]);
+        world.send(&[("svc/shop/a:80", service("a", false))], &["svc/shop/b:80"]);
+        world.send_all("shop/a:80", &[("uid-1", [10, 1, 0, 1])]);
+        let watched = world.service("10.0.0.1:80").await;
+        let resolved =
+            || watched.policy().backends.iter().map(|backend| backend.resolved).collect::<Vec<_>>();
+        // Where nothing served before, what is not there is an answer at once, and changes are not held up by it.
+        assert_eq!(resolved(), [true, false]);
+        world.send(&[("ep/shop/a:80/uid-2", endpoint("uid-2", [10, 1, 0, 2]))], &[]);
+        assert_eq!(endpoints(&watched.policy(), 0), ["uid-1", "uid-2"]);
+        world.send(&[("route/shop/api:80", route(&["a"]))], &[]);
+        assert_eq!(resolved(), [true]);
+        world.wanted();
+        world.send(&[("route/shop/api:80", route(&["b"]))], &[]);
+        assert_eq!(world.wanted().0, set(&["svc/shop/b:80"]));
+        world.send(&[], &["svc/shop/b:80"]);
+        assert_eq!((resolved(), endpoints(&watched.policy(), 0).len()), (vec![true], 2), "the one before");
+        world.send(&[("svc/shop/b:80", service("b", false))], &[]);
+        world.send_all("shop/b:80", &[("uid-9", [10, 1, 0, 9])]);
+        assert_eq!(endpoints(&watched.policy(), 0), ["uid-9"]);
     }
 
     #[tokio::test(start_paused = true)]
@@ -1655,7 +1660,8 @@ mod tests {
         world.store.tick();
         assert_eq!(watched.policy().backends.len(), 1);
         world.connect();
-        advance(Duration::from_secs(14)).await;
+        // 15 s, and the time in which a dead stream is found out.
+        advance(Duration::from_secs(29)).await;
         world.store.tick();
         assert_eq!(watched.policy().backends.len(), 1);
         advance(Duration::from_secs(1)).await;
@@ -1690,7 +1696,7 @@ mod tests {
         world.ask("10.0.0.1:80").await;
         world.send(&[("ip/10.0.0.1:80", service("api", true))], &["route/shop/api:80"]);
         world.send_all("shop/api:80", &[("uid-1", [10, 1, 0, 1])]);
-        advance(Duration::from_secs(16)).await;
+        advance(Duration::from_secs(31)).await;
         world.store.tick();
         assert!(!world.service("10.0.0.1:80").await.policy().routes.is_usable());
     }
@@ -1705,7 +1711,7 @@ mod tests {
                 world.send(&[("route/shop/api:80", Body::nonsense("Route"))], &[]);
             } else {
                 assert!(watched.policy().routes.is_usable(), "it may be on its way");
-                advance(Duration::from_secs(16)).await;
+                advance(Duration::from_secs(31)).await;
                 world.store.tick();
             }
             assert!(!watched.policy().routes.is_usable());
@@ -1729,7 +1735,7 @@ mod tests {
         world.send(&[("route/shop/api:80", Body::nonsense("Route"))], &[]);
         assert!(Arc::ptr_eq(&before, &watched.policy().routes.rules()[0]));
         world.send(&[], &["route/shop/api:80"]);
-        advance(Duration::from_secs(16)).await;
+        advance(Duration::from_secs(31)).await;
         world.store.tick();
         world.send(&[("ep/shop/api:80/uid-2", endpoint("uid-2", [10, 1, 0, 2]))], &[]);
         assert_eq!(endpoints(&watched.policy(), 0), ["uid-1", "uid-2"]);
