@@ -960,7 +960,7 @@ fn no_payload_makes_an_app_see_another_request_than_its_sidecar() {
     });
     let names: Vec<_> = world.origins.iter().map(|origin| origin.name).collect();
     println!(
-        "figure: smuggling: {} disagreements (bound 0) of {} payloads x {} origins ({}) x 2 ways",
+        "figure: smuggling: {} disagreements in {} payloads x {} origins ({}) x 2 ways (bound 0)",
         all.len(),
         table.len(),
         names.len(),
