@@ -70,6 +70,11 @@ soak: deps-test ## The long outages, and tests/REPORT.md: every figure that the 
 	  awk -f tests/report.awk target/soak.log
 	} > tests/REPORT.md
 
+.PHONY: fuzz
+fuzz: ## A minute and a new seed for each parser (ARGS="route", SECONDS_EACH=600); what fails lies in target/fuzz
+	@export WEFT_FUZZ_SECONDS=$(or $(SECONDS_EACH),60) WEFT_FUZZ_SEED=$${WEFT_FUZZ_SEED:-$$(date +%s)}
+	$(CARGO) test --locked --profile fuzz -p weft-tests --test fuzz -- --nocapture $(ARGS)
+
 .PHONY: sbom
 sbom: ## What each program is made of: CycloneDX in target/sbom
 	@if ! $(CARGO) cyclonedx --version >/dev/null 2>&1; then

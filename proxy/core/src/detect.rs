@@ -82,7 +82,8 @@ pub fn client_hello(bytes: &[u8]) -> Result<Option<ClientHello>, NotTls> {
         match rest {
             [] => return Ok(None),
             [HANDSHAKE] | [HANDSHAKE, 3] => return Ok(None),
-            [HANDSHAKE, 3, minor, ..] if *minor <= 4 => {}
+            // Whatever the minor version: it "MUST be ignored for all purposes" (RFC 8446 §5.1), and is by libraries.
+            [HANDSHAKE, 3, ..] => {}
             _ => return Err(NotTls),
         }
         let Some(length) = rest.get(3..5) else {
@@ -213,16 +214,7 @@ fn parse_hello(body: &[u8]) -> Option<ClientHello> {
         let kind = extensions.u16()?;
         let mut data = Reader(extensions.vec16()?);
         match kind {
-            SERVER_NAME => {
-                let mut names = Reader(data.vec16()?);
-                while !names.0.is_empty() {
-                    let kind = names.u8()?;
-                    let name = names.vec16()?;
-                    if kind == 0 && hello.server_name.is_none() {
-                        hello.server_name = host_name(name);
-                    }
-                }
-            }
+            SERVER_NAME if hello.server_name.is_none() => hello.server_name = server_name(data),
             ALPN => {
                 let mut protocols = Reader(data.vec16()?);
                 while !protocols.0.is_empty() {
@@ -233,6 +225,18 @@ fn parse_hello(body: &[u8]) -> Option<ClientHello> {
         }
     }
     Some(hello)
+}
+
+/// The first host name. What is wrong with the list is for whoever ends the TLS to judge: it stays TLS.
+fn server_name(mut data: Reader<'_>) -> Option<String> {
+    let mut names = Reader(data.vec16()?);
+    loop {
+        let kind = names.u8()?;
+        let name = names.vec16()?;
+        if kind == 0 {
+            return host_name(name);
+        }
+    }
 }
 
 /// Only what can be a host name is noted: it ends up in logs and metrics.

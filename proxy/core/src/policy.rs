@@ -592,7 +592,12 @@ impl Pattern {
         compile(source)
             .and_then(|_| compile(&format!("\\A(?:{source})\\z")))
             .map(|regex| Self { source: source.into(), regex })
-            .map_err(|e| PolicyError::Pattern(source.to_owned(), e.to_string()))
+            .map_err(|e| {
+                // The library draws a picture of several lines, which would be as many in a log; the last says it.
+                let picture = e.to_string();
+                let said = picture.lines().last().unwrap_or_default();
+                PolicyError::Pattern(source.to_owned(), said.trim_start_matches("error: ").to_owned())
+            })
     }
 
     /// What was compiled.
