@@ -98,7 +98,7 @@ fn cut(side: Side, bytes: &[u8]) -> u64 {
         assert_eq!(pieces, whole, "in pieces of {size}");
     }
     let why = whole.why.map_or(0, |why| hash(why.name().as_bytes()) & 0xffff);
-    why << 8 | whole.heads.min(15) << 2 | u64::from(whole.between) << 1 | u64::from(whole.paused)
+    (why << 8) | (whole.heads.min(15) << 2) | (u64::from(whole.between) << 1) | u64::from(whole.paused)
 }
 
 fn requests(bytes: &[u8]) -> u64 {
@@ -119,7 +119,7 @@ fn frames(bytes: &[u8]) -> u64 {
     for size in [1, 2, 9, 10] {
         assert_eq!(count(size), whole, "in pieces of {size}");
     }
-    whole.0.min(64) << 8 | u64::from(whole.1) << 7 | u64::from(whole.2.min(100))
+    (whole.0.min(64) << 8) | (u64::from(whole.1) << 7) | u64::from(whole.2.min(100))
 }
 
 fn messages() -> Vec<Vec<u8>> {

@@ -92,7 +92,7 @@ fn converted(input: &[u8]) -> u64 {
             let again = parse(&written);
             assert!(again.is_ok(), "what was taken is not taken again: {again:?}");
             assert_eq!(again, Ok(written.clone()), "another value came back");
-            kind << 32 | (written.len() as u64) / 16
+            (kind << 32) | ((written.len() as u64) / 16)
         }
         Err(error) => {
             let text = error.to_string();
@@ -240,7 +240,7 @@ fn routed(input: &[u8]) -> u64 {
         }
     }
     // Larger tables are searched in another way, to the same end.
-    let mut many = resource.rules.clone();
+    let mut many = resource.rules;
     for n in 0..12_u8 {
         let mut rule = never(n);
         rule.created = u64::from(n);
