@@ -134,7 +134,7 @@ impl Busy {
         let posts = sent.lines().filter(|line| line.contains(" POST "));
         let posts: BTreeSet<&str> = posts.filter_map(|line| line.split(' ').next()).collect();
         let twice = posts.iter().filter(|id| times.get(*id).copied().unwrap_or(0) > 1).count();
-        let wrong = summary.served_by.keys().filter(|by| !by.starts_with("api-")).count();
+        let wrong = summary.served_by.keys().filter(|by| !by.is_empty() && !by.starts_with("api-")).count();
         println!(
             "figure: {what} at {rate}/s, half POST: {} of {} failed (bound 0), {twice} POSTs done twice (bound 0), {wrong} wrong pods (bound 0)",
             summary.failed, summary.sent
