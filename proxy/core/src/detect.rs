@@ -398,7 +398,7 @@ mod tests {
     #[test]
     fn what_only_begins_like_tls_is_opaque() {
         assert_eq!(detect(&[22, 9]), Detected::Opaque);
-        assert_eq!(detect(&[22, 3, 9]), Detected::Opaque);
+        assert_eq!(detect(&[22, 3, 9]), Detected::NeedMore, "the minor version says nothing");
         assert_eq!(detect(&[22, 3, 1, 0, 0]), Detected::Opaque);
         assert_eq!(detect(&[22, 3, 1, 0, 5, 2]), Detected::Opaque);
         assert_eq!(detect(&[22, 3, 1, 0xff, 0xff]), Detected::Opaque);
