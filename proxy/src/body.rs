@@ -60,6 +60,8 @@ pub(crate) enum BodyError {
     Hyper(hyper::Error),
     /// Another attempt has taken over.
     Superseded,
+    /// The policy of now refuses the request.
+    Revoked,
 }
 
 impl fmt::Display for BodyError {
@@ -67,6 +69,7 @@ impl fmt::Display for BodyError {
         match self {
             Self::Hyper(e) => e.fmt(f),
             Self::Superseded => f.write_str("another attempt took over"),
+            Self::Revoked => f.write_str("policy refuses the request now"),
         }
     }
 }
@@ -75,7 +78,7 @@ impl StdError for BodyError {
     fn source(&self) -> Option<&(dyn StdError + 'static)> {
         match self {
             Self::Hyper(e) => e.source(),
-            Self::Superseded => None,
+            Self::Superseded | Self::Revoked => None,
         }
     }
 }

@@ -7,7 +7,7 @@
 //! gets after the app has gone, ends the outbound side too.
 
 use std::{
-    cell::{Cell, RefCell},
+    cell::Cell,
     future::Future,
     pin::Pin,
     rc::Rc,
@@ -15,13 +15,16 @@ use std::{
         Arc,
         atomic::{AtomicU8, AtomicUsize, Ordering},
     },
-    task::{Context, Poll, Waker},
+    task::{Context, Poll},
     time::Duration,
 };
 
 use tokio::sync::{Notify, watch};
 
-use crate::error::Component;
+use crate::{
+    error::Component,
+    wakers::{Place, Wakers},
+};
 
 /// How far the way out has been gone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -158,14 +161,13 @@ pub(crate) struct LocalDrain(Rc<Local>);
 struct Local {
     shared: Drain,
     phase: Cell<Phase>,
-    wakers: RefCell<Vec<Option<Waker>>>,
-    free: RefCell<Vec<usize>>,
+    changes: Wakers,
 }
 
 impl LocalDrain {
     pub(crate) fn new(shared: Drain) -> Self {
         let phase = Cell::new(shared.phase());
-        Self(Rc::new(Local { shared, phase, wakers: RefCell::default(), free: RefCell::default() }))
+        Self(Rc::new(Local { shared, phase, changes: Wakers::default() }))
     }
 
     /// Follows the phase; runs as long as the worker.
@@ -173,9 +175,7 @@ impl LocalDrain {
         let mut phase = self.0.shared.0.phase.subscribe();
         loop {
             self.0.phase.set(*phase.borrow_and_update());
-            for waker in self.0.wakers.borrow().iter().flatten() {
-                waker.wake_by_ref();
-            }
+            self.0.changes.wake();
             if phase.changed().await.is_err() {
                 return;
             }
@@ -210,7 +210,8 @@ impl LocalDrain {
     pub(crate) fn serve<C: Graceful>(&self, connection: C, side: Component) -> Serve<C> {
         // Whoever comes while requests are refused is told so with each; that all ends is told to everybody.
         let told = self.phase().min(Phase::Refusing);
-        Serve { connection: Box::pin(connection), drain: self.clone(), side, told, slot: None, begun: false }
+        let place = self.0.changes.place();
+        Serve { connection: Box::pin(connection), drain: self.clone(), side, told, place, begun: false }
     }
 
     /// Waits until what is still open is cut: the time that [`Drain::stop`] gave has passed.
@@ -291,7 +292,7 @@ pub(crate) struct Serve<C> {
     drain: LocalDrain,
     side: Component,
     told: Phase,
-    slot: Option<usize>,
+    place: Place,
     begun: bool,
 }
 
@@ -325,43 +326,15 @@ impl<C: Graceful> Future for Serve<C> {
         }
         this.begun = true;
         this.told = phase;
-        let mut wakers = this.drain.0.wakers.borrow_mut();
-        match this.slot {
-            Some(slot) => match &mut wakers[slot] {
-                Some(waker) if waker.will_wake(cx.waker()) => {}
-                waker => *waker = Some(cx.waker().clone()),
-            },
-            None => {
-                let waker = Some(cx.waker().clone());
-                let slot = match this.drain.0.free.borrow_mut().pop() {
-                    Some(slot) => {
-                        wakers[slot] = waker;
-                        slot
-                    }
-                    None => {
-                        wakers.push(waker);
-                        wakers.len() - 1
-                    }
-                };
-                this.slot = Some(slot);
-            }
-        }
-        drop(wakers);
+        this.place.wait(cx);
         this.connection.as_mut().poll(cx)
-    }
-}
-
-impl<C> Drop for Serve<C> {
-    fn drop(&mut self) {
-        if let Some(slot) = self.slot {
-            self.drain.0.wakers.borrow_mut()[slot] = None;
-            self.drain.0.free.borrow_mut().push(slot);
-        }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::cell::RefCell;
+
     use super::*;
 
     #[tokio::test(start_paused = true)]

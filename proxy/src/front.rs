@@ -33,7 +33,6 @@ use weft_core::{
 };
 
 use crate::{
-    body::{Body, BodyError},
     error::{Component, Error},
     listener::Accepted,
     telemetry::metrics::Recorder,
@@ -85,7 +84,7 @@ impl Requests {
     }
 
     /// An answer that holds its request.
-    pub(crate) fn answered(in_progress: InProgress, response: Response<Body>) -> Response<Answer> {
+    pub(crate) fn answered<B>(in_progress: InProgress, response: Response<B>) -> Response<Answer<B>> {
         let in_progress = if response.status() == StatusCode::SWITCHING_PROTOCOLS {
             in_progress.for_ever();
             None
@@ -173,20 +172,20 @@ impl Drop for InProgress {
 }
 
 /// An answer's body that holds its request.
-pub(crate) struct Answer {
-    pub(crate) body: Body,
+pub(crate) struct Answer<B> {
+    body: B,
     #[expect(dead_code, reason = "in progress until this is dropped")]
-    pub(crate) in_progress: Option<InProgress>,
+    in_progress: Option<InProgress>,
 }
 
-impl HttpBody for Answer {
-    type Data = Bytes;
-    type Error = BodyError;
+impl<B: HttpBody + Unpin> HttpBody for Answer<B> {
+    type Data = B::Data;
+    type Error = B::Error;
 
     fn poll_frame(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+    ) -> Poll<Option<Result<Frame<B::Data>, B::Error>>> {
         Pin::new(&mut self.body).poll_frame(cx)
     }
 
@@ -708,6 +707,7 @@ mod tests {
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream, duplex};
 
     use super::*;
+    use crate::body::Body;
 
     const LIMIT: Duration = Duration::from_secs(10);
     const HEAD: Head = Head { bytes: 1_000, fields: 10, time: LIMIT };

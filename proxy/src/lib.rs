@@ -22,6 +22,7 @@ pub mod admin;
 pub mod control;
 pub mod discovery;
 
+mod belief;
 mod body;
 mod clock;
 mod detect;
@@ -35,6 +36,7 @@ mod memory;
 mod outbound;
 mod pool;
 mod tcp;
+mod wakers;
 mod worker;
 
 use std::{

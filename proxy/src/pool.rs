@@ -27,6 +27,7 @@ use hyper::{
     client::conn::{http1, http2},
 };
 use hyper_util::rt::{TokioIo, TokioTimer};
+use rand::Rng as _;
 use rustls_pki_types::ServerName;
 use tokio::{
     io::AsyncReadExt as _,
@@ -42,6 +43,7 @@ use weft_core::{
 };
 
 use crate::{
+    belief::Belief,
     body::{Body, Replay},
     config::Config,
     front::{Back, BadAnswer, Due},
@@ -51,7 +53,7 @@ use crate::{
         exchange::now,
         metrics::{Counter, Gauge, Recorder},
     },
-    tls::{self, Alpn, Material},
+    tls::{self, Alpn, Material, Role},
 };
 
 /// Exchanges that one connection between sidecars carries before another is opened.
@@ -121,6 +123,15 @@ impl Peer {
             Self::Mesh { address, .. } | Self::Plain { address, .. } | Self::App { address, .. } => *address,
         }
     }
+}
+
+/// A connection to exactly one pod.
+pub(crate) struct Meshed {
+    pub(crate) tls: TlsStream<TcpStream>,
+    /// Of our certificate.
+    generation: u64,
+    /// For how long the pod is believed to be who it is.
+    pub(crate) belief: Belief,
 }
 
 /// Why a connection could not be made; shared by all who waited for it.
@@ -197,6 +208,8 @@ struct H2 {
     max_streams: Rc<Cell<usize>>,
     /// Generation of the certificate that it was opened with.
     generation: u64,
+    /// Its peer is believed no more: it takes nothing new.
+    retired: Rc<Cell<bool>>,
     last_used: Cell<Instant>,
     used: Cell<bool>,
 }
@@ -483,22 +496,45 @@ impl Pool {
             .keep_alive_while_idle(true);
         match peer {
             Peer::Mesh { address, uid, identity } => {
-                let (mut tls, generation) =
+                let Meshed { mut tls, generation, belief } =
                     self.connect_mesh(*address, uid, identity, Alpn::H2, timeout).await?;
                 // Fails only on a socket that is closed already.
                 let _ = socket2::SockRef::from(tls.get_ref().0).set_tcp_user_timeout(Some(USER_TIMEOUT));
                 let settings = self.first_bytes(&mut tls, *address, timeout).await?;
                 let handshake = builder.handshake(TokioIo::new(Prefixed::new(settings, tls))).await;
                 let (sender, connection) = handshake.map_err(|e| not_processed(&e))?;
-                Ok(drive_h2(sender, connection, generation, &self.0.recorder))
+                let (h2, driver) = drive_h2(sender, connection, generation, &self.0.recorder);
+                tokio::task::spawn_local(self.clone().guard(*address, belief, h2.retired.clone(), driver));
+                Ok(h2)
             }
             Peer::Plain { address, .. } | Peer::App { address, .. } => {
                 let source = matches!(peer, Peer::App { .. });
                 let tcp = self.connect(*address, source, timeout).await?;
                 let handshake = builder.handshake(TokioIo::new(tcp)).await;
                 let (sender, connection) = handshake.map_err(|e| not_processed(&e))?;
-                Ok(drive_h2(sender, connection, 0, &self.0.recorder))
+                Ok(drive_h2(sender, connection, 0, &self.0.recorder).0)
             }
+        }
+    }
+
+    /// Ends a connection whose peer is believed no more: it takes nothing new, and what is in flight has the time of
+    /// a drain. A task of its own, so that it costs the connection's exchanges nothing.
+    async fn guard(
+        self,
+        address: SocketAddr,
+        belief: Belief,
+        retired: Rc<Cell<bool>>,
+        mut driver: tokio::task::JoinHandle<()>,
+    ) {
+        let lost = tokio::select! {
+            _ = &mut driver => return,
+            lost = belief.lost(self.0.material.clone()) => lost,
+        };
+        self.0.recorder.count(lost.counter());
+        tracing::info!(why = lost.as_str(), %address, "connection to a sidecar is to end");
+        retired.set(true);
+        if tokio::time::timeout(self.0.config.times.drain, &mut driver).await.is_err() {
+            driver.abort();
         }
     }
 
@@ -660,7 +696,7 @@ impl Pool {
         identity: &SpiffeId,
         alpn: Alpn,
         timeout: Duration,
-    ) -> Result<(TlsStream<TcpStream>, u64), ConnectError> {
+    ) -> Result<Meshed, ConnectError> {
         let own = |detail: String| ConnectError {
             failure: Failure::Unreachable,
             detail: detail.into(),
@@ -693,8 +729,11 @@ impl Pool {
             self.0.recorder.count(Counter::IdentityMismatches);
             return Err(ConnectError::remote(Failure::Identity, format!("{address} does not speak Weft")));
         }
+        let shown = tls.get_ref().1.peer_certificates().unwrap_or_default();
+        let belief = Belief::new(shown, Role::Server, Some(&material), rand::rng().random())
+            .map_err(|e| ConnectError::remote(Failure::Identity, format!("{address}: {e}")))?;
         self.0.recorder.count(Counter::Connects);
-        Ok((tls, material.generation))
+        Ok(Meshed { tls, generation: material.generation, belief })
     }
 
     fn client_config(
@@ -722,10 +761,13 @@ impl Pool {
             peer.idle.borrow_mut().retain(|c| !c.sender.is_closed() && idle_for(c.idle_since) < c.idle_limit);
             !peer.idle.borrow().is_empty() || Rc::strong_count(peer) > 1
         });
-        self.0.h2.borrow_mut().retain(|_, peer| {
+        let newest = self.0.material.borrow().as_ref().map_or(0, |material| material.generation);
+        self.0.h2.borrow_mut().retain(|key, peer| {
+            let current =
+                |c: &H2| !c.retired.get() && (c.generation == newest || !matches!(key, Peer::Mesh { .. }));
             peer.open.borrow_mut().retain(|c| {
-                !c.sender.borrow().is_closed()
-                    && (c.in_flight.get() > 0 || idle_for(c.last_used.get()) < self.0.config.times.pool_idle)
+                let wanted = current(c) && idle_for(c.last_used.get()) < self.0.config.times.pool_idle;
+                !c.sender.borrow().is_closed() && (c.in_flight.get() > 0 || wanted)
             });
             !peer.open.borrow().is_empty() || Rc::strong_count(peer) > 1
         });
@@ -743,7 +785,8 @@ impl H2Peer {
         }
         // A connection made with an older certificate takes nothing new and ends with its last exchange.
         open.retain(|c| {
-            !c.sender.borrow().is_closed() && (c.generation == generation || c.in_flight.get() > 0)
+            let current = c.generation == generation && !c.retired.get();
+            !c.sender.borrow().is_closed() && (current || c.in_flight.get() > 0)
         });
         open.iter().find(|c| c.has_room(generation)).cloned()
     }
@@ -755,7 +798,10 @@ impl H2 {
         // long streams.
         let peer = u32::try_from(self.max_streams.get()).unwrap_or(u32::MAX);
         let room = STREAMS_PER_CONNECTION.min((peer - peer / 5).max(1));
-        self.generation == generation && self.in_flight.get() < room && !self.sender.borrow().is_closed()
+        self.generation == generation
+            && !self.retired.get()
+            && self.in_flight.get() < room
+            && !self.sender.borrow().is_closed()
     }
 }
 
@@ -794,7 +840,7 @@ fn drive_h2<T>(
     connection: http2::Connection<T, Body, LocalExec>,
     generation: u64,
     recorder: &Recorder,
-) -> H2
+) -> (H2, tokio::task::JoinHandle<()>)
 where
     T: hyper::rt::Read + hyper::rt::Write + Unpin + 'static,
 {
@@ -802,7 +848,7 @@ where
     let limit = max_streams.clone();
     let mut connection = Box::pin(connection);
     let open = Open::new(recorder);
-    tokio::task::spawn_local(std::future::poll_fn(move |cx| {
+    let driver = tokio::task::spawn_local(std::future::poll_fn(move |cx| {
         let _open = &open;
         let polled = connection.as_mut().poll(cx);
         limit.set(connection.current_max_send_streams());
@@ -812,14 +858,16 @@ where
             }
         })
     }));
-    H2 {
+    let h2 = H2 {
         sender: RefCell::new(sender),
         in_flight: Cell::new(0),
         max_streams,
         generation,
+        retired: Rc::default(),
         last_used: Cell::new(now()),
         used: Cell::new(false),
-    }
+    };
+    (h2, driver)
 }
 
 /// An open connection, counted until its task ends.

@@ -81,7 +81,8 @@ pub struct Material {
 #[derive(Clone, Default)]
 pub struct Trust(Arc<BTreeMap<Arc<str>, Arc<Anchors>>>);
 
-struct Anchors {
+/// Of one trust domain. The same one for as long as its bundle is not replaced.
+pub(crate) struct Anchors {
     roots: Vec<TrustAnchor<'static>>,
     crls: Vec<Arc<CertRevocationList<'static>>>,
 }
@@ -335,10 +336,10 @@ impl Material {
         verify(trust, leaf, rest, UnixTime::since_unix_epoch(since), Role::Client).is_ok()
     }
 
-    /// Whether a chain that a caller showed before would be accepted from it now.
-    pub(crate) fn still_accepts(&self, chain: &[CertificateDer<'_>]) -> bool {
+    /// Whether a chain that a peer showed before would be accepted from it now.
+    pub(crate) fn still_accepts(&self, chain: &[CertificateDer<'_>], role: Role) -> bool {
         let Some((leaf, rest)) = chain.split_first() else { return false };
-        verify(&self.trust, leaf, rest, self.clock.at_least(UnixTime::now()), Role::Client).is_ok()
+        verify(&self.trust, leaf, rest, self.clock.at_least(UnixTime::now()), role).is_ok()
     }
 
     /// What time it is, as far as certificates go.
@@ -431,6 +432,11 @@ impl Trust {
         let roots =
             CertificateDer::pem_slice_iter(&pem).collect::<Result<Vec<_>, _>>().map_err(|e| fail(&e))?;
         Self::default().with(domain, &roots, &[])
+    }
+
+    /// What a domain's members are judged by.
+    pub(crate) fn anchors(&self, domain: &str) -> Option<Arc<Anchors>> {
+        self.0.get(domain).map(Arc::clone)
     }
 
     /// How many roots are trusted for a domain.
@@ -603,9 +609,12 @@ impl ServerCertVerifier for ServerVerifier {
     }
 }
 
-#[derive(Clone, Copy)]
-enum Role {
+/// As what a peer was met.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Role {
+    /// It called.
     Client,
+    /// It was called.
     Server,
 }
 
@@ -752,7 +761,7 @@ impl fmt::Debug for WorkloadKey {
 }
 
 /// Clocks of two nodes may differ by so much (behaviours: certificates still work).
-const SKEW: Duration = Duration::from_secs(300);
+pub(crate) const SKEW: Duration = Duration::from_secs(300);
 /// Longest chain: a workload certificate, its issuers, and room for cross-signing.
 const MAX_CHAIN: usize = 10;
 /// And in bytes; a real chain has 2 KiB.
@@ -829,9 +838,23 @@ pub(crate) mod testing {
             self.material_from(&WorkloadKey::generate().unwrap(), &leaf(id.as_str()))
         }
 
+        /// One that ends soon.
+        pub(crate) fn material_until(&self, end: SystemTime) -> Material {
+            let mut params = leaf(self.id("shop", "short").as_str());
+            params.not_after = end.into();
+            self.material_from(&WorkloadKey::generate().unwrap(), &params)
+        }
+
         fn material_from(&self, key: &WorkloadKey, params: &CertificateParams) -> Material {
             let chain = vec![self.issue(key, params)];
             Material::new(1, key, chain, self.trust(), UnixTime::now()).unwrap()
+        }
+    }
+
+    impl Material {
+        /// What it shows to peers.
+        pub(crate) fn chain(&self) -> &[CertificateDer<'static>] {
+            &self.certified.cert
         }
     }
 
@@ -903,9 +926,13 @@ mod tests {
         let roots = [a.root.to_vec()];
         let trust = Trust::default().with(&a.domain, &roots, &[list]).unwrap();
         let own = Material::new(1, &key, vec![with_serial(8)], a.trust(), UnixTime::now()).unwrap();
-        assert!(own.still_accepts(&[with_serial(7)]));
+        assert!(own.still_accepts(&[with_serial(7)], Role::Client));
         let own = own.with_trust(2, trust);
-        assert!(!own.still_accepts(&[with_serial(7)]) && own.still_accepts(&[with_serial(8)]));
+        for role in [Role::Client, Role::Server] {
+            assert!(
+                !own.still_accepts(&[with_serial(7)], role) && own.still_accepts(&[with_serial(8)], role)
+            );
+        }
         assert!(Trust::default().with(&a.domain, &roots, &[b"0nonsense".to_vec()]).is_err());
     }
 

@@ -32,6 +32,7 @@ use crate::{
         metrics::{Direction, EndpointReport, Recorder, Series, SeriesKey, endpoint_report},
     },
     tls::{self, Material},
+    wakers::Wakers,
 };
 
 /// A destination that was not used for so long is forgotten here; discovery then counts its own time.
@@ -48,6 +49,10 @@ pub(crate) struct Worker {
     pub(crate) limits: Arc<Limits>,
     pub(crate) rng: RefCell<SmallRng>,
     inbound: RefCell<Option<Arc<InboundPolicy>>>,
+    /// Grows with each change of `inbound`.
+    policy_generation: Cell<u64>,
+    /// Who waits for one.
+    pub(crate) policy_changes: Wakers,
     server_config: RefCell<Option<Configured>>,
     destinations: RefCell<HashMap<SocketAddr, Rc<Destination>>>,
     backends: RefCell<HashMap<BackendKey, Rc<Backend>>>,
@@ -141,6 +146,8 @@ impl Worker {
             limits: parts.limits,
             config: parts.config,
             inbound: RefCell::new(parts.discovery.inbound().borrow().clone()),
+            policy_generation: Cell::new(0),
+            policy_changes: Wakers::default(),
             discovery: parts.discovery,
             material: parts.material,
             pool,
@@ -164,6 +171,8 @@ impl Worker {
             let mut inbound = following.discovery.inbound();
             loop {
                 *following.inbound.borrow_mut() = inbound.borrow_and_update().clone();
+                following.policy_generation.set(following.policy_generation.get() + 1);
+                following.policy_changes.wake();
                 if inbound.changed().await.is_err() {
                     return;
                 }
@@ -187,6 +196,16 @@ impl Worker {
     /// This workload's own policy.
     pub(crate) fn inbound_policy(&self) -> Option<Arc<InboundPolicy>> {
         self.inbound.borrow().clone()
+    }
+
+    /// In `0.0..1.0`: so that what belongs together does not all happen at once.
+    pub(crate) fn jitter(&self) -> f64 {
+        rand::Rng::random(&mut *self.rng.borrow_mut())
+    }
+
+    /// Grows with each change of [`Self::inbound_policy`].
+    pub(crate) fn policy_generation(&self) -> u64 {
+        self.policy_generation.get()
     }
 
     /// The TLS configuration for peers, made once per certificate and policy.

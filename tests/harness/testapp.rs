@@ -259,6 +259,14 @@ impl App {
             let body = Repeat { left: size.parse()? };
             return Ok(self.named(Response::new(body.boxed())));
         }
+        if path == "/forever" {
+            // Its head only with its first bytes, if asked so: a stream that is waited for.
+            let late = parts.headers.contains_key("x-late");
+            if late {
+                std::future::pending::<()>().await;
+            }
+            return Ok(self.named(Response::new(forever().boxed())));
+        }
         if path == "/sink" {
             let mut body = body;
             let mut read = 0_u64;
@@ -368,6 +376,13 @@ fn text(status: StatusCode, text: impl Into<Bytes>) -> Answer {
     let mut answer = Response::new(Full::new(text.into()).boxed());
     *answer.status_mut() = status;
     answer
+}
+
+/// A line, and then nothing, without an end.
+fn forever() -> impl http_body::Body<Data = Bytes, Error = Infallible> + Send + Sync {
+    use futures_util::StreamExt as _;
+    let line = futures_util::stream::iter([Ok(Frame::data(Bytes::from_static(b"begun\n")))]);
+    http_body_util::StreamBody::new(line.chain(futures_util::stream::pending()))
 }
 
 /// So many bytes, in pieces of 64 KiB.

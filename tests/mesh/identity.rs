@@ -1,6 +1,11 @@
 //! Who is who: wrong pods, wrong identities and foreign certificates are refused, and another endpoint is tried.
 
-use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    io::{self, Read as _, Write as _},
+    net::SocketAddr,
+    sync::Arc,
+    time::Duration,
+};
 
 use rcgen::{
     BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, SanType,
@@ -198,7 +203,22 @@ fn say(
     silent: Duration,
     bytes: &[u8],
 ) -> io::Result<()> {
-    use std::io::{Read as _, Write as _};
+    call(pod, to, server_name, identity, silent, |stream| {
+        stream.write_all(bytes)?;
+        stream.read_exact(&mut [0])
+    })
+}
+
+/// Connects as a caller, is silent for some time, and uses the connection; the handshake is made with its first use.
+pub(crate) fn call<T: Send>(
+    pod: &Pod,
+    to: SocketAddr,
+    server_name: &str,
+    identity: Option<(CertificateDer<'static>, KeyPair)>,
+    silent: Duration,
+    then: impl FnOnce(&mut rustls::Stream<'_, rustls::ClientConnection, std::net::TcpStream>) -> io::Result<T>
+    + Send,
+) -> io::Result<T> {
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
     let builder = ClientConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&rustls::version::TLS13])
@@ -220,11 +240,7 @@ fn say(
         tcp.set_read_timeout(Some(Duration::from_secs(5)))?;
         std::thread::sleep(silent);
         let mut tls = rustls::ClientConnection::new(Arc::new(config), name).map_err(io::Error::other)?;
-        let mut stream = rustls::Stream::new(&mut tls, &mut tcp);
-        stream.write_all(bytes)?;
-        let mut byte = [0];
-        let n = stream.read(&mut byte)?;
-        if n == 1 { Ok(()) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
+        then(&mut rustls::Stream::new(&mut tls, &mut tcp))
     })
     .unwrap()
 }

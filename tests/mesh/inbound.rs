@@ -21,7 +21,7 @@ fn said(pod: &Pod, address: &str, bytes: &str) -> String {
 }
 
 /// A connection that says something, proves that it is answered, and stays open as long as it may.
-fn talk(pod: &Pod, host: &str, port: u16, open: &str) -> Process {
+pub(crate) fn talk(pod: &Pod, host: &str, port: u16, open: &str) -> Process {
     let script = format!(
         "exec 3<>/dev/tcp/{host}/{port}; printf '{open}' >&3; \
          while read -r -t 10 line <&3; do [[ $line == talk ]] && echo talking && break; done; cat <&3; echo ended"
@@ -34,12 +34,12 @@ fn talk(pod: &Pod, host: &str, port: u16, open: &str) -> Process {
     process
 }
 
-fn ends(mut process: Process) {
+pub(crate) fn ends(mut process: Process) {
     wait(Duration::from_secs(10), || Ok(!process.running())).expect("the connection should have been ended");
 }
 
 /// Whom the pods of `echo` admit.
-fn policy(pair: &Pair, spec: serde_json::Value) {
+pub(crate) fn policy(pair: &Pair, spec: serde_json::Value) {
     let mut all = serde_json::json!({"selector": {"matchLabels": {"app": "echo"}}});
     all.as_object_mut().unwrap().extend(spec.as_object().unwrap().clone());
     let policy = serde_json::json!({
@@ -49,7 +49,7 @@ fn policy(pair: &Pair, spec: serde_json::Value) {
     pair.mesh.write("authz.yaml", &format!("{policy:#}\n")).unwrap();
 }
 
-const SWITCH: &str =
+pub(crate) const SWITCH: &str =
     "GET /switch HTTP/1.1\\r\\nHost: a\\r\\nConnection: Upgrade\\r\\nUpgrade: echo\\r\\n\\r\\ntalk\\n";
 
 #[test]

@@ -7,6 +7,7 @@
 
 mod defaults;
 mod delivery;
+mod established;
 mod faults;
 mod floods;
 mod hardening;
@@ -27,7 +28,7 @@ mod tcp_habits;
 mod telemetry;
 mod time;
 
-use weft_control_plane::cli::demo::mesh::{Mesh, Meshed, Workload};
+use weft_control_plane::cli::demo::mesh::{Mesh, Meshed, Options, Workload};
 use weft_harness::{
     apps::{Served, serve, service},
     wire::{Backend, Wire},
@@ -44,7 +45,11 @@ struct Pair {
 const ECHO: &str = "http://10.96.0.1";
 
 fn pair(test: &str, server_args: &[&str]) -> Option<Pair> {
-    let mesh = weft_harness::apps::mesh_or_skip(test)?;
+    pair_with(test, Options::default(), server_args)
+}
+
+fn pair_with(test: &str, options: Options, server_args: &[&str]) -> Option<Pair> {
+    let mesh = weft_harness::apps::mesh_with(test, options)?;
     service(&mesh, "shop", "echo", "10.96.0.1", &[("web", 80, 8080)]).unwrap();
     let server = serve(&mesh, Workload::new("shop", "echo-1"), server_args).unwrap();
     let client = mesh.workload(Workload::new("shop", "client")).unwrap();

@@ -198,6 +198,17 @@ impl Validity {
         self.not_before + life.mul_f64(0.5 + 0.2 * jitter.clamp(0.0, 1.0))
     }
 
+    /// When a connection that this certificate opened at `now` ends: with the certificate and a little later, by
+    /// `jitter` in `0.0..=1.0`, so that what one certificate opened does not all end in one moment. Whoever was
+    /// let in after the end, because clocks may differ by `skew`, has until `skew` is over.
+    pub fn outlived_at(&self, now: SystemTime, skew: Duration, jitter: f64) -> SystemTime {
+        if now > self.not_after {
+            return self.not_after + skew;
+        }
+        let life = self.not_after.duration_since(self.not_before).unwrap_or(Duration::ZERO);
+        self.not_after + (life / 20).min(Duration::from_secs(60)).mul_f64(jitter.clamp(0.0, 1.0))
+    }
+
     /// Whether `now` is inside, with `skew` allowed at both ends.
     pub fn contains(&self, now: SystemTime, skew: Duration) -> bool {
         now + skew >= self.not_before && now <= self.not_after + skew
@@ -370,6 +381,20 @@ mod tests {
         // A certificate that ends before it begins is renewed at once.
         let odd = Validity { not_before: start, not_after: start - hour };
         assert_eq!(odd.renew_at(1.0), start);
+    }
+
+    #[test]
+    fn what_a_certificate_opened_ends_a_little_after_it() {
+        let (start, second) = (SystemTime::UNIX_EPOCH + Duration::from_secs(1_000), Duration::from_secs(1));
+        let skew = 300 * second;
+        let short = Validity { not_before: start, not_after: start + 40 * second };
+        assert_eq!(short.outlived_at(start, skew, 0.0), short.not_after);
+        assert_eq!(short.outlived_at(short.not_after, skew, 0.5), short.not_after + second);
+        assert_eq!(short.outlived_at(start, skew, 7.0), short.not_after + 2 * second);
+        let day = Validity { not_before: start, not_after: start + 86_400 * second };
+        assert_eq!(day.outlived_at(start, skew, 1.0), day.not_after + 60 * second);
+        // Let in late, by the skew of clocks.
+        assert_eq!(day.outlived_at(day.not_after + second, skew, 1.0), day.not_after + skew);
     }
 
     proptest! {

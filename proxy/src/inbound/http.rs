@@ -23,7 +23,10 @@ use weft_core::{
     retry,
 };
 
-use super::Caller;
+use super::{
+    Caller,
+    permission::{Permission, Permitted},
+};
 use crate::{
     body::{Body, Held, Replay, Tail},
     config::Limits,
@@ -145,7 +148,7 @@ async fn run<C: Graceful>(worker: &Rc<Worker>, connection: C, caller: &Caller) -
     let mut serving = worker.drain.serve(connection, Component::Inbound);
     let ended = tokio::select! {
         ended = &mut serving => Ok(ended),
-        why = caller.distrusted(worker) => Err(why),
+        why = caller.distrusted(worker) => Err(why.as_str()),
         () = worker.drain.cut() => return Ok(()),
     };
     let ended = match ended {
@@ -171,8 +174,8 @@ async fn run<C: Graceful>(worker: &Rc<Worker>, connection: C, caller: &Caller) -
 #[derive(Clone)]
 struct Server(Rc<Inner>);
 
-struct Inner {
-    worker: Rc<Worker>,
+pub(super) struct Inner {
+    pub(super) worker: Rc<Worker>,
     original: SocketAddr,
     caller: Rc<Caller>,
     client: SocketAddr,
@@ -224,7 +227,7 @@ impl Server {
         self,
         request: Request<Incoming>,
         requests: Option<&Requests>,
-    ) -> Result<Response<Body>, Infallible> {
+    ) -> Result<Response<Permitted>, Infallible> {
         let inner = &self.0;
         let worker = &inner.worker;
         // Counted before the question whether to refuse, so that a drain waits for it or it sees the drain.
@@ -242,7 +245,7 @@ impl Server {
                 // What follows on the connection may be meant otherwise than we read it.
                 response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
             }
-            response
+            Permitted::of(response)
         }))
     }
 }
@@ -273,7 +276,7 @@ impl Inner {
         guard: RequestGuard,
         exchange: &mut Exchange,
         decision: &mut Decision,
-    ) -> Result<Response<Body>, Error> {
+    ) -> Result<Response<Permitted>, Error> {
         let wants_upgrade =
             request.headers().contains_key(header::UPGRADE) || request.method() == Method::CONNECT;
         let upgrade = wants_upgrade.then(|| hyper::upgrade::on(&mut request));
@@ -296,6 +299,7 @@ impl Inner {
         // Whoever is refused does not choose what is remembered of it.
         self.edge(if grpc && permitted.is_ok() { path } else { "" }, exchange.started());
         permitted?;
+        let mut permission = Permission::new(self);
         if self.worker.drain.is_refusing() {
             return Err(Error::Draining);
         }
@@ -313,7 +317,7 @@ impl Inner {
         head::forwarded_for(&mut outgoing.headers, &self.address);
         let idempotent = retry::is_idempotent(&outgoing.method, &outgoing.headers);
         let replay = (!http_body::Body::is_end_stream(&body)).then(|| Replay::new(body, REPLAY));
-        let sent = self.send(&outgoing, replay.as_ref(), idempotent).await?;
+        let sent = permission.hold(&outgoing, self.send(&outgoing, replay.as_ref(), idempotent)).await?;
         let now = now();
         let outcome = match classify::grpc_status(sent.response.headers()) {
             Some(code) if grpc => classify::grpc(code),
@@ -322,7 +326,27 @@ impl Inner {
         if let Some(replay) = &replay {
             replay.forget();
         }
-        Ok(self.respond(outgoing, upgrade, sent, outcome, grpc, guard, exchange.take(now)))
+        Ok(self.respond(outgoing, permission, upgrade, sent, outcome, grpc, guard, exchange.take(now)))
+    }
+
+    /// Whether the policy of this moment permits it: asked again about what is under way.
+    pub(super) fn permits(&self, outgoing: &Outgoing) -> bool {
+        let port = self.port();
+        let ask = Ask::Http {
+            method: &outgoing.method,
+            host: outgoing.host(),
+            path: outgoing.path.path(),
+            headers: &outgoing.headers,
+        };
+        let plaintext_refused = self.caller.identity.is_none() && port.mtls == MtlsMode::Strict;
+        !plaintext_refused && authz::authorize(&port.authorization, &self.caller.peer(), &ask).is_permit()
+    }
+
+    /// Says that what was under way is broken off.
+    pub(super) fn revoked(&self, outgoing: &Outgoing) {
+        tracing::warn!(code = "denied", client = %self.client, destination = %self.original,
+            caller = self.caller.identity.as_ref().map(|id| id.as_str()),
+            method = %outgoing.method, path = outgoing.path.path(), "broken off: policy refuses it now");
     }
 
     /// Asks the policy of this moment.
@@ -390,13 +414,14 @@ impl Inner {
     fn respond(
         self: &Rc<Self>,
         outgoing: Outgoing,
+        permission: Permission,
         upgrade: Option<OnUpgrade>,
         sent: Sent,
         outcome: Outcome,
         grpc: bool,
         guard: RequestGuard,
         exchange: Exchange,
-    ) -> Response<Body> {
+    ) -> Response<Permitted> {
         let status = sent.response.status();
         let switched =
             status == StatusCode::SWITCHING_PROTOCOLS || (sent.upgrades_by_ok && status == StatusCode::OK);
@@ -405,8 +430,10 @@ impl Inner {
             let mut response = Response::from_parts(head, body);
             let server = hyper::upgrade::on(&mut response);
             let version = outgoing.version;
-            let carried =
-                Carried { inner: self.clone(), outgoing, exchange, _guard: guard, _checkout: sent.checkout };
+            // No request in flight any more: a drain does not wait for it. Only the app can end it well, and the
+            // app hears that it must end when the drain is over.
+            drop(guard);
+            let carried = Carried { inner: self.clone(), outgoing, exchange, _checkout: sent.checkout };
             tokio::task::spawn_local(carried.carry(client, server));
             let (mut head, _) = response.into_parts();
             head::remove_connection_headers(&mut head.headers);
@@ -419,7 +446,7 @@ impl Inner {
             } else {
                 head::switching(&mut response, &asked);
             }
-            return response;
+            return Permitted::of(response);
         }
         let (mut head, body) = sent.response.into_parts();
         head::remove_connection_headers(&mut head.headers);
@@ -438,7 +465,7 @@ impl Inner {
             grpc: grpc && !trailers_only,
             seen_data: false,
         };
-        Response::from_parts(head, Body::watched(body, tail))
+        Permitted::held(Response::from_parts(head, Body::watched(body, tail)), permission, outgoing)
     }
 
     /// The port's policy: one pointer comparison while nothing changes.
@@ -525,7 +552,6 @@ struct Carried {
     /// The request: it must stay permitted.
     outgoing: Outgoing,
     exchange: Exchange,
-    _guard: RequestGuard,
     _checkout: Checkout,
 }
 

@@ -5,26 +5,27 @@
 //! which pod the caller means: a reused pod IP is never served by the wrong pod.
 
 mod http;
+mod permission;
 mod tcp;
 
-use std::{cell::Cell, net::IpAddr, rc::Rc, sync::Arc, time::SystemTime};
+use std::{net::IpAddr, rc::Rc, sync::Arc};
 
-use rustls_pki_types::CertificateDer;
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use weft_core::{
     detect::Detected,
-    identity::{SpiffeId, Validity},
+    identity::SpiffeId,
     policy::{InboundPolicy, MtlsMode, PortPolicy, Protocol},
 };
 
 use crate::{
+    belief::{Belief, Lost},
     detect::{self, Begun, First},
     error::{Component, Error},
     front,
     listener::Accepted,
     tcp::{Prefixed, Stream, reset},
     telemetry::metrics::Counter,
-    tls::{self, Alpn, Material},
+    tls::{self, Alpn, Material, Role},
     worker::{Worker, port_policy},
 };
 
@@ -33,12 +34,8 @@ pub(crate) struct Caller {
     /// The authenticated identity; `None`: plaintext.
     identity: Option<SpiffeId>,
     address: IpAddr,
-    /// How long the caller's certificate is good.
-    validity: Option<Validity>,
-    /// What the caller showed, its own certificate first.
-    chain: Vec<CertificateDer<'static>>,
-    /// The generation of our trust under which that was believed last.
-    believed: Cell<u64>,
+    /// For how long.
+    belief: Option<Belief>,
 }
 
 /// Serves one connection to the pod.
@@ -104,7 +101,7 @@ async fn mesh(
         return reset(&accepted.stream);
     }
     // Before the configuration is taken: should trust change in between, the caller is looked at again.
-    let generation = worker.material.borrow().as_ref().map_or(0, |material| material.generation);
+    let own = worker.material.borrow().clone();
     let Some(config) = worker.server_config(&policy) else {
         return refuse(&worker, &accepted, &Error::NotReady);
     };
@@ -122,7 +119,7 @@ async fn mesh(
             return tracing::warn!(%client, "TLS handshake took too long");
         }
     };
-    let caller = match authenticated(&tls, client.ip(), generation) {
+    let caller = match authenticated(&worker, &tls, client.ip(), own.as_deref()) {
         Ok(caller) => Rc::new(caller),
         Err(error) => {
             worker.recorder.count(Counter::HandshakesFailed);
@@ -150,15 +147,15 @@ async fn mesh(
     }
 }
 
-fn authenticated<S>(tls: &TlsStream<S>, address: IpAddr, generation: u64) -> Result<Caller, tls::TlsError> {
+fn authenticated<S>(
+    worker: &Worker,
+    tls: &TlsStream<S>,
+    address: IpAddr,
+    own: Option<&Material>,
+) -> Result<Caller, tls::TlsError> {
     let certificates = tls.get_ref().1.peer_certificates().unwrap_or_default();
-    Ok(Caller {
-        identity: Some(tls::peer_identity(certificates)?),
-        address,
-        validity: Some(tls::peer_validity(certificates)?),
-        chain: certificates.iter().map(|certificate| certificate.clone().into_owned()).collect(),
-        believed: Cell::new(generation),
-    })
+    let belief = Belief::new(certificates, Role::Client, own, worker.jitter())?;
+    Ok(Caller { identity: Some(belief.identity().clone()), address, belief: Some(belief) })
 }
 
 /// A caller outside the mesh.
@@ -205,7 +202,7 @@ fn refuse(worker: &Worker, accepted: &Accepted, error: &Error) {
 impl Caller {
     /// Somebody who showed no certificate.
     fn outside(address: IpAddr) -> Self {
-        Self { identity: None, address, validity: None, chain: Vec::new(), believed: Cell::new(0) }
+        Self { identity: None, address, belief: None }
     }
 
     /// As authorization sees it.
@@ -215,47 +212,41 @@ impl Caller {
 
     /// Whether the caller's certificate would be accepted now; plaintext has none to lose.
     fn is_trusted(&self, policy: Option<&InboundPolicy>, material: Option<&Material>) -> bool {
+        let Some(belief) = &self.belief else { return true };
+        self.is_welcome(policy) && belief.holds(material).is_ok()
+    }
+
+    /// Whether the caller's trust domain is one of those that may call.
+    fn is_welcome(&self, policy: Option<&InboundPolicy>) -> bool {
         let Some(identity) = &self.identity else { return true };
-        let (Some(policy), Some(material)) = (policy, material) else { return false };
-        let accepted = policy.trust_domains.iter().any(|domain| domain.as_str() == identity.trust_domain());
-        if accepted && material.generation != self.believed.get() && material.still_accepts(&self.chain) {
-            self.believed.set(material.generation);
-        }
-        accepted && material.generation == self.believed.get()
+        let mut domains = policy.into_iter().flat_map(|policy| &policy.trust_domains);
+        domains.any(|domain| domain.as_str() == identity.trust_domain())
     }
 
     /// Ends when the caller's certificate is believed no more: it has run out or was revoked, or its root or trust
-    /// domain has gone. Never for plaintext.
-    async fn distrusted(&self, worker: &Worker) -> &'static str {
-        let why = self.disbelieved(worker).await;
-        worker.recorder.count(Counter::PeerExpired);
-        why
-    }
-
-    async fn disbelieved(&self, worker: &Worker) -> &'static str {
-        if self.identity.is_none() {
-            return std::future::pending().await;
-        }
-        let (mut policy, mut material) = (worker.discovery.inbound(), worker.material.clone());
-        let untrusted = async {
+    /// domain has gone, or our own certificate. Never for plaintext.
+    async fn distrusted(&self, worker: &Worker) -> Lost {
+        let Some(belief) = &self.belief else { return std::future::pending().await };
+        let mut policy = worker.discovery.inbound();
+        let unwelcome = async {
             loop {
-                let (known, own) = (policy.borrow_and_update().clone(), material.borrow_and_update().clone());
-                if !self.is_trusted(known.as_deref(), own.as_deref()) {
-                    return;
+                let known = policy.borrow_and_update().clone();
+                if !self.is_welcome(known.as_deref()) {
+                    return Lost::Untrusted;
                 }
-                drop((known, own));
-                let told =
-                    tokio::select! { told = policy.changed() => told, told = material.changed() => told };
-                if told.is_err() {
+                drop(known);
+                if policy.changed().await.is_err() {
                     // The control half has ended: nothing will change any more.
                     return std::future::pending().await;
                 }
             }
         };
-        tokio::select! {
-            () = untrusted => "not_trusted",
-            () = self.expired(worker) => "certificate_expired",
-        }
+        let lost = tokio::select! {
+            lost = unwelcome => lost,
+            lost = belief.lost(worker.material.clone()) => lost,
+        };
+        worker.recorder.count(lost.counter());
+        lost
     }
 
     /// Ends when the caller may hold no longer what it has open at a port; says why. `permits` is asked now and at
@@ -288,17 +279,7 @@ impl Caller {
         tokio::select! {
             biased;
             why = denied => why,
-            why = self.distrusted(worker) => why,
-        }
-    }
-
-    /// Ends when the caller's certificate does; never for plaintext.
-    async fn expired(&self, worker: &Worker) {
-        let now = || worker.material.borrow().as_ref().map_or_else(SystemTime::now, |own| own.clock().now());
-        let Some(validity) = self.validity else { return std::future::pending().await };
-        // The wall clock may jump: it is read again at least every ten minutes.
-        while let Ok(left) = validity.not_after.duration_since(now()) {
-            tokio::time::sleep(left.min(std::time::Duration::from_secs(600))).await;
+            lost = self.distrusted(worker) => lost.as_str(),
         }
     }
 }

@@ -13,10 +13,11 @@ use weft_core::{
 };
 
 use crate::{
+    belief::Belief,
     detect::{Begun, First},
     error::{Component, Error},
     listener::Accepted,
-    pool::{ConnectError, Peer},
+    pool::{ConnectError, Meshed, Peer},
     tcp::{Broken, Moved, Prefixed, Stream, reset, splice},
     telemetry::{
         exchange::{Exchange, now},
@@ -39,7 +40,7 @@ pub(super) async fn outside(worker: &Rc<Worker>, mut accepted: Accepted) {
     // The app's own timeout is the one that counts out there; this bound only ends what nobody waits for.
     let connecting = worker.pool.connect(accepted.original, false, Duration::from_secs(120));
     match connecting.await {
-        Ok(mut server) => carry(worker, exchange, None, &mut accepted.stream, &mut server).await,
+        Ok(mut server) => carry(worker, exchange, None, None, &mut accepted.stream, &mut server).await,
         Err(error) => refuse(worker, accepted, exchange, error),
     }
 }
@@ -57,10 +58,11 @@ pub(super) async fn to_service(
             let mut client = Prefixed::new(first.bytes, accepted.stream);
             match server {
                 Server::Mesh(mut server) => {
-                    carry(worker, exchange, Some(held), &mut client, &mut *server).await;
+                    let Meshed { tls, belief, .. } = &mut *server;
+                    carry(worker, exchange, Some(held), Some(belief), &mut client, tls).await;
                 }
                 Server::Plain(mut server) => {
-                    carry(worker, exchange, Some(held), &mut client, &mut server).await;
+                    carry(worker, exchange, Some(held), None, &mut client, &mut server).await;
                 }
             }
         }
@@ -90,7 +92,7 @@ pub(super) async fn whoever_speaks(
         // Bytes, not readiness: what is readable below TLS need not be something that the server says.
         let server_spoke = async {
             match &mut server {
-                Server::Mesh(server) => server.read_buf(&mut greeting).await,
+                Server::Mesh(server) => server.tls.read_buf(&mut greeting).await,
                 Server::Plain(server) => server.read_buf(&mut greeting).await,
             }
         };
@@ -133,12 +135,13 @@ pub(super) async fn whoever_speaks(
     let greeting = greeting.freeze();
     match server {
         Server::Mesh(server) => {
-            let mut server = Prefixed::new(greeting, *server);
-            carry(worker, exchange, Some(held), &mut client, &mut server).await;
+            let Meshed { tls, belief, .. } = *server;
+            let mut server = Prefixed::new(greeting, tls);
+            carry(worker, exchange, Some(held), Some(&belief), &mut client, &mut server).await;
         }
         Server::Plain(server) => {
             let mut server = Prefixed::new(greeting, server);
-            carry(worker, exchange, Some(held), &mut client, &mut server).await;
+            carry(worker, exchange, Some(held), None, &mut client, &mut server).await;
         }
     }
     None
@@ -156,7 +159,7 @@ fn learn(destination: &Destination, greeting: &[u8]) {
 const GREETING: usize = 2 * 1024;
 
 enum Server {
-    Mesh(Box<tokio_rustls::client::TlsStream<TcpStream>>),
+    Mesh(Box<Meshed>),
     Plain(TcpStream),
 }
 
@@ -215,7 +218,7 @@ async fn connect(
         let connected = match Peer::of(&endpoint, false, policy.service.mtls_required) {
             Some(Peer::Mesh { address, uid, identity }) => {
                 let connecting = worker.pool.connect_mesh(address, &uid, &identity, Alpn::Tcp, timeout);
-                connecting.await.map(|(tls, _)| Server::Mesh(Box::new(tls)))
+                connecting.await.map(|meshed| Server::Mesh(Box::new(meshed)))
             }
             Some(peer) => worker.pool.connect(peer.address(), false, timeout).await.map(Server::Plain),
             None => Err(ConnectError {
@@ -275,12 +278,26 @@ async fn carry<C: Stream, S: Stream>(
     worker: &Rc<Worker>,
     exchange: Exchange,
     held: Option<Held>,
+    belief: Option<&Belief>,
     client: &mut C,
     server: &mut S,
 ) {
     let moved = Moved::default();
+    let lost = async {
+        match belief {
+            Some(belief) => belief.lost(worker.material.clone()).await,
+            None => std::future::pending().await,
+        }
+    };
     let broken = tokio::select! {
         spliced = splice(client, server, &moved) => spliced.err(),
+        lost = lost => {
+            worker.recorder.count(lost.counter());
+            tracing::warn!(code = lost.as_str(), "connection ended");
+            reset(client.tcp());
+            reset(server.tcp());
+            Some(Broken::Client)
+        }
         () = worker.drain.cut() => {
             reset(client.tcp());
             reset(server.tcp());

@@ -61,7 +61,9 @@ const COUNTERS: [(Counter, &str, &str, &str); Counter::COUNT] = {
         (C::HandshakesFailed, "weft_handshakes_failed_total", "", "Inbound TLS handshakes that failed"),
         (C::PlaintextRefused, "weft_plaintext_refused_total", "", "Plaintext connections refused in strict mode"),
         (C::Denied, "weft_denied_total", "", "Requests and connections denied by authorization"),
-        (C::PeerExpired, "weft_peer_expired_total", "", "Connections ended with their peer's certificate"),
+        (C::PeerExpired, "weft_connections_ended_total", r#"reason="peer_expired""#, "Open connections that were made to end, by what their peer or we have lost: a certificate's time, trust, our own certificate"),
+        (C::PeerUntrusted, "weft_connections_ended_total", r#"reason="peer_untrusted""#, ""),
+        (C::OwnExpired, "weft_connections_ended_total", r#"reason="own_expired""#, ""),
         (C::Redispatched, "weft_redispatched_total", "", "Requests sent elsewhere because they were not sent or not processed"),
         (C::Retries, "weft_retries_total", "", "Attempts beyond the first, by policy"),
         (C::BudgetExhausted, "weft_retry_budget_exhausted_total", "", "Retries that the budget refused"),
@@ -248,6 +250,8 @@ closed_enum! {
         Denied,
         /// See the table.
         PeerExpired,
+        PeerUntrusted,
+        OwnExpired,
         /// See the table.
         Redispatched,
         /// See the table.
