@@ -75,6 +75,22 @@ fuzz: ## A minute and a new seed for each parser (ARGS="route", SECONDS_EACH=600
 	@export WEFT_FUZZ_SECONDS=$(or $(SECONDS_EACH),60) WEFT_FUZZ_SEED=$${WEFT_FUZZ_SEED:-$$(date +%s)}
 	$(CARGO) test --locked --profile fuzz -p weft-tests --test fuzz -- --nocapture $(ARGS)
 
+.PHONY: mutants
+mutants: ## Changes identity and authorization piece by piece: each change must fail a test (20 minutes)
+	@if ! $(CARGO) mutants --version >/dev/null 2>&1; then
+	  echo "skipped: cargo-mutants is not installed (cargo install cargo-mutants --locked)"
+	  exit 0
+	fi
+	mkdir -p target
+	# Judged by the tests beside the code; it builds in a folder of its own. A change may make a loop endless: a minute.
+	status=0
+	env -u CARGO_TARGET_DIR $(CARGO) mutants --package weft-core \
+	  --file proxy/core/src/identity.rs --file proxy/core/src/authz.rs \
+	  --cargo-test-arg=--lib --minimum-test-timeout 60 --output target --colors never || status=$$?
+	of() { wc -l < target/mutants.out/$$1.txt; }
+	echo "figure: mutants of identity and authorization: $$(of missed) survived of $$(( $$(of missed) + $$(of caught) + $$(of timeout) )) (bound 0)"
+	exit $$status
+
 .PHONY: sbom
 sbom: ## What each program is made of: CycloneDX in target/sbom
 	@if ! $(CARGO) cyclonedx --version >/dev/null 2>&1; then

@@ -155,7 +155,7 @@ pub fn canonical_path(path: &str) -> Result<(), NotCanonical> {
                 let (Some(high), Some(low)) = (digit(), digit()) else {
                     return Err(NotCanonical::BrokenEscape);
                 };
-                let escaped = (high << 4 | low) as u8;
+                let escaped = (high * 16 + low) as u8;
                 if is_hidden(escaped) {
                     return Err(NotCanonical::Escape(escaped));
                 }
@@ -419,6 +419,8 @@ mod tests {
         assert!(authorize(&p, &mapped, &Ask::Opaque).is_permit());
         let elsewhere = Peer { identity: Some(&id("shop", "web")), address: "10.0.1.9".parse().unwrap() };
         assert!(!authorize(&p, &elsewhere, &Ask::Opaque).is_permit());
+        let foreign: SpiffeId = "spiffe://other.local/ns/shop/sa/web".parse().unwrap();
+        assert!(!ask(&p, Some(&foreign), &get("/")).is_permit());
         // A caller without identity is not excluded by "not these".
         let not = SourceMatch { not_namespaces: vec![exact("shop")], ..Default::default() };
         let p = policy(Action::Deny, vec![rule(Action::Allow, vec![not], vec![])]);
@@ -438,6 +440,29 @@ mod tests {
         let p = policy(Action::Allow, vec![rule(Action::Deny, vec![of(id("x", "y").as_str())], http())]);
         assert!(opaque(&p, Some(&web)).is_permit());
         assert!(p.needs_http() && p.looks_at_paths());
+        // A rule that does not look at HTTP decides about bytes too.
+        let p = policy(Action::Deny, vec![rule(Action::Allow, vec![], vec![])]);
+        assert!(opaque(&p, Some(&web)).is_permit() && !p.needs_http() && !p.looks_at_paths());
+    }
+
+    #[test]
+    fn a_rule_may_ask_that_there_is_a_host() {
+        let http = HttpMatch { hosts: vec![StringMatch::Present], ..Default::default() };
+        let p = policy(Action::Deny, vec![rule(Action::Allow, vec![], vec![http])]);
+        let nameless = Call { host: "", ..get("/") };
+        assert!(ask(&p, None, &get("/")).is_permit() && !ask(&p, None, &nameless).is_permit());
+    }
+
+    #[test]
+    fn reasons_have_short_names() {
+        let names = [
+            DenyReason::DenyRule,
+            DenyReason::DenyRuleNeedsHttp,
+            DenyReason::NoRuleAllows,
+            DenyReason::Path(NotCanonical::DotSegment),
+        ]
+        .map(|reason| reason.name());
+        assert_eq!(names, ["deny-rule", "deny-rule-needs-http", "no-rule-allows", "path-not-canonical"]);
     }
 
     #[test]
@@ -498,6 +523,17 @@ mod tests {
             let verdict = ask(&p, None, &get(bad));
             assert!(matches!(reason(verdict), Some(DenyReason::Path(_))), "{bad:?}: {verdict:?}");
         }
+        // What is wrong is named: whoever reads the log looks for it.
+        let odd = |path| canonical_path(path).unwrap_err();
+        assert_eq!(odd("/aä"), NotCanonical::Character('ä'));
+        assert_eq!(odd("/a;b"), NotCanonical::Character(';'));
+        assert_eq!(odd("/%61"), NotCanonical::Escape(b'a'));
+        assert_eq!(odd("/%5C"), NotCanonical::Escape(b'\\'));
+        assert_eq!(odd("/%1f"), NotCanonical::Escape(0x1f));
+        assert_eq!(odd("/%4"), NotCanonical::BrokenEscape);
+        assert_eq!(odd("/a//b"), NotCanonical::EmptySegment);
+        assert_eq!(odd("/a/.."), NotCanonical::DotSegment);
+        assert_eq!(odd("a"), NotCanonical::NotAbsolute);
         for good in
             ["/", "*", "/a/", "/a%20b", "/users/a%40b.com", "/caf%C3%A9", "/a@b:c,d=e&f+g!h$i(j)'*~_-."]
         {

@@ -347,6 +347,31 @@ mod tests {
     }
 
     #[test]
+    fn the_limits_of_length_are_where_the_specification_has_them() {
+        let of =
+            |bytes: usize| format!("{:c<bytes$}", "spiffe://a/ns/b/sa/").parse::<SpiffeId>().unwrap_err();
+        assert_eq!(
+            of(MAX_SPIFFE_ID_LEN + 1),
+            IdentityError::TooLong(MAX_SPIFFE_ID_LEN + 1, MAX_SPIFFE_ID_LEN)
+        );
+        assert!(matches!(of(MAX_SPIFFE_ID_LEN), IdentityError::Segment(_)));
+        let domain = |bytes: usize| TrustDomain::new(&"a".repeat(bytes));
+        assert_eq!(domain(MAX_TRUST_DOMAIN_LEN).unwrap().as_str().len(), MAX_TRUST_DOMAIN_LEN);
+        assert!(domain(MAX_TRUST_DOMAIN_LEN + 1).is_err() && domain(0).is_err());
+        let segment = |bytes: usize| format!("spiffe://a/ns/{}/sa/c", "b".repeat(bytes)).parse::<SpiffeId>();
+        assert!(segment(MAX_SEGMENT_LEN).is_ok() && segment(MAX_SEGMENT_LEN + 1).is_err());
+        assert_eq!(PodUid::new(&"a".repeat(63)).unwrap().as_str(), "a".repeat(63));
+    }
+
+    #[test]
+    fn names_print_as_they_are() {
+        let (id, uid): (SpiffeId, _) = (GOOD.parse().unwrap(), PodUid::new("6f1e").unwrap());
+        let domain = TrustDomain::new("cluster.local").unwrap();
+        assert_eq!(format!("{id} {id:?}"), format!("{GOOD} {GOOD}"));
+        assert_eq!(format!("{domain} {domain:?} {uid} {uid:?}"), "cluster.local cluster.local 6f1e 6f1e");
+    }
+
+    #[test]
     fn prefix_twins_differ() {
         let pay: SpiffeId = "spiffe://a/ns/b/sa/pay".parse().unwrap();
         let payments: SpiffeId = "spiffe://a/ns/b/sa/payments".parse().unwrap();
@@ -359,9 +384,15 @@ mod tests {
         let uid = PodUid::new("6f1e-aa").unwrap();
         assert_eq!(uid.server_name(), "6f1e-aa.weft.internal");
         assert!(uid.is_named_by("6f1e-aa.weft.internal") && uid.is_named_by("6F1E-AA.Weft.Internal"));
-        for other in
-            ["6f1e-ab.weft.internal", "6f1e-aa", "6f1e-aa.weft.internal.", "x6f1e-aa.weft.internal", ""]
-        {
+        for other in [
+            "6f1e-ab.weft.internal",
+            "6f1e-aa",
+            "6f1e-aa.weft.internal.",
+            "x6f1e-aa.weft.internal",
+            "",
+            "6f1e-aa.weft.external",
+            "6f1e-a\u{e4}weft.internal",
+        ] {
             assert!(!uid.is_named_by(other), "{other}");
         }
         for bad in ["", "A", "a.b", "a_b", &"a".repeat(64)] {
