@@ -105,8 +105,10 @@ impl Belief {
     }
 
     async fn ended(&self, by: &watch::Receiver<Option<Arc<Material>>>) {
+        // A function, so that what it borrows is not held while this sleeps.
+        let time = || now(by.borrow().as_deref());
         // The wall clock may jump: it is read again at least every ten minutes.
-        while let Ok(left) = self.ends.duration_since(now(by.borrow().as_deref())) {
+        while let Ok(left) = self.ends.duration_since(time()) {
             tokio::time::sleep(left.min(Duration::from_secs(600))).await;
         }
     }

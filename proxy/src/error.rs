@@ -225,6 +225,9 @@ impl Error {
             response
         };
         response.headers_mut().insert(WEFT_REASON, reason);
+        if *self == Self::Overloaded {
+            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+        }
         if answer.unsent && component == Component::Inbound {
             response.headers_mut().insert(WEFT_UNSENT, HeaderValue::from_static("1"));
         }
@@ -263,6 +266,19 @@ mod tests {
         assert_eq!(response.status(), 503);
         assert_eq!(response.headers()[WEFT_REASON], "outbound;no_endpoint");
         assert!(response.headers().get(WEFT_UNSENT).is_none());
+    }
+
+    #[test]
+    fn overload_says_when_to_come_again() {
+        let after = |error: Error| {
+            let response = error.response(Component::Outbound, false);
+            response
+                .headers()
+                .get(header::RETRY_AFTER)
+                .map(|value| value.to_str().unwrap_or_default().to_owned())
+        };
+        assert_eq!(after(Error::Overloaded).as_deref(), Some("1"));
+        assert_eq!(after(Error::NoEndpoint), None);
     }
 
     #[test]

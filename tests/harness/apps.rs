@@ -99,7 +99,11 @@ pub fn start(command: &mut Command, pod: &Pod, port: u16) -> Result<Process> {
 
 /// A pod with a sidecar and the test server on port 8080.
 pub fn serve(mesh: &Mesh, workload: Workload, args: &[&str]) -> Result<Served> {
-    let sidecar = mesh.workload(workload)?;
+    serve_in(mesh, mesh.workload(workload)?, args)
+}
+
+/// The test server on port 8080 of a pod that has its sidecar.
+pub fn serve_in(mesh: &Mesh, sidecar: Meshed, args: &[&str]) -> Result<Served> {
     let name = sidecar.workload.name.clone();
     let mut all = vec!["http", "--port", "8080", "--name", &name];
     all.extend_from_slice(args);

@@ -22,7 +22,7 @@ use crate::{
 };
 
 /// How long the sidecars of these tests let what is open come to its end.
-const DRAIN: Duration = Duration::from_secs(4);
+pub(crate) const DRAIN: Duration = Duration::from_secs(4);
 /// What a busy machine may take on top of a bound.
 const SLACK: Duration = Duration::from_secs(4);
 
@@ -33,14 +33,14 @@ fn draining(test: &str) -> Option<Pair> {
 }
 
 /// A request that is not over yet: `curl` in a pod, its standard input and output in our hands.
-fn asks(pod: &Pod, args: &[&str]) -> Process {
+pub(crate) fn asks(pod: &Pod, args: &[&str]) -> Process {
     let mut command = pod.command("curl");
     command.args(["-sS", "-N", "--max-time", "60"]).args(args);
     Process::spawn(command.stdin(Stdio::piped()).stdout(Stdio::piped())).unwrap()
 }
 
 /// The same, of which the first bytes have come.
-fn streams(pod: &Pod, args: &[&str]) -> Process {
+pub(crate) fn streams(pod: &Pod, args: &[&str]) -> Process {
     let mut process = asks(pod, args);
     let mut first = [0; 6];
     process.child().stdout.as_mut().unwrap().read_exact(&mut first).unwrap();
@@ -49,25 +49,25 @@ fn streams(pod: &Pod, args: &[&str]) -> Process {
 }
 
 /// Sends one more piece of an upload that `asks` has begun.
-fn sends(upload: &mut Process) {
+pub(crate) fn sends(upload: &mut Process) {
     upload.child().stdin.as_mut().unwrap().write_all(b"12345").unwrap();
 }
 
 /// Its end: whether it ended well, and what it printed.
-fn outcome(mut process: Process) -> (bool, String) {
+pub(crate) fn outcome(mut process: Process) -> (bool, String) {
     drop(process.child().stdin.take());
     let mut text = String::new();
     process.child().stdout.take().unwrap().read_to_string(&mut text).unwrap();
     (process.wait(SLACK).unwrap().expect("it should have ended").success(), text)
 }
 
-fn status(pod: &Pod, url: &str) -> String {
+pub(crate) fn status(pod: &Pod, url: &str) -> String {
     curl(pod, &["-o", "/dev/null", "-w", "%{http_code} %header{weft-reason}", url])
         .unwrap_or_else(|e| e.to_string())
 }
 
 /// Denies some paths, and waits until that is in force.
-fn deny(pair: &Pair, paths: &[&str]) {
+pub(crate) fn deny(pair: &Pair, paths: &[&str]) {
     policy(pair, serde_json::json!({"action": "Deny", "rules": [{"to": [{"paths": paths}]}]}));
     let last = format!("{ECHO}{}", paths.last().unwrap());
     wait(Duration::from_secs(10), || Ok(status(&pair.client.pod, &last) == "403 inbound;denied")).unwrap();

@@ -184,7 +184,7 @@ impl ServerCertVerifier for TrustsAnyone {
 }
 
 /// Shakes hands as a caller, after some silence, and asks for a byte: `Ok` if the server let it in.
-fn knock(
+pub(crate) fn knock(
     pod: &Pod,
     to: SocketAddr,
     server_name: &str,

@@ -8,8 +8,10 @@
 mod defaults;
 mod delivery;
 mod established;
+mod fail_closed;
 mod faults;
 mod floods;
+mod handshakes;
 mod hardening;
 mod hostile;
 mod http;

@@ -284,9 +284,16 @@ impl Mesh {
         command
     }
 
-    /// A pod with a sidecar, captured and ready; the app is the caller's to start. The pod is in the folder,
-    /// ready from the beginning, unless `hidden`.
+    /// A pod with a sidecar, captured and ready; the app is the caller's to start.
     pub fn workload(&self, workload: Workload) -> Result<Meshed> {
+        let mut meshed = self.begin(workload)?;
+        meshed.ready(Duration::from_secs(20))?;
+        Ok(meshed)
+    }
+
+    /// The same, of which the sidecar is started and may not be ready yet, or never. The pod is in the folder, ready
+    /// from the beginning.
+    pub fn begin(&self, workload: Workload) -> Result<Meshed> {
         let pod = match workload.ip {
             None => self.world.pod(&workload.name)?,
             Some(ip) => self.world.pod_at(&workload.name, ip, v6_of(ip))?,
@@ -306,9 +313,7 @@ impl Mesh {
         let log = self.log(&workload.name);
         let proxy_binary = self.binaries.path("weft-proxy");
         let proxy = self.start_proxy(&pod, &workload, &uid, &dir, &log)?;
-        let mut meshed = Meshed { proxy, pod, workload, uid, log, dir, proxy_binary };
-        meshed.ready(Duration::from_secs(20))?;
-        Ok(meshed)
+        Ok(Meshed { proxy, pod, workload, uid, log, dir, proxy_binary })
     }
 
     /// Starts a sidecar again in its pod, as a restarted container would be.
