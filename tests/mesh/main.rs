@@ -73,12 +73,12 @@ fn scripted(
     test: &str,
     script: impl Fn(Wire, usize) -> anyhow::Result<()> + Send + Sync + 'static,
 ) -> Option<Scripted> {
-    scripted_with(test, weft_control_plane::cli::demo::mesh::Options::default(), script)
+    scripted_with(test, Options::default(), script)
 }
 
 fn scripted_with(
     test: &str,
-    options: weft_control_plane::cli::demo::mesh::Options,
+    options: Options,
     script: impl Fn(Wire, usize) -> anyhow::Result<()> + Send + Sync + 'static,
 ) -> Option<Scripted> {
     let mesh = weft_harness::apps::mesh_with(test, options)?;
