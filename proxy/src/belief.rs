@@ -69,13 +69,17 @@ impl Belief {
     /// Why not.
     pub(crate) fn holds(&self, own: Option<&Material>) -> Result<(), Lost> {
         let own = own.ok_or(Lost::Nameless)?;
+        // A clock that jumped ends no sleep, but it renews our own certificate, and then this is asked.
+        if own.clock().now() > self.ends {
+            return Err(Lost::Expired);
+        }
         let anchors = own.trust().anchors(self.identity.trust_domain()).ok_or(Lost::Untrusted)?;
         let mut judged_by = self.anchors.borrow_mut();
         if judged_by.as_ref().is_some_and(|by| Arc::ptr_eq(by, &anchors)) {
             return Ok(());
         }
         if !own.still_accepts(&self.chain, self.role) {
-            return Err(if own.clock().now() > self.ends { Lost::Expired } else { Lost::Untrusted });
+            return Err(Lost::Untrusted);
         }
         *judged_by = Some(anchors);
         Ok(())

@@ -42,6 +42,8 @@ pub(crate) fn exchange(pod: &Pod, address: &str, pieces: &[&[u8]]) -> Result<Str
             Ok(0) => break,
             Ok(n) => said.extend_from_slice(&buffer[..n]),
             Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => break,
+            // A socket with a time limit is not read on by itself after a signal.
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
             Err(error) => {
                 return Err(error).with_context(|| format!("after {:?}", String::from_utf8_lossy(&said)));
             }
