@@ -23,6 +23,7 @@ use bytes::{Buf, Bytes, BytesMut};
 use futures_util::task::AtomicWaker;
 use http::{Response, StatusCode};
 use http_body::{Body as HttpBody, Frame, SizeHint};
+use hyper::server::conn::http1;
 use tokio::{
     io::{AsyncRead, AsyncWrite, AsyncWriteExt as _, ReadBuf},
     time::{Instant, Sleep},
@@ -33,8 +34,10 @@ use weft_core::{
 };
 
 use crate::{
+    config,
     error::{Component, Error},
     listener::Accepted,
+    tcp::write_to_inner,
     telemetry::metrics::Recorder,
     worker::Worker,
 };
@@ -547,9 +550,13 @@ pub(crate) fn behind(error: Error, requests: Option<&Requests>) -> Error {
     }
 }
 
-/// What the library may buffer: a little more than a head may have, so that it is never the first to say no.
-pub(crate) fn library_buffer(head: usize) -> usize {
-    head.max(8 * 1024) + 1024
+/// What reads HTTP/1 behind a [`Front`], but for its timer.
+pub(crate) fn http1(limits: &config::Limits) -> http1::Builder {
+    let mut builder = http1::Builder::new();
+    // A little more than a head may have, so that the library is never the first to say no.
+    let buffer = limits.header_bytes.max(8 * 1024) + 1024;
+    builder.auto_date_header(false).max_headers(limits.headers).max_buf_size(buffer);
+    builder
 }
 
 /// An answer as it goes over the wire, when there is no request that the library could answer.
@@ -650,31 +657,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Back<S> {
     }
 }
 
-impl<S: AsyncWrite + Unpin> AsyncWrite for Back<S> {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.inner).poll_write(cx, buf)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bufs: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.inner).poll_write_vectored(cx, bufs)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.inner.is_write_vectored()
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.inner).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.inner).poll_shutdown(cx)
-    }
-}
+write_to_inner!(Back);
 
 /// All of them, for one byte between threads that are one.
 const REFUSALS: [Refusal; 17] = [
@@ -724,9 +707,7 @@ mod tests {
                 Ok::<_, Infallible>(Requests::answered(in_progress, Response::new(Body::full("ok"))))
             }
         });
-        let connection = hyper::server::conn::http1::Builder::new()
-            .header_read_timeout(None)
-            .serve_connection(io, service);
+        let connection = http1::Builder::new().header_read_timeout(None).serve_connection(io, service);
         (client, tokio::task::spawn_local(connection))
     }
 

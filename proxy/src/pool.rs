@@ -219,13 +219,6 @@ struct H1Peer {
     idle: RefCell<Vec<H1>>,
 }
 
-/// What writes HTTP/1.1 to apps.
-pub(crate) fn http1_builder(headers: usize) -> http1::Builder {
-    let mut builder = http1::Builder::new();
-    builder.max_headers(headers).max_buf_size(READ_BUFFER);
-    builder
-}
-
 struct H1 {
     sender: http1::SendRequest<Body>,
     due: Due,
@@ -584,7 +577,9 @@ impl Pool {
         let due = Due::default();
         let limits = Limits { bytes: READ_BUFFER, fields: self.0.config.limits.headers };
         let io = TokioIo::new(Back::new(tcp, due.clone(), limits));
-        let handshake = http1_builder(limits.fields).handshake(io).await;
+        let mut builder = http1::Builder::new();
+        builder.max_headers(limits.fields).max_buf_size(limits.bytes);
+        let handshake = builder.handshake(io).await;
         let (sender, connection) = handshake.map_err(|e| not_processed(&e))?;
         let open = Open::new(&self.0.recorder);
         tokio::task::spawn_local(async move {

@@ -129,14 +129,9 @@ fn overload_refuses_what_is_new_and_skips_no_rule() {
     let Some(pair) = pair_with("overload", options, &[]) else { return };
     let (client, server) = (&pair.client, &pair.server.sidecar);
     let outsider = pair.mesh.plain(&Workload::new("shop", "legacy-1")).unwrap();
-    let limits = serde_json::json!({
-        "apiVersion": "weft.dev/v1alpha1", "kind": "TrafficPolicy",
-        "metadata": {"namespace": "shop", "name": "echo"},
-        "spec": {"targetRefs": [{"kind": "Service", "name": "echo"}], "limits": {"maxRequests": 2}},
-    });
     deny(&pair, &["/private"]);
     let full: Vec<_> = (0..2).map(|_| streams(&client.pod, &[&format!("{ECHO}/forever")])).collect();
-    pair.mesh.write("limits.yaml", &format!("{limits:#}\n")).unwrap();
+    crate::policy(&pair.mesh, "echo", serde_json::json!({"limits": {"maxRequests": 2}}));
     let answer = |url: &str| {
         let format = "%{http_code} %header{weft-reason} %header{retry-after}";
         curl(&client.pod, &["-o", "/dev/null", "-w", format, url]).unwrap()

@@ -35,13 +35,7 @@ fn three(test: &str, args: &[&str]) -> Option<Three> {
 
 /// What is idempotent is sent again when its answer was cut off.
 fn retry_on_reset(three: &Three) {
-    let policy = serde_json::json!({
-        "apiVersion": "weft.dev/v1alpha1", "kind": "TrafficPolicy",
-        "metadata": {"namespace": "shop", "name": "api"},
-        "spec": {"targetRefs": [{"group": "", "kind": "Service", "name": "api"}],
-                 "retries": {"onReset": true, "maxRetries": 2}},
-    });
-    three.mesh.write("policy-api.yaml", &format!("{policy:#}\n")).unwrap();
+    crate::policy(&three.mesh, "api", serde_json::json!({"retries": {"onReset": true, "maxRetries": 2}}));
     let mut wait_applied = three.mesh.weft(&["wait", "TrafficPolicy/shop/api", "--applied"]);
     curl(&three.client.pod, &[API]).unwrap();
     output(&mut wait_applied).unwrap();

@@ -71,20 +71,10 @@ pub fn refusing(service: &Service, reason: &str) -> (Service, ServiceName, Vec<R
     let object = object_ref(Kind::Service, &(name.namespace.clone(), name.name.clone()));
     let rules = vec![refusal(name, &object, reason)];
     let refusing = Service {
-        name: name.clone(),
-        vips: Vec::new(),
         protocol: service.protocol,
-        detect_timeout: DETECT_TIMEOUT,
         route: Some(format!("route/{route}").into()),
-        endpoints: None,
-        pod: None,
-        load_balancing: LoadBalancing::default(),
-        health: HealthPolicy::default(),
-        limits: Limits::default(),
-        accepted_identities: Vec::new(),
         mtls_required: true,
-        timeouts: Timeouts::default(),
-        retry: RetryPolicy::default(),
+        ..Service::new(name.clone())
     };
     (refusing, route, rules)
 }
@@ -106,21 +96,12 @@ pub struct PodAddress {
 impl PodAddress {
     /// One port, as a service of one endpoint: no route, no balancing.
     pub fn service(&self, port: u16) -> Service {
+        let (namespace, name) = self.name.clone();
         Service {
-            name: ServiceName { namespace: self.name.0.clone(), name: self.name.1.clone(), port },
             vips: vec![self.ip],
             protocol: self.protocols.get(&port).copied().unwrap_or_default(),
-            detect_timeout: DETECT_TIMEOUT,
-            route: None,
-            endpoints: None,
             pod: Some(Arc::new(self.pod.endpoint(SocketAddr::new(self.ip, port)))),
-            load_balancing: LoadBalancing::default(),
-            health: HealthPolicy::default(),
-            limits: Limits::default(),
-            accepted_identities: Vec::new(),
-            mtls_required: false,
-            timeouts: Timeouts::default(),
-            retry: RetryPolicy::default(),
+            ..Service::new(ServiceName { namespace, name, port })
         }
     }
 

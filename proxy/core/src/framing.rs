@@ -435,17 +435,8 @@ impl Framing {
                 };
             }
             State::Reason | State::Value => {
-                let rest = &piece.bytes[piece.at..];
-                let n = first_below::<b' '>(rest);
-                piece.at += n;
-                if let Some(&end) = rest.get(n) {
-                    piece.at += 1;
-                    match end {
-                        b'\r' => self.state = State::LineLf,
-                        b'\t' => {}
-                        b'\n' => return Err(Why::LineEnding),
-                        _ => return Err(Why::FieldValue),
-                    }
+                if piece.text(Why::FieldValue)? {
+                    self.state = State::LineLf;
                 }
             }
             State::LineLf => {
@@ -519,17 +510,8 @@ impl Framing {
                 self.state = self.size(byte)?;
             }
             State::Extension => {
-                let rest = &piece.bytes[piece.at..];
-                let n = first_below::<b' '>(rest);
-                piece.at += n;
-                if let Some(&end) = rest.get(n) {
-                    piece.at += 1;
-                    match end {
-                        b'\r' => self.state = State::SizeLf,
-                        b'\t' => {}
-                        b'\n' => return Err(Why::LineEnding),
-                        _ => return Err(Why::Chunk),
-                    }
+                if piece.text(Why::Chunk)? {
+                    self.state = State::SizeLf;
                 }
             }
             State::SizeLf => {
@@ -757,6 +739,24 @@ struct Piece<'a> {
     body: bool,
     /// 1 if the message's head has ended within this piece.
     head: u64,
+}
+
+impl Piece<'_> {
+    /// Goes on through text to the next control character. True: to a CR, where the line ends.
+    #[inline]
+    fn text(&mut self, control: Why) -> Result<bool, Why> {
+        let rest = &self.bytes[self.at..];
+        let n = first_below::<b' '>(rest);
+        self.at += n;
+        let Some(&end) = rest.get(n) else { return Ok(false) };
+        self.at += 1;
+        match end {
+            b'\r' => Ok(true),
+            b'\t' => Ok(false),
+            b'\n' => Err(Why::LineEnding),
+            _ => Err(control),
+        }
+    }
 }
 
 /// A name: in the piece at hand, or put together from several.

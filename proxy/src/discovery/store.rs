@@ -36,9 +36,8 @@ use tracing::{debug, info, warn};
 use weft_core::{
     identity::{PodUid, SpiffeId, TrustDomain},
     policy::{
-        Action, Authorization, BackendKey, BackendPolicy, DETECT_TIMEOUT, Endpoint, HealthPolicy,
-        InboundPolicy, Limits, LoadBalancing, OutboundPolicy, Protocol, RetryPolicy, RouteTable, Service,
-        ServiceName, Timeouts,
+        Action, Authorization, BackendKey, BackendPolicy, Endpoint, InboundPolicy, OutboundPolicy,
+        RouteTable, Service, ServiceName,
     },
 };
 use weft_proto::{
@@ -1142,22 +1141,7 @@ fn container(name: &Name) -> Name {
 
 /// A service that does not exist: its share of requests is answered with 500.
 fn nothing(name: &ServiceName) -> Arc<Service> {
-    Arc::new(Service {
-        name: name.clone(),
-        vips: Vec::new(),
-        protocol: Protocol::Detect,
-        detect_timeout: DETECT_TIMEOUT,
-        route: None,
-        endpoints: None,
-        pod: None,
-        load_balancing: LoadBalancing::default(),
-        health: HealthPolicy::default(),
-        limits: Limits::default(),
-        accepted_identities: Vec::new(),
-        mtls_required: true,
-        timeouts: Timeouts::default(),
-        retry: RetryPolicy::default(),
-    })
+    Arc::new(Service { mtls_required: true, ..Service::new(name.clone()) })
 }
 
 /// What holds where no authorization can be used.

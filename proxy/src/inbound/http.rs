@@ -19,7 +19,7 @@ use tokio_rustls::server::TlsStream;
 use weft_core::{
     authz::{self, Ask, Verdict},
     classify::{self, Class, Failure, Outcome},
-    policy::{Authorization, MtlsMode, PortPolicy},
+    policy::{Authorization, PortPolicy},
     retry,
 };
 
@@ -29,7 +29,6 @@ use super::{
 };
 use crate::{
     body::{Body, Held, Replay, Tail},
-    config::Limits,
     drain::{Graceful, RequestGuard},
     error::{Component, Error, is_grpc},
     front::{self, Front, Requests},
@@ -103,22 +102,12 @@ pub(super) async fn serve_plain(
                 Ok::<_, Infallible>(Requests::answered(in_progress, response))
             }
         });
-        let mut builder = http1_builder(limits);
+        let mut builder = front::http1(limits);
         builder.timer(TokioTimer::new()).header_read_timeout(worker.config.times.keep_alive);
         let connection = builder.serve_connection(TokioIo::new(io), service).with_upgrades();
         run(&worker, connection, &caller).await
     };
     requests.report(&worker.recorder, &ended, Component::Inbound, client, original);
-}
-
-/// What reads HTTP/1.1 from callers, but for its timer.
-pub(crate) fn http1_builder(limits: &Limits) -> hyper::server::conn::http1::Builder {
-    let mut builder = hyper::server::conn::http1::Builder::new();
-    builder
-        .auto_date_header(false)
-        .max_headers(limits.headers)
-        .max_buf_size(front::library_buffer(limits.header_bytes));
-    builder
 }
 
 fn h2_builder(
@@ -290,11 +279,11 @@ impl Inner {
         decision.request(&outgoing.headers, &outgoing.path);
         let path = outgoing.path.path();
         let port = self.port();
-        let permitted = if !mesh && port.mtls == MtlsMode::Strict {
+        let permitted = if self.caller.must_not_speak_plaintext(&port) {
             self.worker.recorder.count(Counter::PlaintextRefused);
             Err(Error::PlaintextRefused)
         } else {
-            self.authorize(&port.authorization, &outgoing, path)
+            self.authorize(&port.authorization, &outgoing)
         };
         // Whoever is refused does not choose what is remembered of it.
         self.edge(if grpc && permitted.is_ok() { path } else { "" }, exchange.started());
@@ -332,14 +321,18 @@ impl Inner {
     /// Whether the policy of this moment permits it: asked again about what is under way.
     pub(super) fn permits(&self, outgoing: &Outgoing) -> bool {
         let port = self.port();
+        !self.caller.must_not_speak_plaintext(&port)
+            && self.verdict(&port.authorization, outgoing).is_permit()
+    }
+
+    fn verdict<'a>(&self, policy: &'a Authorization, outgoing: &Outgoing) -> Verdict<'a> {
         let ask = Ask::Http {
             method: &outgoing.method,
             host: outgoing.host(),
             path: outgoing.path.path(),
             headers: &outgoing.headers,
         };
-        let plaintext_refused = self.caller.identity.is_none() && port.mtls == MtlsMode::Strict;
-        !plaintext_refused && authz::authorize(&port.authorization, &self.caller.peer(), &ask).is_permit()
+        authz::authorize(policy, &self.caller.peer(), &ask)
     }
 
     /// Says that what was under way is broken off.
@@ -350,16 +343,14 @@ impl Inner {
     }
 
     /// Asks the policy of this moment.
-    fn authorize(&self, policy: &Authorization, outgoing: &Outgoing, path: &str) -> Result<(), Error> {
-        let ask =
-            Ask::Http { method: &outgoing.method, host: outgoing.host(), path, headers: &outgoing.headers };
-        match authz::authorize(policy, &self.caller.peer(), &ask) {
+    fn authorize(&self, policy: &Authorization, outgoing: &Outgoing) -> Result<(), Error> {
+        match self.verdict(policy, outgoing) {
             Verdict::Permit { .. } => Ok(()),
             Verdict::Deny { rule, reason } => {
                 self.worker.recorder.count(Counter::Denied);
                 tracing::info!(reason = reason.name(), rule = rule.map(|r| r.object.to_string()),
                     caller = self.caller.identity.as_ref().map(|id| id.as_str()),
-                    method = %outgoing.method, path, port = self.original.port(), "denied");
+                    method = %outgoing.method, path = outgoing.path.path(), port = self.original.port(), "denied");
                 match reason {
                     authz::DenyReason::Path(_) => Err(Error::PathNotCanonical),
                     authz::DenyReason::DenyRule

@@ -205,6 +205,11 @@ impl Caller {
         Self { identity: None, address, belief: None }
     }
 
+    /// Whether mTLS is required there and this one shows no identity.
+    fn must_not_speak_plaintext(&self, port: &PortPolicy) -> bool {
+        self.identity.is_none() && port.mtls == MtlsMode::Strict
+    }
+
     /// As authorization sees it.
     fn peer(&self) -> weft_core::authz::Peer<'_> {
         weft_core::authz::Peer { identity: self.identity.as_ref(), address: self.address }
@@ -262,7 +267,7 @@ impl Caller {
             loop {
                 let known = policy.borrow_and_update().clone();
                 let port = known.as_deref().map(|policy| port_policy(policy, number));
-                if port.is_some_and(|port| self.identity.is_none() && port.mtls == MtlsMode::Strict) {
+                if port.is_some_and(|port| self.must_not_speak_plaintext(port)) {
                     worker.recorder.count(Counter::PlaintextRefused);
                     return "plaintext_refused";
                 }

@@ -8,7 +8,7 @@ use weft_core::{
     authz::{self, Ask, Verdict},
     classify::Class,
     detect::Detected,
-    policy::{MtlsMode, PortPolicy},
+    policy::PortPolicy,
 };
 
 use super::Caller;
@@ -60,12 +60,24 @@ pub(super) async fn serve_declared_http<S: Stream>(
     if tokio::time::timeout(worker.config.times.header, reading).await.unwrap_or(false) {
         return serve(worker, Prefixed::new(begun.freeze(), client), original, caller).await;
     }
-    let error = Error::NotHttp;
+    refuse(worker, client.tcp(), original, caller, &Error::NotHttp, None);
+}
+
+/// Ends a connection whose caller is known: counted, logged, reset.
+fn refuse(
+    worker: &Worker,
+    client: &TcpStream,
+    original: SocketAddr,
+    caller: &Caller,
+    error: &Error,
+    detail: Option<&str>,
+) {
     let code = error.answer().code;
     worker.recorder.error(code);
-    tracing::warn!(component = "inbound", code, %error, client = %caller.address,
-        caller = caller.identity.as_ref().map(|id| id.as_str()), destination = %original, "connection refused");
-    reset(client.tcp());
+    tracing::warn!(component = "inbound", code, %error, detail = detail.map(tracing::field::display),
+        client = %caller.address, caller = caller.identity.as_ref().map(|id| id.as_str()),
+        destination = %original, "connection refused");
+    reset(client);
 }
 
 /// The client of a port that may be server-first is silent: dials the app, and lets whoever speaks first decide.
@@ -156,12 +168,7 @@ async fn open(
         Ok(app) => Some((exchange, edge, app)),
         Err((error, detail)) => {
             worker.recorder.edge(&edge, true);
-            let answer = error.answer();
-            worker.recorder.error(answer.code);
-            tracing::warn!(component = "inbound", code = answer.code, %error, %detail, client = %caller.address,
-                caller = caller.identity.as_ref().map(|id| id.as_str()), destination = %original,
-                "connection refused");
-            reset(client);
+            refuse(worker, client, original, caller, &error, Some(&detail));
             exchange.finish(Class::Proxy, now());
             None
         }
@@ -181,7 +188,7 @@ async fn dial(
     // The policy of now: a handshake may have taken long.
     let policy = worker.inbound_policy().ok_or((Error::NotReady, "".into()))?;
     let port = port_policy(&policy, original.port());
-    if caller.identity.is_none() && port.mtls == MtlsMode::Strict {
+    if caller.must_not_speak_plaintext(port) {
         worker.recorder.count(Counter::PlaintextRefused);
         return Err((Error::PlaintextRefused, "".into()));
     }

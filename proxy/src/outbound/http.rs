@@ -74,12 +74,8 @@ pub(super) async fn serve(
                 Ok::<_, Infallible>(Requests::answered(in_progress, response))
             }
         });
-        let mut builder = hyper::server::conn::http1::Builder::new();
-        builder
-            .auto_date_header(false)
-            .header_read_timeout(None)
-            .max_headers(limits.headers)
-            .max_buf_size(front::library_buffer(limits.header_bytes));
+        let mut builder = front::http1(limits);
+        builder.header_read_timeout(None);
         let connection = builder.serve_connection(TokioIo::new(io), service).with_upgrades();
         worker.drain.serve(connection, Component::Outbound).await
     };
