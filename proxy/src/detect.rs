@@ -8,7 +8,7 @@ use std::{io, time::Duration};
 
 use bytes::{Bytes, BytesMut};
 use tokio::{
-    io::AsyncReadExt,
+    io::{AsyncRead, AsyncReadExt},
     net::TcpStream,
     time::{Instant, timeout, timeout_at},
 };
@@ -16,6 +16,9 @@ use weft_core::detect::{self, Detected};
 
 /// A first read of this size holds every request head's beginning and most ClientHellos.
 const FIRST_READ: usize = 2 * 1024;
+
+/// Holds the greeting of any server-first protocol.
+const GREETING: usize = 2 * 1024;
 
 /// What the client began with.
 pub(crate) struct First {
@@ -45,7 +48,7 @@ pub(crate) async fn begin(
 }
 
 /// The same into the caller's buffer: dropped half-way, what was read stays there.
-pub(crate) async fn begin_into(
+async fn begin_into(
     stream: &mut TcpStream,
     bytes: &mut BytesMut,
     silence: Option<Duration>,
@@ -75,6 +78,35 @@ pub(crate) async fn begin_into(
             Ok(Err(error)) => return Err(error),
         }
     }
+}
+
+/// Who spoke first on a connection whose client may be waiting for its server.
+pub(crate) enum FirstWord {
+    /// The client.
+    Client(io::Result<Begun>),
+    /// The server (without a byte: it ended), while the client had asked this much.
+    Server { greeting: Bytes, asked: Bytes },
+    /// The server broke off. Told apart from its end here, for a reset shows once only: the next read would say that
+    /// all ended well.
+    ServerBroke,
+}
+
+/// Waits for either side. `slow` bounds what follows the client's first byte.
+pub(crate) async fn whoever_speaks(
+    client: &mut TcpStream,
+    server: &mut (impl AsyncRead + Unpin),
+    slow: Duration,
+) -> FirstWord {
+    let (mut asked, mut greeting) = (BytesMut::new(), BytesMut::with_capacity(GREETING));
+    tokio::select! {
+        biased;
+        begun = begin_into(client, &mut asked, None, slow) => return FirstWord::Client(begun),
+        // Bytes, not readiness: what is readable below TLS need not be something that the server says.
+        said = server.read_buf(&mut greeting) => if said.is_err() {
+            return FirstWord::ServerBroke;
+        }
+    }
+    FirstWord::Server { greeting: greeting.freeze(), asked: asked.freeze() }
 }
 
 /// The first bytes, or 0 at the end. Without a buffer while nothing has come: an idle connection costs none. A

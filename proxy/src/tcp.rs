@@ -17,6 +17,7 @@ use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::TcpStream,
 };
+use weft_core::classify::Class;
 
 /// First buffer of a direction; it doubles while reads fill it.
 const BUFFER_MIN: usize = 8 * 1024;
@@ -132,6 +133,16 @@ pub(crate) enum Broken {
     Server,
 }
 
+impl Broken {
+    /// Who is at fault, as telemetry counts it.
+    pub(crate) fn class(self) -> Class {
+        match self {
+            Self::Client => Class::ClientError,
+            Self::Server => Class::ServerError,
+        }
+    }
+}
+
 /// Bytes carried so far, to be read also when carrying was cut short.
 #[derive(Default)]
 pub(crate) struct Moved {
@@ -167,6 +178,23 @@ pub(crate) async fn splice<A: Stream, B: Stream>(
         reset(server.tcp());
     }
     result
+}
+
+/// The same until `stop`, after which both sides see a reset. It is asked first, and so before a byte has passed.
+pub(crate) async fn splice_until<A: Stream, B: Stream>(
+    client: &mut A,
+    server: &mut B,
+    moved: &Moved,
+    stop: impl Future<Output = ()>,
+) -> Result<(), Broken> {
+    tokio::select! {
+        biased;
+        () = stop => {}
+        spliced = splice(client, server, moved) => return spliced,
+    }
+    reset(client.tcp());
+    reset(server.tcp());
+    Err(Broken::Client)
 }
 
 /// Makes the socket's end a reset instead of a clean one.

@@ -13,19 +13,16 @@ use weft_core::{
 
 use super::Caller;
 use crate::{
-    detect::{self, Begun, First},
+    detect::{self, Begun, First, FirstWord},
     error::Error,
     listener::Accepted,
-    tcp::{Broken, Moved, Prefixed, Stream, reset, splice},
+    tcp::{Broken, Moved, Prefixed, Stream, reset, splice_until},
     telemetry::{
         exchange::{Exchange, now},
         metrics::{Counter, Direction, EdgeKey, SeriesKey},
     },
     worker::{Spoken, Worker, port_policy},
 };
-
-/// Holds the greeting of any server-first protocol.
-const GREETING: usize = 2 * 1024;
 
 /// Serves a connection of which only the caller and the port are known.
 pub(super) async fn serve<S: Stream>(worker: &Worker, client: S, original: SocketAddr, caller: &Caller) {
@@ -87,51 +84,36 @@ pub(super) async fn whoever_speaks(worker: &Rc<Worker>, mut accepted: Accepted) 
     let caller = Caller::outside(accepted.client.ip());
     let original = accepted.original;
     let (exchange, edge, mut app) = open(worker, &accepted.stream, original, &caller).await?;
-    let (mut asked, mut greeting) = (BytesMut::new(), BytesMut::with_capacity(GREETING));
-    let begun = {
-        let client_spoke =
-            detect::begin_into(&mut accepted.stream, &mut asked, None, worker.config.times.header);
-        tokio::select! {
-            biased;
-            begun = client_spoke => Ok(Some(begun)),
-            said = app.read_buf(&mut greeting) => match said {
-                Ok(_) => Ok(None),
-                // A reset shows once only: the next read would say that all ended well.
-                Err(_) => Err(Class::ServerError),
-            },
-            code = caller.revoked(worker, original.port(), |port| permits(port, &caller)) => {
-                tracing::warn!(code, client = %caller.address, destination = %original, "connection ended");
-                Err(Class::ClientError)
-            }
-            () = worker.drain.cut() => Err(Class::ClientError),
-        }
+    let spoke = tokio::select! {
+        biased;
+        spoke = detect::whoever_speaks(&mut accepted.stream, &mut app, worker.config.times.header) => Ok(spoke),
+        () = must_end(worker, original, &caller) => Err(Class::ClientError),
     };
-    let first = match begun {
-        Ok(Some(Ok(Begun::Spoke(first)))) => match first.detected {
+    let (asked, greeting) = match spoke {
+        Ok(FirstWord::Client(Ok(Begun::Spoke(first)))) => match first.detected {
             Detected::Http1 | Detected::Http2 | Detected::Tls { .. } => {
                 // The app was sent nothing: what the client says goes its own way.
                 exchange.discard();
                 return Some((accepted, first));
             }
-            Detected::Opaque | Detected::NeedMore => first.bytes,
+            Detected::Opaque | Detected::NeedMore => (first.bytes, Bytes::new()),
         },
-        Ok(Some(Ok(Begun::Ended | Begun::Silent))) => Bytes::new(),
-        Ok(Some(Err(_))) => {
+        Ok(FirstWord::Client(Ok(Begun::Ended | Begun::Silent))) => (Bytes::new(), Bytes::new()),
+        Ok(FirstWord::Client(Err(_))) => {
             exchange.finish(Class::ClientError, now());
             return None;
         }
-        // The app spoke; what the client has said meanwhile is not lost.
-        Ok(None) => asked.freeze(),
-        Err(class) => {
+        Ok(FirstWord::Server { greeting, asked }) => (asked, greeting),
+        broken @ (Ok(FirstWord::ServerBroke) | Err(_)) => {
             reset(&accepted.stream);
             reset(&app);
-            exchange.finish(class, now());
+            exchange.finish(broken.err().unwrap_or(Class::ServerError), now());
             return None;
         }
     };
     worker.recorder.edge(&edge, false);
     let Accepted { stream, open, .. } = accepted;
-    let (client, app) = (Prefixed::new(first, stream), Prefixed::new(greeting.freeze(), app));
+    let (client, app) = (Prefixed::new(asked, stream), Prefixed::new(greeting, app));
     carry(worker, exchange, client, app, original, &caller).await;
     drop(open);
     None
@@ -211,28 +193,20 @@ async fn carry<C: Stream, A: Stream>(
     caller: &Caller,
 ) {
     let moved = Moved::default();
-    let broken = tokio::select! {
-        // Policy first: it may have changed while the app was dialled, and then no byte may pass.
+    let stop = must_end(worker, original, caller);
+    let spliced = splice_until(&mut client, &mut app, &moved, stop).await;
+    worker.recorder.add(Counter::InboundBytesReceived, moved.up.get());
+    worker.recorder.add(Counter::InboundBytesSent, moved.down.get());
+    exchange.finish(spliced.map_or_else(Broken::class, |()| Class::Ok), now());
+}
+
+/// Returns when the caller may be here no longer, or the drain's time is over.
+async fn must_end(worker: &Worker, original: SocketAddr, caller: &Caller) {
+    tokio::select! {
         biased;
         code = caller.revoked(worker, original.port(), |port| permits(port, caller)) => {
             tracing::warn!(code, client = %caller.address, destination = %original, "connection ended");
-            reset(client.tcp());
-            reset(app.tcp());
-            Some(Broken::Client)
         }
-        () = worker.drain.cut() => {
-            reset(client.tcp());
-            reset(app.tcp());
-            Some(Broken::Client)
-        }
-        spliced = splice(&mut client, &mut app, &moved) => spliced.err(),
-    };
-    worker.recorder.add(Counter::InboundBytesReceived, moved.up.get());
-    worker.recorder.add(Counter::InboundBytesSent, moved.down.get());
-    let class = match broken {
-        None => Class::Ok,
-        Some(Broken::Client) => Class::ClientError,
-        Some(Broken::Server) => Class::ServerError,
-    };
-    exchange.finish(class, now());
+        () = worker.drain.cut() => {}
+    }
 }

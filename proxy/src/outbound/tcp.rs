@@ -2,23 +2,23 @@
 
 use std::{net::SocketAddr, rc::Rc, sync::Arc, time::Duration};
 
-use bytes::{Bytes, BytesMut};
-use tokio::{io::AsyncReadExt as _, net::TcpStream, time::Instant};
+use bytes::Bytes;
+use tokio::{net::TcpStream, time::Instant};
 use weft_core::{
     balance::Lease,
     classify::{Class, Failure, Outcome},
-    detect,
+    detect::{Detected, server_bytes_are_http},
     policy::{Filter, Rule},
     retry::{Attempts, Next},
 };
 
 use crate::{
     belief::Belief,
-    detect::{Begun, First},
+    detect::{self, Begun, First, FirstWord},
     error::{Component, Error},
     listener::Accepted,
     pool::{ConnectError, Meshed, Peer},
-    tcp::{Broken, Moved, Prefixed, Stream, reset, splice},
+    tcp::{Broken, Moved, Prefixed, Stream, reset, splice_until},
     telemetry::{
         exchange::{Exchange, now},
         metrics::{Counter, Direction, SeriesKey},
@@ -85,54 +85,36 @@ pub(super) async fn whoever_speaks(
             return None;
         }
     };
-    let (mut asked, mut greeting) = (BytesMut::new(), BytesMut::with_capacity(GREETING));
-    let begun = {
-        let header = worker.config.times.header;
-        let client_spoke = crate::detect::begin_into(&mut accepted.stream, &mut asked, None, header);
-        // Bytes, not readiness: what is readable below TLS need not be something that the server says.
-        let server_spoke = async {
-            match &mut server {
-                Server::Mesh(server) => server.tls.read_buf(&mut greeting).await,
-                Server::Plain(server) => server.read_buf(&mut greeting).await,
-            }
-        };
-        tokio::select! {
-            biased;
-            begun = client_spoke => Some(begun),
-            said = server_spoke => match said {
-                Ok(_) => None,
-                // A reset shows once only: the next read would say that all ended well.
-                Err(_) => {
-                    reset(&accepted.stream);
-                    exchange.finish(Class::ServerError, now());
-                    return None;
-                }
-            },
-        }
+    let header = worker.config.times.header;
+    let spoke = match &mut server {
+        Server::Mesh(server) => detect::whoever_speaks(&mut accepted.stream, &mut server.tls, header).await,
+        Server::Plain(server) => detect::whoever_speaks(&mut accepted.stream, server, header).await,
     };
-    let first = match begun {
-        Some(Ok(Begun::Spoke(first))) => match first.detected {
-            detect::Detected::Http1 | detect::Detected::Http2 => {
+    let (asked, greeting) = match spoke {
+        FirstWord::Client(Ok(Begun::Spoke(first))) => match first.detected {
+            Detected::Http1 | Detected::Http2 => {
                 // Nothing was sent on this connection: the request goes its own way.
                 exchange.take(now()).discard();
                 return Some((accepted, first));
             }
-            detect::Detected::Tls { .. } | detect::Detected::Opaque | detect::Detected::NeedMore => {
-                first.bytes
-            }
+            Detected::Tls { .. } | Detected::Opaque | Detected::NeedMore => (first.bytes, Bytes::new()),
         },
-        Some(Ok(Begun::Ended | Begun::Silent)) => Bytes::new(),
-        Some(Err(_)) => {
+        FirstWord::Client(Ok(Begun::Ended | Begun::Silent)) => (Bytes::new(), Bytes::new()),
+        FirstWord::Client(Err(_)) => {
             exchange.finish(Class::ClientError, now());
             return None;
         }
-        None => {
+        FirstWord::Server { greeting, asked } => {
             learn(destination, &greeting);
-            asked.freeze()
+            (asked, greeting)
+        }
+        FirstWord::ServerBroke => {
+            reset(&accepted.stream);
+            exchange.finish(Class::ServerError, now());
+            return None;
         }
     };
-    let mut client = Prefixed::new(first, accepted.stream);
-    let greeting = greeting.freeze();
+    let mut client = Prefixed::new(asked, accepted.stream);
     match server {
         Server::Mesh(server) => {
             let Meshed { tls, belief, .. } = *server;
@@ -150,13 +132,10 @@ pub(super) async fn whoever_speaks(
 /// A server that spoke first will do so again. One that answers a silent client in HTTP (408) has not made its
 /// port a server-first one.
 fn learn(destination: &Destination, greeting: &[u8]) {
-    if !greeting.is_empty() && !detect::server_bytes_are_http(greeting) {
+    if !greeting.is_empty() && !server_bytes_are_http(greeting) {
         destination.server_first.set(true);
     }
 }
-
-/// Holds the greeting of any server-first protocol.
-const GREETING: usize = 2 * 1024;
 
 enum Server {
     Mesh(Box<Meshed>),
@@ -283,33 +262,28 @@ async fn carry<C: Stream, S: Stream>(
     server: &mut S,
 ) {
     let moved = Moved::default();
-    let lost = async {
-        match belief {
-            Some(belief) => belief.lost(worker.material.clone()).await,
-            None => std::future::pending().await,
+    let stop = async {
+        let lost = async {
+            match belief {
+                Some(belief) => belief.lost(worker.material.clone()).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            lost = lost => {
+                worker.recorder.count(lost.counter());
+                tracing::warn!(code = lost.as_str(), "connection ended");
+            }
+            () = worker.drain.cut() => {}
         }
     };
-    let broken = tokio::select! {
-        spliced = splice(client, server, &moved) => spliced.err(),
-        lost = lost => {
-            worker.recorder.count(lost.counter());
-            tracing::warn!(code = lost.as_str(), "connection ended");
-            reset(client.tcp());
-            reset(server.tcp());
-            Some(Broken::Client)
-        }
-        () = worker.drain.cut() => {
-            reset(client.tcp());
-            reset(server.tcp());
-            Some(Broken::Client)
-        }
-    };
+    let broken = splice_until(client, server, &moved, stop).await.err();
     worker.recorder.add(Counter::OutboundBytesSent, moved.up.get());
     worker.recorder.add(Counter::OutboundBytesReceived, moved.down.get());
-    let (outcome, class) = match broken {
-        None => (Outcome::Success, Class::Ok),
-        Some(Broken::Client) => (Outcome::Cancelled, Class::ClientError),
-        Some(Broken::Server) => (Outcome::Failure(Failure::Reset), Class::ServerError),
+    let outcome = match broken {
+        None => Outcome::Success,
+        Some(Broken::Client) => Outcome::Cancelled,
+        Some(Broken::Server) => Outcome::Failure(Failure::Reset),
     };
     let now = now();
     if let Some((lease, _permit)) = held {
@@ -319,7 +293,7 @@ async fn carry<C: Stream, S: Stream>(
         let opened = if worked && broken.is_some() { Outcome::Cancelled } else { outcome };
         exchange.settled(lease.finish(opened, now));
     }
-    exchange.finish(class, now);
+    exchange.finish(broken.map_or(Class::Ok, Broken::class), now);
 }
 
 /// The client sees a refusal, not a hang and not a clean end.
