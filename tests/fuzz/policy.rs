@@ -6,8 +6,9 @@ use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, uri::PathAndQuery};
 use prost::Message as _;
 use weft_core::{
-    authz::{self, Ask, Peer, Verdict, canonical_path},
+    authz::{self, Ask, Peer, Verdict},
     identity::SpiffeId,
+    path::canonical_path,
     policy::{
         Action, Authorization, AuthzRule, Filter, Match, ObjectRef, PathEdit, PathMatch, Rule, Service,
     },

@@ -17,6 +17,7 @@ pub mod ports;
 pub mod detect;
 pub mod frames;
 pub mod framing;
+pub mod path;
 pub mod route;
 
 pub mod authz;

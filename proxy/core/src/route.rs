@@ -25,7 +25,7 @@ use http::{HeaderMap, HeaderName, Method, StatusCode};
 use rand_core::RngCore;
 
 use crate::{
-    authz,
+    path::{canonical_path, ends_with_ignore_case, percent_decode, readings},
     policy::{
         BackendRef, HeaderEdit, HeaderMatch, Match, ObjectRef, PathEdit, PathMatch, QueryMatch, Redirect,
         Rule, Service, TextMatch,
@@ -72,7 +72,7 @@ pub fn find<'a>(table: &'a RouteTable, head: &RequestHead<'_>) -> Option<Found<'
 /// `/shop/../admin` begins with `/shop`, and is `/admin`. Such a request is for nobody to guess about.
 pub fn is_ambiguous(table: &RouteTable, head: &RequestHead<'_>, found: &Found<'_>) -> bool {
     table.0.looks_at_paths
-        && authz::canonical_path(head.path).is_err()
+        && canonical_path(head.path).is_err()
         && readings(head.path).any(|path| {
             let other = table.0.find(&RequestHead { path: &path, ..*head });
             other.map(|other| other.index) != Some(found.index)
@@ -477,75 +477,6 @@ impl QueryMatch {
     }
 }
 
-/// What apps make of a path: escapes decoded once or until there are none, those of `/` too or not, parameters (`;x`)
-/// left or dropped, `\\` taken for `/`, empty and dot segments resolved, the end at a NUL.
-fn readings(path: &str) -> impl Iterator<Item = String> {
-    let decoded = |slashes: bool| {
-        let kept =
-            if slashes { path.to_owned() } else { path.replace("%2f", "%252f").replace("%2F", "%252F") };
-        String::from_utf8_lossy(&percent_decode(&kept)).into_owned()
-    };
-    let mut whole = path.to_owned();
-    while whole.contains('%') {
-        let next = String::from_utf8_lossy(&percent_decode(&whole)).into_owned();
-        if next == whole {
-            break;
-        }
-        whole = next;
-    }
-    let texts = [path.to_owned(), decoded(false), decoded(true), whole];
-    texts.into_iter().flat_map(|text| [resolved(&text, false), resolved(&text, true)])
-}
-
-/// A path without empty and dot segments, and without parameters if they are to be dropped.
-fn resolved(path: &str, drop_parameters: bool) -> String {
-    let path = path.split('\0').next().unwrap_or_default();
-    let mut out: Vec<&str> = Vec::new();
-    for segment in path.split(['/', '\\']) {
-        let plain = segment.split(';').next().unwrap_or_default();
-        match if drop_parameters { plain } else { segment } {
-            "" | "." => {}
-            ".." => {
-                out.pop();
-            }
-            segment => out.push(segment),
-        }
-    }
-    let folder = path.ends_with(['/', '\\']) && !out.is_empty();
-    format!("/{}{}", out.join("/"), if folder { "/" } else { "" })
-}
-
-/// Decodes `%XX`; what is not an escape stays as it is. `+` stays `+`.
-pub(crate) fn percent_decode(text: &str) -> Cow<'_, [u8]> {
-    let bytes = text.as_bytes();
-    if !bytes.contains(&b'%') {
-        return Cow::Borrowed(bytes);
-    }
-    let mut out = Vec::with_capacity(bytes.len());
-    let mut rest = bytes;
-    while let [b, after @ ..] = rest {
-        let escape = match (b, after) {
-            (b'%', [high, low, ..]) => hex(*high).zip(hex(*low)),
-            _ => None,
-        };
-        match escape {
-            Some((high, low)) => {
-                out.push(high << 4 | low);
-                rest = &after[2..];
-            }
-            None => {
-                out.push(*b);
-                rest = after;
-            }
-        }
-    }
-    Cow::Owned(out)
-}
-
-fn hex(b: u8) -> Option<u8> {
-    char::from(b).to_digit(16).map(|d| d as u8)
-}
-
 /// Whether `host` is meant by `pattern`: equal, or below `*.`. Case and a final dot do not count.
 pub fn host_matches(pattern: &str, host: &str) -> bool {
     let host = host.strip_suffix('.').unwrap_or(host);
@@ -557,11 +488,6 @@ pub fn host_matches(pattern: &str, host: &str) -> bool {
         Some(suffix) => host.len() > suffix.len() && ends_with_ignore_case(host, suffix),
         None => host.eq_ignore_ascii_case(pattern),
     }
-}
-
-pub(crate) fn ends_with_ignore_case(text: &str, suffix: &str) -> bool {
-    let (text, suffix) = (text.as_bytes(), suffix.as_bytes());
-    text.len() >= suffix.len() && text[text.len() - suffix.len()..].eq_ignore_ascii_case(suffix)
 }
 
 /// Header changes: set, then add, then remove.

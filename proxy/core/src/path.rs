@@ -1,0 +1,187 @@
+//! What a path means to whoever reads it: an app, a policy, a proxy.
+//!
+//! Why this stands alone: authorization compares one canonical form and refuses the rest, routing asks whether any
+//! reading would have chosen another rule. Both must read a path in the same way.
+
+use std::borrow::Cow;
+
+/// Why a path may mean different things to a policy and to an app.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NotCanonical {
+    /// Neither `*` nor a path from `/` on.
+    #[error("path does not start with /")]
+    NotAbsolute,
+    /// `//`.
+    #[error("path has an empty segment")]
+    EmptySegment,
+    /// `.` or `..`.
+    #[error("path has a . or .. segment")]
+    DotSegment,
+    /// `\`, `;`, `#`, a control or a character outside ASCII.
+    #[error("path has the character {0:?}")]
+    Character(char),
+    /// An escape for something that could be written plainly, that separates, or that hides another escape.
+    #[error("path escapes the byte {0:#04x}")]
+    Escape(u8),
+    /// `%` without two hexadecimal digits.
+    #[error("path has a broken escape")]
+    BrokenEscape,
+}
+
+/// Whether a path means the same to everybody who reads it.
+///
+/// # Errors
+/// Why not. An app, a policy and a proxy that decode in different orders would disagree about it.
+pub fn canonical_path(path: &str) -> Result<(), NotCanonical> {
+    if path == "*" {
+        return Ok(());
+    }
+    let Some(rest) = path.strip_prefix('/') else {
+        return Err(NotCanonical::NotAbsolute);
+    };
+    let mut segments = rest.split('/').peekable();
+    while let Some(segment) = segments.next() {
+        match segment {
+            "" if segments.peek().is_some() => return Err(NotCanonical::EmptySegment),
+            "." | ".." => return Err(NotCanonical::DotSegment),
+            _ => {}
+        }
+    }
+    let mut bytes = path.bytes();
+    while let Some(b) = bytes.next() {
+        match b {
+            b'%' => {
+                let mut digit = || bytes.next().and_then(|b| char::from(b).to_digit(16));
+                let (Some(high), Some(low)) = (digit(), digit()) else {
+                    return Err(NotCanonical::BrokenEscape);
+                };
+                let escaped = (high * 16 + low) as u8;
+                if is_hidden(escaped) {
+                    return Err(NotCanonical::Escape(escaped));
+                }
+            }
+            b'\\' | b';' | b'#' | b'?' | 0..=b' ' | 0x7f => {
+                return Err(NotCanonical::Character(char::from(b)));
+            }
+            0x80.. => {
+                let odd = path.chars().find(|c| !c.is_ascii());
+                return Err(NotCanonical::Character(odd.unwrap_or(char::REPLACEMENT_CHARACTER)));
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// Unreserved characters need no escape, `/ \ ; %` and controls must not arrive by one. Escapes of
+/// the rest (space, `@`, letters outside ASCII) are what ordinary clients send.
+fn is_hidden(b: u8) -> bool {
+    b.is_ascii_alphanumeric() || b.is_ascii_control() || b"-._~/\\;%".contains(&b)
+}
+
+/// What apps make of a path: escapes decoded once or until there are none, those of `/` too or not, parameters (`;x`)
+/// left or dropped, `\\` taken for `/`, empty and dot segments resolved, the end at a NUL.
+pub(crate) fn readings(path: &str) -> impl Iterator<Item = String> {
+    let decoded = |slashes: bool| {
+        let kept =
+            if slashes { path.to_owned() } else { path.replace("%2f", "%252f").replace("%2F", "%252F") };
+        String::from_utf8_lossy(&percent_decode(&kept)).into_owned()
+    };
+    let mut whole = path.to_owned();
+    while whole.contains('%') {
+        let next = String::from_utf8_lossy(&percent_decode(&whole)).into_owned();
+        if next == whole {
+            break;
+        }
+        whole = next;
+    }
+    let texts = [path.to_owned(), decoded(false), decoded(true), whole];
+    texts.into_iter().flat_map(|text| [resolved(&text, false), resolved(&text, true)])
+}
+
+/// A path without empty and dot segments, and without parameters if they are to be dropped.
+fn resolved(path: &str, drop_parameters: bool) -> String {
+    let path = path.split('\0').next().unwrap_or_default();
+    let mut out: Vec<&str> = Vec::new();
+    for segment in path.split(['/', '\\']) {
+        let plain = segment.split(';').next().unwrap_or_default();
+        match if drop_parameters { plain } else { segment } {
+            "" | "." => {}
+            ".." => {
+                out.pop();
+            }
+            segment => out.push(segment),
+        }
+    }
+    let folder = path.ends_with(['/', '\\']) && !out.is_empty();
+    format!("/{}{}", out.join("/"), if folder { "/" } else { "" })
+}
+
+/// Decodes `%XX`; what is not an escape stays as it is. `+` stays `+`.
+pub(crate) fn percent_decode(text: &str) -> Cow<'_, [u8]> {
+    let bytes = text.as_bytes();
+    if !bytes.contains(&b'%') {
+        return Cow::Borrowed(bytes);
+    }
+    let mut out = Vec::with_capacity(bytes.len());
+    let mut rest = bytes;
+    while let [b, after @ ..] = rest {
+        let escape = match (b, after) {
+            (b'%', [high, low, ..]) => hex(*high).zip(hex(*low)),
+            _ => None,
+        };
+        match escape {
+            Some((high, low)) => {
+                out.push(high << 4 | low);
+                rest = &after[2..];
+            }
+            None => {
+                out.push(*b);
+                rest = after;
+            }
+        }
+    }
+    Cow::Owned(out)
+}
+
+fn hex(b: u8) -> Option<u8> {
+    char::from(b).to_digit(16).map(|d| d as u8)
+}
+
+pub(crate) fn ends_with_ignore_case(text: &str, suffix: &str) -> bool {
+    let (text, suffix) = (text.as_bytes(), suffix.as_bytes());
+    text.len() >= suffix.len() && text[text.len() - suffix.len()..].eq_ignore_ascii_case(suffix)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn what_is_odd_in_a_path_is_named() {
+        let odd = |path| canonical_path(path).unwrap_err();
+        assert_eq!(odd("/aä"), NotCanonical::Character('ä'));
+        assert_eq!(odd("/a;b"), NotCanonical::Character(';'));
+        assert_eq!(odd("/%61"), NotCanonical::Escape(b'a'));
+        assert_eq!(odd("/%5C"), NotCanonical::Escape(b'\\'));
+        assert_eq!(odd("/%1f"), NotCanonical::Escape(0x1f));
+        assert_eq!(odd("/%4"), NotCanonical::BrokenEscape);
+        assert_eq!(odd("/a//b"), NotCanonical::EmptySegment);
+        assert_eq!(odd("/a/.."), NotCanonical::DotSegment);
+        assert_eq!(odd("a"), NotCanonical::NotAbsolute);
+        for good in
+            ["/", "*", "/a/", "/a%20b", "/users/a%40b.com", "/caf%C3%A9", "/a@b:c,d=e&f+g!h$i(j)'*~_-."]
+        {
+            assert_eq!(canonical_path(good), Ok(()), "{good:?}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_path_is_handled(path in any::<String>()) {
+            let _ = canonical_path(&path);
+        }
+    }
+}
