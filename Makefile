@@ -53,6 +53,11 @@ bench: deps-bench ## Weft against nothing, a bare relay and Envoy, in one run (n
 	@$(CARGO) build --locked --release -p weft-proxy -p weft-control-plane -p weft-tests --bin weft-proxy --bin weft-controller --bin weft-bench --bin relay
 	exec $(BUILT)/release/weft-bench $(ARGS)
 
+.PHONY: instructions
+instructions: deps-bench ## Instructions per request of each sidecar, by valgrind; needs no quiet machine (root; ARGS="--against OTHER-WEFT-PROXY")
+	@$(CARGO) build --locked --release -p weft-proxy -p weft-control-plane -p weft-tests --bin weft-proxy --bin weft-controller --bin weft-bench
+	exec $(BUILT)/release/weft-bench instructions $(ARGS)
+
 .PHONY: soak
 soak: deps-test ## The long outages, and tests/REPORT.md: every figure that the tests measure (root; 25 minutes)
 	@$(CARGO) build --locked --release --workspace --bins

@@ -18,7 +18,7 @@ load="nginx=nginx-light wrk=wrk h2load=nghttp2-client iperf3=iperf3"
 case "${1:-}" in
   demo) programs="$base $database" requirements="" ;;
   test) programs="$base $database $remote $load curl=curl strace=strace tcpdump=tcpdump nc=netcat-openbsd openssl=openssl apache2=apache2-bin haproxy=haproxy node=nodejs" requirements=tests/requirements.txt ;;
-  bench) programs="$base $load" requirements=tests/bench/requirements.txt ;;
+  bench) programs="$base $load valgrind=valgrind" requirements=tests/bench/requirements.txt ;;
   *) echo "usage: $0 demo|test|bench" >&2; exit 2 ;;
 esac
 

@@ -6,10 +6,12 @@
 //! and the relay, stand to each other as they did when the targets were set.
 //!
 //! Reading order: `scenarios.rs` (what is run), `peers.rs` (the pairs; ours in `weft.rs`), `load.rs` (the loads), `net.rs`
-//! (two "pods"), `sample.rs` (CPU and memory of a process tree), `report.rs` (what it means).
+//! (two "pods"), `sample.rs` (CPU and memory of a process tree), `report.rs` (what it means). Beside all that:
+//! `instructions.rs`, which counts instead of measuring.
 
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+mod instructions;
 mod load;
 mod net;
 mod peers;
@@ -54,7 +56,7 @@ struct Args {
     out: Option<PathBuf>,
 }
 
-/// What the benchmark starts itself as, inside a namespace.
+/// What else it can do, and what it starts itself as, inside a namespace.
 #[derive(Subcommand)]
 enum Helper {
     /// Requests at a fixed rate, whatever the answers do; prints figures as JSON.
@@ -63,6 +65,7 @@ enum Helper {
     /// Waits until a request is answered; prints after how many milliseconds.
     #[command(hide = true)]
     Probe(load::Probe),
+    Instructions(instructions::Instructions),
 }
 
 fn main() -> ExitCode {
@@ -79,10 +82,7 @@ fn run(args: Args) -> Result<ExitCode> {
     match &args.helper {
         Some(Helper::OpenLoop(open_loop)) => return open_loop.run().map(|()| ExitCode::SUCCESS),
         Some(Helper::Probe(probe)) => return probe.run().map(|()| ExitCode::SUCCESS),
-        None => {}
-    }
-    if cfg!(debug_assertions) {
-        bail!("figures of a debug build mean nothing: build with --release");
+        Some(Helper::Instructions(_)) | None => {}
     }
     let programs = std::env::current_exe()?.parent().context("this program has no folder")?.to_owned();
     let out = match args.out {
@@ -93,6 +93,21 @@ fn run(args: Args) -> Result<ExitCode> {
     let lock = fs::File::create(out.join("lock"))?;
     if lock.try_lock().is_err() {
         bail!("another weft-bench is at work in {}: both would measure each other", out.display());
+    }
+    // One thread: everything started from here dies with it (net.rs), and dropping the run's future
+    // is what cleans up, whether it ended or a signal ended it.
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    if let Some(Helper::Instructions(instructions)) = &args.helper {
+        let within = runtime.block_on(async {
+            tokio::select! {
+                within = instructions.run(&out, programs) => within.map(Some),
+                name = stopped() => name.map(|name| { eprintln!("\nweft-bench: {name}, cleaned up"); None }),
+            }
+        })?;
+        return Ok(within.map_or(ExitCode::from(130), |within| ExitCode::from(if within { 0 } else { 3 })));
+    }
+    if cfg!(debug_assertions) {
+        bail!("figures of a debug build mean nothing: build with --release");
     }
     let quick = args.quick;
     let plan = Plan {
@@ -105,9 +120,6 @@ fn run(args: Args) -> Result<ExitCode> {
         envoy: args.envoy,
         out,
     };
-    // One thread: everything started from here dies with it (net.rs), and dropping the run's future
-    // is what cleans up, whether it ended or a signal ended it.
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let rounds = runtime.block_on(async {
         tokio::select! {
             done = scenarios::run(&plan) => done.map(Some),

@@ -167,6 +167,10 @@ impl Process {
         self.child.id()
     }
 
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
     /// An error if it has ended by itself.
     pub(crate) fn check(&mut self, logs: &Path) -> Result<()> {
         match self.child.try_wait()? {

@@ -25,7 +25,7 @@ use serde::Serialize;
 use crate::{
     load,
     net::{Capture, Group, HTTP1_PORT, HTTP2_PORT, Network, Process, SERVER, SERVICE, check},
-    weft,
+    weft::{self, Sidecars},
 };
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ValueEnum, Serialize)]
@@ -128,12 +128,27 @@ impl World {
                 self.network.capture(None)?;
                 return Ok(Running { proxies: vec![], others: vec![], host: SERVER, first_answer: None });
             }
-            Peer::Weft => weft::start(self).await?,
+            Peer::Weft => {
+                let program = self.programs.join("weft-proxy");
+                weft::start(self, &Sidecars { program, callgrind: false }).await?
+            }
             Peer::Envoy => self.start_envoy()?,
             Peer::Relay => self.start_relay()?,
         };
+        self.answers(&mut running, peer, PATIENCE).await?;
+        Ok(running)
+    }
+
+    /// Waits for the first answer through both proxies.
+    pub(crate) async fn answers(
+        &self,
+        running: &mut Running,
+        peer: impl fmt::Display,
+        patience: Duration,
+    ) -> Result<()> {
         let mut probe = self.network.client.command(std::env::current_exe()?, Group::App);
         probe.args(["probe", "--to", &format!("{}:{HTTP1_PORT}", running.host)]);
+        probe.args(["--seconds", &patience.as_secs_f64().to_string()]);
         let waited = load::output(&mut probe).await;
         for process in running.proxies.iter_mut().chain(&mut running.others) {
             process.check(&self.dir)?;
@@ -141,7 +156,7 @@ impl World {
         let waited =
             waited.with_context(|| format!("{peer} does not work; logs in {}", self.dir.display()))?;
         running.first_answer = Some(Duration::from_secs_f64(waited.trim().parse::<f64>()? / 1e3));
-        Ok(running)
+        Ok(())
     }
 
     fn start_relay(&self) -> Result<Running> {
@@ -175,6 +190,8 @@ impl World {
     }
 }
 
+/// How long a pair may take to answer.
+const PATIENCE: Duration = Duration::from_secs(15);
 /// Where Istio's sidecars listen; the relay is told to do likewise.
 const PEERS_CAPTURE: Capture = Capture { outbound: 15_001, inbound: 15_006 };
 

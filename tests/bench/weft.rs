@@ -5,7 +5,7 @@
 //! histograms and authorized by identity, as in the smallest mesh that somebody would really run. The
 //! controller runs in the client's pod, uncaptured; its CPU time is not a sidecar's and is not counted.
 
-use std::{fs, path::Path, process::Command};
+use std::{fs, path::PathBuf, process::Command};
 
 use anyhow::{Context as _, Result, bail};
 use weft_core::ports;
@@ -19,8 +19,20 @@ use crate::{
 /// Where sidecars listen.
 const CAPTURE: Capture = Capture { outbound: ports::OUTBOUND, inbound: ports::INBOUND };
 
+/// Which sidecars, and how.
+pub(crate) struct Sidecars {
+    pub(crate) program: PathBuf,
+    /// Under valgrind, which counts what they execute; then not hardened.
+    pub(crate) callgrind: bool,
+}
+
+/// What callgrind writes to, in the run's folder; a number follows.
+pub(crate) fn callgrind_file(process: &str) -> String {
+    format!("callgrind.{process}")
+}
+
 /// Starts controller and both sidecars; the caller waits for the first answer.
-pub(crate) async fn start(world: &World) -> Result<Running> {
+pub(crate) async fn start(world: &World, sidecars: &Sidecars) -> Result<Running> {
     world.network.capture(Some(CAPTURE))?;
     let dir = world.dir.join("weft");
     if dir.exists() {
@@ -47,13 +59,20 @@ pub(crate) async fn start(world: &World) -> Result<Running> {
     controller.check(&world.dir)?;
     ready.context("the controller did not become ready")?;
 
-    let server = sidecar(world, server, &dir, "server", &SERVER.to_string())?;
-    let client = sidecar(world, client, &dir, "client", &CLIENT.to_string())?;
+    let server = sidecar(world, sidecars, server, "server", &SERVER.to_string())?;
+    let client = sidecar(world, sidecars, client, "client", &CLIENT.to_string())?;
     Ok(Running { proxies: vec![client, server], others: vec![controller], host: SERVICE, first_answer: None })
 }
 
-fn sidecar(world: &World, namespace: &Namespace, dir: &Path, name: &str, ip: &str) -> Result<Process> {
-    let uid = uid(name);
+fn sidecar(
+    world: &World,
+    sidecars: &Sidecars,
+    namespace: &Namespace,
+    name: &str,
+    ip: &str,
+) -> Result<Process> {
+    let (uid, dir) = (uid(name), world.dir.join("weft"));
+    let process = format!("weft-{name}");
     let mut command = Command::new(world.programs.join("weft-controller"));
     command.arg("token").arg("--state-dir").arg(dir.join("state"));
     command.args(["--namespace", "bench", "--service-account", name, "--uid", &uid, "--pod", name]);
@@ -63,7 +82,16 @@ fn sidecar(world: &World, namespace: &Namespace, dir: &Path, name: &str, ip: &st
     }
     let token = dir.join(format!("{name}.token"));
     fs::write(&token, String::from_utf8_lossy(&made.stdout).trim())?;
-    let mut command = namespace.command(world.programs.join("weft-proxy"), Group::Proxy);
+    let mut command = if sidecars.callgrind {
+        let mut valgrind = namespace.command("valgrind", Group::Proxy);
+        let file = world.dir.join(callgrind_file(&process));
+        valgrind.args(["--tool=callgrind", "--compress-strings=no", "--compress-pos=no"]);
+        valgrind.arg(format!("--callgrind-out-file={}", file.display())).arg(&sidecars.program);
+        valgrind.env("WEFT_HARDEN", "off");
+        valgrind
+    } else {
+        namespace.command(&sidecars.program, Group::Proxy)
+    };
     command
         .env("WEFT_NAMESPACE", "bench")
         .env("WEFT_SERVICE_ACCOUNT", name)
@@ -75,7 +103,7 @@ fn sidecar(world: &World, namespace: &Namespace, dir: &Path, name: &str, ip: &st
         .env("WEFT_CONTROLLER", format!("{CLIENT}:{}", ports::DISCOVERY))
         .env("WEFT_CONTROLLER_IDENTITY", format!("{CLIENT}:{}", ports::IDENTITY))
         .env("WEFT_ADMIN_SOCKET", dir.join(format!("{name}.sock")));
-    Process::start(command, &format!("weft-{name}"), &world.dir)
+    Process::start(command, &process, &world.dir)
 }
 
 fn uid(name: &str) -> String {
