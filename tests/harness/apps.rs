@@ -30,6 +30,18 @@ pub struct Summary {
     pub max_ms: f64,
     /// Took 900 ms or more.
     pub slow: u64,
+    pub streams: Streams,
+}
+
+/// What became of the gRPC streams of `weft-testapp load`.
+#[derive(Clone, Debug, Default, Deserialize)]
+pub struct Streams {
+    /// Whole, with their status.
+    pub ended: u64,
+    pub failed: u64,
+    pub messages: u64,
+    pub longest_s: f64,
+    pub errors: BTreeMap<String, u64>,
 }
 
 /// A meshed pod with its app.

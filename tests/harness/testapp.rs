@@ -43,7 +43,7 @@ enum Cli {
     Http(Http),
     /// TCP server that sends back what it gets, after an optional greeting.
     Tcp(Tcp),
-    /// HTTP/1.1 client in open loop; prints a JSON summary.
+    /// Client in open loop; prints a JSON summary.
     Load(Load),
     /// TCP client that holds many connections open, as slow as it is told.
     Hold(Hold),
@@ -108,9 +108,29 @@ struct Load {
     /// Ids of what was sent, with their outcome, are appended here.
     #[arg(long)]
     ids: Option<PathBuf>,
-    /// Connections; each carries one request at a time.
+    /// Clients; each has a connection of its own for each kind, and one request at a time.
     #[arg(long, default_value_t = 32)]
     connections: usize,
+    /// What is sent, in turn.
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "h1")]
+    kinds: Vec<Kind>,
+    /// gRPC streams beside the requests: so many are open at any time, on one connection.
+    #[arg(long, default_value_t = 0)]
+    streams: usize,
+    /// How long each of them lives.
+    #[arg(long, default_value_t = 1)]
+    stream_seconds: u64,
+}
+
+/// How a request is sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Kind {
+    /// HTTP/1.1.
+    H1,
+    /// HTTP/2.
+    H2,
+    /// A gRPC call of one message each way.
+    Grpc,
 }
 
 #[derive(Parser, Clone)]
@@ -159,6 +179,17 @@ struct Summary {
     p999_ms: f64,
     max_ms: f64,
     slow: u64,
+    streams: Streams,
+}
+
+/// What became of gRPC streams.
+#[derive(Debug, Default, Serialize, Deserialize)]
+struct Streams {
+    ended: u64,
+    failed: u64,
+    messages: u64,
+    longest_s: f64,
+    errors: BTreeMap<String, u64>,
 }
 
 fn main() -> Result<()> {
@@ -267,6 +298,9 @@ impl App {
             }
             return Ok(self.named(Response::new(forever().boxed())));
         }
+        if parts.headers.get(header::CONTENT_TYPE).is_some_and(|is| is == "application/grpc") {
+            return Ok(self.named(self.grpc(&parts, body)?));
+        }
         if path == "/sink" {
             let mut body = body;
             let mut read = 0_u64;
@@ -294,10 +328,14 @@ impl App {
         let trailers = collected.trailers().cloned();
         let body = collected.to_bytes();
         self.note(&parts, &body)?;
-        if let (Some(ids), Some(id)) = (&self.ids, parts.headers.get("x-test-id")) {
-            let mut file = ids.lock().unwrap_or_else(PoisonError::into_inner);
-            writeln!(file, "{}", id.to_str()?)?;
+        if let Some(length) = parts.headers.get("x-test-length")
+            && length.to_str()?.parse::<usize>()? != body.len()
+        {
+            return Ok(
+                self.named(text(StatusCode::BAD_REQUEST, format!("{} of {length:?} bytes", body.len())))
+            );
         }
+        self.identified(&parts)?;
         if n % 100 < self.settings.fail_percent {
             return Ok(self.named(text(StatusCode::SERVICE_UNAVAILABLE, "as told")));
         }
@@ -326,6 +364,32 @@ impl App {
             },
         };
         Ok(self.named(answer))
+    }
+
+    /// Writes down the id of a request that was read, or of a stream that has begun.
+    fn identified(&self, parts: &http::request::Parts) -> Result<()> {
+        if let (Some(ids), Some(id)) = (&self.ids, parts.headers.get("x-test-id")) {
+            let mut file = ids.lock().unwrap_or_else(PoisonError::into_inner);
+            writeln!(file, "{}", id.to_str()?)?;
+        }
+        Ok(())
+    }
+
+    /// Any gRPC method: sends back each message as it comes, and a status when there are no more.
+    fn grpc(&self, parts: &http::request::Parts, body: Incoming) -> Result<Answer> {
+        use futures_util::StreamExt as _;
+        self.identified(parts)?;
+        let mut ok = HeaderMap::new();
+        ok.insert("grpc-status", HeaderValue::from_static("0"));
+        let end = futures_util::stream::iter([Ok(Frame::trailers(ok))]);
+        // A client that breaks off has no status to read.
+        let echoed = http_body_util::BodyDataStream::new(body);
+        let echoed = echoed.take_while(|data| std::future::ready(data.is_ok()));
+        let echoed =
+            echoed.filter_map(|data| std::future::ready(data.ok().map(|data| Ok(Frame::data(data)))));
+        let mut answer = Response::new(BodyExt::boxed(http_body_util::StreamBody::new(echoed.chain(end))));
+        answer.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+        Ok(answer)
     }
 
     fn note(&self, parts: &http::request::Parts, body: &[u8]) -> Result<()> {
@@ -558,11 +622,29 @@ impl Load {
             ids: ids.transpose()?,
         });
         let (tell, asked) = async_queue(self.connections);
+        let target = Arc::new(Target {
+            authority,
+            path: uri.path_and_query().map_or("/", |path| path.as_str()).to_owned(),
+            kinds: self.kinds.clone(),
+            half_post: self.half_post,
+        });
         let mut workers = Vec::new();
         for queue in asked {
-            let (shared, authority, uri) = (shared.clone(), authority.clone(), uri.clone());
-            workers.push(tokio::spawn(client(queue, shared, authority, uri, self.half_post)));
+            workers.push(tokio::spawn(client(queue, shared.clone(), target.clone())));
         }
+        let (stop, stopped) = tokio::sync::watch::channel(());
+        let connection = Arc::new(tokio::sync::Mutex::new(None));
+        for n in 0..self.streams {
+            let stream = LongStream {
+                name: format!("{}-s{n}", std::process::id()),
+                lives: Duration::from_secs(self.stream_seconds),
+                connection: connection.clone(),
+                target: target.clone(),
+                stopped: stopped.clone(),
+            };
+            workers.push(tokio::spawn(stream.again_and_again(shared.clone())));
+        }
+        drop(stopped);
         let started = Instant::now();
         let total = self.rate * self.seconds;
         for n in 0..total {
@@ -574,7 +656,7 @@ impl Load {
             }
             tell.send((n, due)).await?;
         }
-        drop(tell);
+        drop((tell, stop));
         for worker in workers {
             worker.await?;
         }
@@ -607,14 +689,24 @@ fn async_queue(n: usize) -> (tokio::sync::mpsc::Sender<Due>, Vec<Queue>) {
     (tell, vec![asked; n])
 }
 
-async fn client(queue: Queue, shared: Arc<Shared>, authority: String, uri: http::Uri, half_post: bool) {
-    let mut connection = None;
+/// What is asked, and how.
+struct Target {
+    authority: String,
+    path: String,
+    kinds: Vec<Kind>,
+    half_post: bool,
+}
+
+async fn client(queue: Queue, shared: Arc<Shared>, target: Arc<Target>) {
+    let mut connections = Connections::default();
     loop {
         let due = queue.lock().await.recv().await;
         let Some((n, due)) = due else { return };
         let id = format!("{}-{n}", std::process::id());
-        let post = half_post && n % 2 == 1;
-        let outcome = exchange(&mut connection, &authority, &uri, &id, post).await;
+        let kinds = target.kinds.len().max(1) as u64;
+        let kind = target.kinds.get((n % kinds) as usize).copied().unwrap_or(Kind::H1);
+        let post = kind == Kind::Grpc || target.half_post && (n / kinds) % 2 == 1;
+        let outcome = exchange(&mut connections, &target, kind, &id, post).await;
         let mut summary = shared.summary.lock().unwrap_or_else(PoisonError::into_inner);
         summary.sent += 1;
         let ok = match &outcome {
@@ -624,11 +716,11 @@ async fn client(queue: Queue, shared: Arc<Shared>, authority: String, uri: http:
                 if !answer.reason.is_empty() {
                     *summary.reasons.entry(answer.reason.clone()).or_default() += 1;
                 }
-                answer.status.is_success()
+                answer.status.is_success() && answer.whole
             }
             Err(error) => {
                 *summary.errors.entry(format!("{error:#}")).or_default() += 1;
-                connection = None;
+                connections = Connections::default();
                 false
             }
         };
@@ -640,7 +732,13 @@ async fn client(queue: Queue, shared: Arc<Shared>, authority: String, uri: http:
         drop(summary);
         let took = u64::try_from(due.elapsed().as_micros()).unwrap_or(u64::MAX);
         let _ = shared.latencies.lock().unwrap_or_else(PoisonError::into_inner).record(took);
-        if let Some(ids) = &shared.ids {
+        shared.note(&id, post, ok);
+    }
+}
+
+impl Shared {
+    fn note(&self, id: &str, post: bool, ok: bool) {
+        if let Some(ids) = &self.ids {
             let kind = if post { "POST" } else { "GET" };
             let mut ids = ids.lock().unwrap_or_else(PoisonError::into_inner);
             // A full disk shows in the comparison of ids.
@@ -653,44 +751,183 @@ struct Seen {
     status: StatusCode,
     served_by: String,
     reason: String,
+    /// Nothing of the answer is missing.
+    whole: bool,
 }
 
-type Sender = hyper::client::conn::http1::SendRequest<Full<Bytes>>;
+type Sending = BoxBody<Bytes, Infallible>;
+type Http1 = hyper::client::conn::http1::SendRequest<Sending>;
+type Http2 = hyper::client::conn::http2::SendRequest<Sending>;
 
-async fn exchange(
-    connection: &mut Option<Sender>,
-    authority: &str,
-    uri: &http::Uri,
-    id: &str,
-    post: bool,
-) -> Result<Seen> {
-    if connection.as_ref().is_none_or(Sender::is_closed) {
-        let address = if authority.contains(':') { authority.to_owned() } else { format!("{authority}:80") };
-        let stream = TcpStream::connect(&address).await.context("connecting")?;
-        stream.set_nodelay(true)?;
+/// One client's, to one address.
+#[derive(Default)]
+struct Connections {
+    h1: Option<Http1>,
+    h2: Option<Http2>,
+}
+
+async fn dial(authority: &str) -> Result<TokioIo<TcpStream>> {
+    let address = if authority.contains(':') { authority.to_owned() } else { format!("{authority}:80") };
+    let stream = TcpStream::connect(&address).await.context("connecting")?;
+    stream.set_nodelay(true)?;
+    Ok(TokioIo::new(stream))
+}
+
+async fn http2(connection: &mut Option<Http2>, authority: &str) -> Result<Http2> {
+    if connection.as_ref().is_none_or(Http2::is_closed) {
+        let io = dial(authority).await?;
         let (sender, driving) =
-            hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.context("handshake")?;
+            hyper::client::conn::http2::handshake(TokioExecutor::new(), io).await.context("handshake")?;
         tokio::spawn(driving);
         *connection = Some(sender);
     }
-    let sender = connection.as_mut().context("a connection")?;
-    sender.ready().await.context("waiting for the connection")?;
-    let path = uri.path_and_query().map_or("/", |path| path.as_str());
-    let mut request =
-        Request::new(Full::new(if post { Bytes::from(vec![b'b'; 1_000]) } else { Bytes::new() }));
-    *request.uri_mut() = path.parse()?;
+    connection.clone().context("a connection")
+}
+
+/// The head of a request; gRPC's has the marks of one.
+fn asking(target: &Target, kind: Kind, id: &str, post: bool, body: Sending) -> Result<Request<Sending>> {
+    let mut request = Request::new(body);
+    *request.uri_mut() = match kind {
+        Kind::H1 => target.path.parse()?,
+        Kind::H2 | Kind::Grpc => format!("http://{}{}", target.authority, target.path).parse()?,
+    };
     *request.method_mut() = if post { Method::POST } else { Method::GET };
-    request.headers_mut().insert("host", HeaderValue::from_str(authority)?);
-    request.headers_mut().insert("x-test-id", HeaderValue::from_str(id)?);
-    let response = tokio::time::timeout(Duration::from_secs(30), sender.send_request(request))
-        .await
-        .context("no answer in 30 s")?
-        .context("sending")?;
+    let headers = request.headers_mut();
+    match kind {
+        Kind::H1 => drop(headers.insert("host", HeaderValue::from_str(&target.authority)?)),
+        Kind::H2 => {}
+        Kind::Grpc => {
+            headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+            headers.insert(header::TE, HeaderValue::from_static("trailers"));
+        }
+    }
+    headers.insert("x-test-id", HeaderValue::from_str(id)?);
+    Ok(request)
+}
+
+/// A gRPC message of so many bytes.
+fn message(bytes: usize) -> Bytes {
+    let mut message = vec![0];
+    message.extend_from_slice(&(bytes as u32).to_be_bytes());
+    message.resize(5 + bytes, b'b');
+    message.into()
+}
+
+async fn exchange(
+    connections: &mut Connections,
+    target: &Target,
+    kind: Kind,
+    id: &str,
+    post: bool,
+) -> Result<Seen> {
+    let sent = match kind {
+        Kind::Grpc => message(1_000),
+        Kind::H1 | Kind::H2 if post => Bytes::from(vec![b'b'; 1_000]),
+        Kind::H1 | Kind::H2 => Bytes::new(),
+    };
+    let mut request = asking(target, kind, id, post, Full::new(sent.clone()).boxed())?;
+    request.headers_mut().insert("x-test-length", sent.len().into());
+    let sending = async {
+        match kind {
+            Kind::H1 => {
+                if connections.h1.as_ref().is_none_or(Http1::is_closed) {
+                    let io = dial(&target.authority).await?;
+                    let (sender, driving) =
+                        hyper::client::conn::http1::handshake(io).await.context("handshake")?;
+                    tokio::spawn(driving);
+                    connections.h1 = Some(sender);
+                }
+                let sender = connections.h1.as_mut().context("a connection")?;
+                sender.ready().await.context("waiting for the connection")?;
+                sender.send_request(request).await.context("sending")
+            }
+            Kind::H2 | Kind::Grpc => {
+                let mut sender = http2(&mut connections.h2, &target.authority).await?;
+                sender.ready().await.context("waiting for the connection")?;
+                sender.send_request(request).await.context("sending")
+            }
+        }
+    };
+    let response =
+        tokio::time::timeout(Duration::from_secs(30), sending).await.context("no answer in 30 s")??;
     let text = |name: &str| {
         response.headers().get(name).and_then(|v| v.to_str().ok()).unwrap_or_default().to_owned()
     };
-    let seen =
-        Seen { status: response.status(), served_by: text("x-served-by"), reason: text("weft-reason") };
-    response.into_body().collect().await.context("reading the answer")?;
-    Ok(seen)
+    let (status, served_by, reason) = (response.status(), text("x-served-by"), text("weft-reason"));
+    let answer = response.into_body().collect().await.context("reading the answer")?;
+    let whole = kind != Kind::Grpc || {
+        let ok =
+            answer.trailers().and_then(|trailers| trailers.get("grpc-status")).is_some_and(|is| is == "0");
+        ok && answer.to_bytes() == sent
+    };
+    Ok(Seen { status, served_by, reason, whole })
+}
+
+/// A gRPC stream that says something ten times a second, and is answered each time.
+struct LongStream {
+    name: String,
+    lives: Duration,
+    connection: Arc<tokio::sync::Mutex<Option<Http2>>>,
+    target: Arc<Target>,
+    /// Closed when the load ends.
+    stopped: tokio::sync::watch::Receiver<()>,
+}
+
+impl LongStream {
+    async fn again_and_again(self, shared: Arc<Shared>) {
+        for n in 0.. {
+            let (id, begun, mut messages) = (format!("{}-{n}", self.name), Instant::now(), 0);
+            let ended = self.once(&id, &mut messages).await;
+            shared.note(&id, true, ended.is_ok());
+            let mut summary = shared.summary.lock().unwrap_or_else(PoisonError::into_inner);
+            let streams = &mut summary.streams;
+            streams.messages += messages;
+            streams.longest_s = streams.longest_s.max(begun.elapsed().as_secs_f64());
+            match ended {
+                Ok(()) => streams.ended += 1,
+                Err(error) => {
+                    streams.failed += 1;
+                    *streams.errors.entry(format!("{error:#}")).or_default() += 1;
+                }
+            }
+            if self.stopped.has_changed().is_err() {
+                return;
+            }
+        }
+    }
+
+    async fn once(&self, id: &str, messages: &mut u64) -> Result<()> {
+        let mut sender = http2(&mut *self.connection.lock().await, &self.target.authority).await?;
+        let (say, said) = tokio::sync::mpsc::channel::<Result<Frame<Bytes>, Infallible>>(1);
+        let body = http_body_util::StreamBody::new(tokio_stream::wrappers::ReceiverStream::new(said));
+        let request = asking(&self.target, Kind::Grpc, id, true, BodyExt::boxed(body))?;
+        let patience = Duration::from_secs(30);
+        let response = tokio::time::timeout(patience, sender.send_request(request));
+        let response = response.await.context("no head in 30 s")?.context("opening")?;
+        if let Some(reason) = response.headers().get("weft-reason") {
+            anyhow::bail!("{reason:?}");
+        }
+        let (mut body, ends) = (response.into_body(), Instant::now() + self.lives);
+        let message = message(20);
+        let mut heard = 0;
+        while Instant::now() < ends && self.stopped.has_changed().is_ok() {
+            say.send(Ok(Frame::data(message.clone()))).await.context("saying")?;
+            *messages += 1;
+            while heard < *messages as usize * message.len() {
+                let frame = tokio::time::timeout(patience, body.frame()).await.context("no echo in 30 s")?;
+                let frame = frame.context("it ended early")?.context("hearing")?;
+                let data = frame.into_data().ok().context("its status came early")?;
+                heard += data.len();
+            }
+            let mut stopped = self.stopped.clone();
+            // Either the load ends, or it is time for the next word.
+            let _ = tokio::time::timeout(Duration::from_millis(100), stopped.changed()).await;
+        }
+        drop(say);
+        let rest = tokio::time::timeout(patience, body.collect()).await.context("no end in 30 s")?;
+        let rest = rest.context("ending")?;
+        let status = rest.trailers().and_then(|trailers| trailers.get("grpc-status")).cloned();
+        anyhow::ensure!(status.as_ref().is_some_and(|is| is == "0"), "status {status:?}");
+        Ok(())
+    }
 }

@@ -244,6 +244,18 @@ fn an_answer_before_the_requests_end_reaches_the_client_while_it_uploads() {
 
 #[test]
 fn fifty_stalled_readers_and_fifty_stalled_uploads_slow_nobody() {
+    // Behind a stalled stream an answer would wait for ever; a busy machine explains a fraction of a second.
+    stalled_streams(150, 500.0);
+}
+
+#[test]
+#[ignore = "soak: asks for a quiet machine; `make soak`"]
+fn soak_others_beside_stalled_streams_are_a_fifth_slower_at_most() {
+    // What the clock and the scheduler round to.
+    stalled_streams(2_000, 1.0);
+}
+
+fn stalled_streams(times_each: usize, slack_ms: f64) {
     let Some(world) = world("stalled", 1_000, |request, mut respond| async move {
         match request.uri().path() {
             "/download" => {
@@ -267,7 +279,7 @@ fn fifty_stalled_readers_and_fifty_stalled_uploads_slow_nobody() {
         let (mut free, mut beside) = (Vec::new(), Vec::new());
         let mut grown = [0_u64; 2];
         let measure = async |times: &mut Vec<Duration>| {
-            for _ in 0..150 {
+            for _ in 0..times_each {
                 let began = Instant::now();
                 assert_eq!(ask(&quick, head("GET", "/quick")).await?.body(), "quick");
                 times.push(began.elapsed());
@@ -322,8 +334,7 @@ fn fifty_stalled_readers_and_fifty_stalled_uploads_slow_nobody() {
             beside / free
         );
         println!("figure: 99 stalled streams: sidecars grew by {grown:?} KiB (bound {} KiB)", 100 * window);
-        // Behind a stalled stream an answer would wait for ever; a busy machine explains a fraction of a second.
-        assert!(beside <= 1.2 * free + 500.0, "{beside} {free}");
+        assert!(beside <= 1.2 * free + slack_ms, "{beside} {free}");
         assert!(grown.iter().all(|kib| *kib <= 100 * window), "{grown:?}");
         Ok(())
     });

@@ -14,13 +14,17 @@ use nix::sys::signal::Signal;
 use weft_control_plane::cli::demo::mesh::{Mesh, Meshed, Options, Workload, wait};
 use weft_core::ports;
 use weft_harness::apps::{
-    Loading, Served, curl, load, mesh_with, output, serve, service, start, start_load, testapp,
+    Loading, Served, Summary, curl, load, mesh_with, output, rss_kib, serve, service, start, start_load,
+    testapp,
 };
 
 const API: &str = "http://10.96.0.10/";
+/// gRPC streams that are open at any time, in seconds each.
+const STREAMS: &str = "8";
+const STREAM_SECONDS: u64 = 2;
 
-/// A service `api` of three backends, and a client that calls it all the time. Each request has an id, which both ends
-/// write down.
+/// A service `api` of three backends, and a client that calls it all the time: HTTP/1.1, HTTP/2 and gRPC in turn, and
+/// gRPC streams beside. Each request has an id, which both ends write down.
 struct Busy {
     // Apps and sidecars end before the mesh that they live in.
     loading: Loading,
@@ -30,12 +34,25 @@ struct Busy {
     other: Option<Served>,
     made: u32,
     rate: u32,
+    stream_seconds: u64,
+    /// What clients saw that have ended.
+    before: Vec<Summary>,
     mesh: Mesh,
 }
 
 impl Busy {
     fn start(test: &str, rate: u32, controller_args: &[&str]) -> Option<Self> {
-        let env = [("WEFT_RENEW_SPREAD", "200ms"), ("WEFT_RECONNECT_CAP", "1s")];
+        Self::with_streams(test, rate, STREAM_SECONDS, controller_args)
+    }
+
+    fn with_streams(test: &str, rate: u32, stream_seconds: u64, controller_args: &[&str]) -> Option<Self> {
+        // As in a cluster: a pod is given the time that its streams need.
+        let drain = format!("{}s", 25 + stream_seconds);
+        let env = [
+            ("WEFT_RENEW_SPREAD", "200ms"),
+            ("WEFT_RECONNECT_CAP", "1s"),
+            ("WEFT_DRAIN_TIMEOUT", drain.as_str()),
+        ];
         let options = Options {
             controller_args: controller_args.iter().map(|&arg| arg.to_owned()).collect(),
             sidecar_env: env.map(|(name, value)| (name.to_owned(), value.to_owned())).into(),
@@ -46,11 +63,18 @@ impl Busy {
         service(&mesh, "shop", "other", "10.96.0.11", &[("http", 80, 8080)]).unwrap();
         let backends = (1..=3).map(|n| backend(&mesh, n)).collect();
         let client = mesh.workload(Workload::new("shop", "client")).unwrap();
-        let (rate_text, sent) = (rate.to_string(), mesh.dir().join("sent"));
-        let mut args = vec!["--url", API, "--rate", &rate_text, "--seconds", "3600", "--half-post"];
-        args.extend(["--ids", sent.to_str().unwrap()]);
-        let loading = start_load(&mesh, &client.pod, &args).unwrap();
-        let busy = Self { loading, client, backends, other: None, made: 3, rate, mesh };
+        let loading = loading(&mesh, &client, rate, stream_seconds);
+        let busy = Self {
+            loading,
+            client,
+            backends,
+            other: None,
+            made: 3,
+            rate,
+            stream_seconds,
+            before: Vec::new(),
+            mesh,
+        };
         busy.more_answered();
         Some(busy)
     }
@@ -65,6 +89,27 @@ impl Busy {
     fn add(&mut self) {
         self.made += 1;
         self.backends.push(backend(&self.mesh, self.made));
+    }
+
+    /// Another pod takes the client's place: the sidecar drains, the app ends when it has what it asked for, then the
+    /// sidecar ends.
+    fn replace_client(&mut self) {
+        self.made += 1;
+        let named = Workload { name: format!("client-{}", self.made), ..Workload::new("shop", "client") };
+        let client = self.mesh.workload(named).unwrap();
+        let loading = loading(&self.mesh, &client, self.rate, self.stream_seconds);
+        let mut old = std::mem::replace(&mut self.client, client);
+        let ending = std::mem::replace(&mut self.loading, loading);
+        self.more_answered();
+        self.mesh.set_state(&old, true, true).unwrap();
+        old.drain().unwrap();
+        self.before.push(ending.finish().unwrap());
+        old.proxy.signal(Signal::SIGTERM).unwrap();
+        old.proxy.wait(Duration::from_secs(10)).unwrap();
+        let (pod, name) = (old.pod.clone(), old.workload.name.clone());
+        drop(old);
+        self.mesh.world.remove(&pod);
+        self.mesh.forget(&name).unwrap();
     }
 
     /// Deletes the oldest backend; gives the address that is free now.
@@ -123,8 +168,8 @@ impl Busy {
     /// Ends the load and compares what both ends wrote down. `what` goes into the figure.
     fn nothing_lost(self, what: &str) {
         self.more_answered();
-        let Self { loading, client, backends, other, rate, mesh, .. } = self;
-        let summary = loading.finish().unwrap();
+        let Self { loading, client, backends, other, rate, mesh, mut before, .. } = self;
+        before.push(loading.finish().unwrap());
         let read = |name: &str| fs::read_to_string(mesh.dir().join(name)).unwrap_or_default();
         let (sent, arrived) = (read("sent"), read("seen"));
         let mut times = BTreeMap::<&str, u32>::new();
@@ -134,15 +179,33 @@ impl Busy {
         let posts = sent.lines().filter(|line| line.contains(" POST "));
         let posts: BTreeSet<&str> = posts.filter_map(|line| line.split(' ').next()).collect();
         let twice = posts.iter().filter(|id| times.get(*id).copied().unwrap_or(0) > 1).count();
-        let wrong = summary.served_by.keys().filter(|by| !by.is_empty() && !by.starts_with("api-")).count();
+        let wrong = before.iter().flat_map(|summary| summary.served_by.keys());
+        let wrong = wrong.filter(|by| !by.is_empty() && !by.starts_with("api-")).count();
+        let sum = |of: fn(&Summary) -> u64| before.iter().map(of).sum::<u64>();
+        let (sent, failed) = (sum(|summary| summary.sent), sum(|summary| summary.failed));
+        let (ended, broken) = (sum(|summary| summary.streams.ended), sum(|summary| summary.streams.failed));
+        let longest = before.iter().map(|summary| summary.streams.longest_s).fold(0.0, f64::max);
         println!(
-            "figure: {what} at {rate}/s, half POST: {} of {} failed (bound 0), {twice} POSTs done twice (bound 0), {wrong} wrong pods (bound 0)",
-            summary.failed, summary.sent
+            "figure: {what} at {rate}/s of HTTP/1.1, HTTP/2 and gRPC, two thirds with a body: {failed} of {sent} failed (bound 0), {twice} POSTs done twice (bound 0), {wrong} wrong pods (bound 0)"
         );
-        assert_eq!(summary.failed, 0, "{summary:?}");
-        assert_eq!((twice, wrong), (0, 0), "{summary:?}");
+        println!(
+            "figure: {what}: {broken} of {} gRPC streams of up to {longest:.0} s broken off (bound 0)",
+            ended + broken
+        );
+        assert_eq!((failed, broken), (0, 0), "{before:?}");
+        assert_eq!((twice, wrong), (0, 0), "{before:?}");
+        assert!(ended > 0, "{before:?}");
         drop((client, backends, other));
     }
+}
+
+/// The client's app.
+fn loading(mesh: &Mesh, client: &Meshed, rate: u32, stream_seconds: u64) -> Loading {
+    let (rate, seconds, sent) = (rate.to_string(), stream_seconds.to_string(), mesh.dir().join("sent"));
+    let mut args = vec!["--url", API, "--rate", &rate, "--seconds", "36000", "--half-post"];
+    args.extend(["--kinds", "h1,h2,grpc", "--streams", STREAMS, "--stream-seconds", &seconds]);
+    args.extend(["--ids", sent.to_str().unwrap()]);
+    start_load(mesh, &client.pod, &args).unwrap()
 }
 
 fn backend(mesh: &Mesh, n: u32) -> Served {
@@ -193,6 +256,29 @@ fn rolling_restarts(rounds: u32, rate: u32) {
         }
     }
     busy.nothing_lost(&format!("{rounds} rolling restarts of 3 backends"));
+}
+
+#[test]
+fn both_sidecars_restart_while_streams_are_open_and_none_is_broken_off() {
+    both_restart(1, 2);
+}
+
+#[test]
+#[ignore = "soak: takes five minutes; `make soak`"]
+fn soak_both_sidecars_restart_while_streams_of_half_a_minute_are_open() {
+    both_restart(2, 30);
+}
+
+fn both_restart(rounds: u32, stream_seconds: u64) {
+    let Some(mut busy) = Busy::with_streams("both_restart", 150, stream_seconds, &[]) else { return };
+    for _ in 0..rounds {
+        for _ in 0..3 {
+            busy.add();
+            busy.delete();
+        }
+        busy.replace_client();
+    }
+    busy.nothing_lost(&format!("{rounds} times every backend and the client replaced, sidecars too"));
 }
 
 #[test]
@@ -271,17 +357,20 @@ impl Churn<'_> {
         self.writes.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// A hundred times a second, who may do what, and where it goes.
-    fn policies(&self) {
-        let mut n = 0;
+    /// A hundred times a second, who may do what, and where it goes. `who` names the policy that says who may.
+    fn policies(&self, who: &str) {
+        let (began, mut n) = (Instant::now(), 0);
         while !self.stop.load(Ordering::Relaxed) {
             match n % 3 {
-                0 => self.write("authz.yaml", &authorization(if n % 2 == 0 { &["/extra"] } else { &[] })),
+                0 => self.write(
+                    &format!("authz-{who}.yaml"),
+                    &authorization(who, if n % 2 == 0 { &["/more"] } else { &[] }),
+                ),
                 1 => self.write("policy.yaml", &traffic_policy(n)),
                 _ => self.write("route.yaml", &route(n)),
             }
             n += 1;
-            std::thread::sleep(Duration::from_millis(10));
+            std::thread::sleep((Duration::from_millis(10) * n).saturating_sub(began.elapsed()));
         }
     }
 
@@ -302,11 +391,11 @@ impl Churn<'_> {
 }
 
 /// `/` is allowed by each, `/private` by none.
-fn authorization(more: &[&str]) -> serde_json::Value {
+fn authorization(name: &str, more: &[&str]) -> serde_json::Value {
     let paths = [&["/", "/public/*"], more].concat();
     serde_json::json!({
         "apiVersion": "weft.dev/v1alpha1", "kind": "AuthorizationPolicy",
-        "metadata": {"namespace": "shop", "name": "api"},
+        "metadata": {"namespace": "shop", "name": name},
         "spec": {"selector": {"matchLabels": {"app": "api"}}, "action": "Allow",
                  "rules": [{"from": [{"identities": ["spiffe://cluster.local/ns/shop/sa/client"]}],
                             "to": [{"paths": paths}]}]},
@@ -363,7 +452,7 @@ fn policy_churn(seconds: u64) {
         let status = busy.mesh.api("/api/v1/status").unwrap();
         let ours = |o: &&serde_json::Value| o["kind"] == "AuthorizationPolicy" && o["name"] == "api";
         let before = status["objects"].as_array().unwrap().iter().find(ours).map(|o| o["version"].clone());
-        churn.write("authz.yaml", &authorization(paths));
+        churn.write("authz-api.yaml", &authorization("api", paths));
         let mut args = vec!["wait", "AuthorizationPolicy/shop/api", "--applied", "--timeout", "20s"];
         if let Some(before) = before.as_ref().and_then(|version| version.as_str()) {
             args.extend(["--after", before]);
@@ -374,7 +463,7 @@ fn policy_churn(seconds: u64) {
     let private = format!("{API}private");
     let (begun, seconds_text) = (Instant::now(), seconds.to_string());
     let denied = std::thread::scope(|scope| {
-        scope.spawn(|| churn.policies());
+        scope.spawn(|| churn.policies("api"));
         let args = ["--url", &private, "--rate", "100", "--seconds", &seconds_text, "--connections", "8"];
         let denied = load(&busy.mesh, &busy.client.pod, &args);
         stop.store(true, Ordering::Relaxed);
@@ -382,24 +471,31 @@ fn policy_churn(seconds: u64) {
     });
     let per_second = writes.load(Ordering::Relaxed) as f64 / begun.elapsed().as_secs_f64();
     assert_eq!(denied.statuses, BTreeMap::from([("403".to_owned(), denied.sent)]), "{denied:?}");
-    // What is said to be live is: at once, and at every backend.
-    let extra = format!("{API}extra");
-    // The last of all those must have been read before another is waited for.
-    churn.write("authz.yaml", &authorization(&["/done"]));
-    let done = format!("{API}done");
     let code = |url: &str| curl(&busy.client.pod, &["-o", "/dev/null", "-w", "%{http_code}", url]).unwrap();
+    // The last of all those must have been read before another is waited for.
+    churn.write("authz-api.yaml", &authorization("api", &["/done"]));
+    let done = format!("{API}done");
     wait(Duration::from_secs(20), || Ok(code(&done) == "200")).unwrap();
-    for n in 0..6 {
-        let allowed = n % 2 == 0;
-        apply(if allowed { &["/extra"] } else { &[] });
-        for _ in 0..6 {
-            assert_eq!(code(&extra), if allowed { "200" } else { "403" }, "change {n}");
-        }
-    }
+    // What is said to be live is: at once, and at every backend, while others are replaced.
+    let (extra, changes) = (format!("{API}extra"), 6 + seconds / 2);
+    stop.store(false, Ordering::Relaxed);
+    let wrong: usize = std::thread::scope(|scope| {
+        scope.spawn(|| churn.policies("beside"));
+        let _stops = Stops(&stop);
+        let decided = |n| {
+            let allowed = n % 2 == 0;
+            apply(if allowed { &["/extra"] } else { &[] });
+            (0..6).filter(|_| code(&extra) != if allowed { "200" } else { "403" }).count()
+        };
+        (0..changes).map(decided).sum()
+    });
     println!(
-        "figure: policies written {per_second:.0} times a second for {seconds} s: of {} requests that none of them allows {} were let through (bound 0)",
-        denied.sent, denied.ok
+        "figure: policies written {per_second:.0} times a second for {seconds} s: of {} requests that none of them allows {} were let through (bound 0); of {} decisions after {changes} of the changes were live {wrong} were wrong (bound 0)",
+        denied.sent,
+        denied.ok,
+        changes * 6
     );
+    assert_eq!(wrong, 0);
     busy.nothing_lost("policies replaced all the time, each of which allows this");
 }
 
@@ -491,7 +587,7 @@ fn all_at_once(long: Duration, away: Duration, rate: u32) {
     std::thread::scope(|scope| {
         let churn = || Churn { source: source.to_owned(), stop: &stop, writes: &writes };
         let (policies, endpoints) = (churn(), churn());
-        scope.spawn(move || policies.policies());
+        scope.spawn(move || policies.policies("api"));
         scope.spawn(move || endpoints.endpoints());
         // The others end too when this does not go well.
         let _stops = Stops(&stop);
@@ -516,6 +612,64 @@ fn all_at_once(long: Duration, away: Duration, rate: u32) {
     busy.nothing_lost(&format!(
         "{rounds} times a backend and the root replaced and the controller killed in {seconds} s, with {writes} changes of policies and endpoints"
     ));
+}
+
+#[test]
+#[ignore = "soak: takes ten minutes, or WEFT_SOAK_HOURS; `make soak`"]
+fn soak_memory_and_descriptors_stay_as_they_are_for_hours() {
+    let hours = std::env::var("WEFT_SOAK_HOURS").ok().map(|hours| hours.parse::<f64>().unwrap());
+    let long = Duration::from_secs_f64(hours.unwrap_or(1.0 / 6.0) * 3_600.0);
+    let Some(busy) = Busy::start("hours", 500, &[]) else { return };
+    let began = Instant::now();
+    // Every hour, or eight times where there is less.
+    let every = (long / 8).min(Duration::from_secs(3_600));
+    let mut rotations = 0;
+    let mut samples: Vec<Vec<(f64, f64, usize)>> = vec![Vec::new(); busy.sidecars().len()];
+    while began.elapsed() < long {
+        if began.elapsed() >= every * (rotations + 1) {
+            rotations += 1;
+            busy.rotate("");
+        }
+        let at = began.elapsed().as_secs_f64() / 3_600.0;
+        for (sidecar, samples) in busy.sidecars().iter().zip(&mut samples) {
+            let id = sidecar.proxy.id();
+            let descriptors = fs::read_dir(format!("/proc/{id}/fd")).unwrap().count();
+            samples.push((at, rss_kib(id).unwrap() as f64 / 1_024.0, descriptors));
+        }
+        std::thread::sleep((long / 400).min(Duration::from_secs(60)));
+    }
+    let names: Vec<_> = busy.sidecars().iter().map(|sidecar| sidecar.workload.name.clone()).collect();
+    for (name, samples) in names.iter().zip(&samples) {
+        // What is learnt and filled once is no growth: all but the first quarter counts.
+        let settled = &samples[samples.len() / 4..];
+        let (slope, grown) = (slope(settled), settled.last().unwrap().1 - settled[0].1);
+        let half = |half: &[(f64, f64, usize)]| half.iter().map(|sample| sample.2).max().unwrap();
+        let (before, after) = settled.split_at(settled.len() / 2);
+        let (before, after) = (half(before), half(after));
+        println!(
+            "figure: {name} for {:.1} h at 500/s in all, {rotations} rotations: {slope:+.2} MiB/h in memory (bound 1, from an hour on), {:.1} MiB at the end, at most {after} descriptors (bound {})",
+            long.as_secs_f64() / 3_600.0,
+            settled.last().unwrap().1,
+            before + 8
+        );
+        // A slope of minutes is noise: an allocator takes and gives back more than that at once.
+        assert!(
+            if long < Duration::from_secs(3_600) { grown < 1.0 } else { slope < 1.0 },
+            "{name}: {samples:?}"
+        );
+        assert!(after <= before + 8, "{name}: {samples:?}");
+    }
+    busy.nothing_lost(&format!("{:.1} h with {rotations} rotations", long.as_secs_f64() / 3_600.0));
+}
+
+/// Of the straight line through the first two of each, by least squares.
+fn slope(samples: &[(f64, f64, usize)]) -> f64 {
+    let n = samples.len() as f64;
+    let (x, y) = samples.iter().fold((0.0, 0.0), |(x, y), sample| (x + sample.0 / n, y + sample.1 / n));
+    let (over, under) = samples.iter().fold((0.0, 0.0), |(over, under), sample| {
+        (over + (sample.0 - x) * (sample.1 - y), under + (sample.0 - x).powi(2))
+    });
+    over / under
 }
 
 struct Stops<'a>(&'a AtomicBool);
