@@ -411,7 +411,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Front<S> {
 
     /// Follows what was just read; what must not be handed on is taken out of the buffer again.
     fn follow(&mut self, buf: &mut ReadBuf<'_>, before: usize) {
-        let read = &buf.filled()[before..];
+        let read = &mut buf.filled_mut()[before..];
         match &mut self.follow {
             Follow::H1(framing) => match framing.feed(read) {
                 Ok(Fed::All) => {}
@@ -434,7 +434,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Front<S> {
                 }
             },
             Follow::H2 { frames, calm } => {
-                let idle = frames.feed(read);
+                let (kept, idle) = frames.sift(read);
+                buf.set_filled(before + kept);
                 if idle > 0 && !calm.bears(idle, || Instant::now().into_std()) {
                     buf.set_filled(before);
                     self.refuse(Refusal::Flood);
@@ -458,10 +459,17 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for Front<S> {
             return Poll::Ready(Ok(()));
         }
         let before = buf.filled().len();
-        let polled = this.fill(cx, buf);
-        if buf.filled().len() > before {
+        let polled = loop {
+            let polled = this.fill(cx, buf);
+            if buf.filled().len() == before {
+                break polled;
+            }
             this.follow(buf, before);
-        }
+            // Nothing is left where nothing was said: to hand that on would mean the end.
+            if buf.filled().len() > before || this.over.is_some() || matches!(this.follow, Follow::H1(_)) {
+                break polled;
+            }
+        };
         if this.over.is_none() && !this.patience(cx) {
             buf.set_filled(before);
             this.refuse(Refusal::HeadTimeout);
@@ -578,6 +586,42 @@ fn go_away(last: u32) -> Bytes {
     out.extend_from_slice(&CALM_DOWN.to_be_bytes());
     out.freeze()
 }
+
+/// An HTTP/2 connection to an app, or to a server outside the mesh, without the frames that mean nothing.
+pub(crate) struct Sifted<S> {
+    inner: S,
+    frames: Frames,
+}
+
+impl<S> Sifted<S> {
+    pub(crate) fn new(inner: S) -> Self {
+        Self { inner, frames: Frames::of_server() }
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Sifted<S> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let this = &mut *self;
+        let before = buf.filled().len();
+        loop {
+            ready!(Pin::new(&mut this.inner).poll_read(cx, buf))?;
+            if buf.filled().len() == before {
+                return Poll::Ready(Ok(()));
+            }
+            let (kept, _) = this.frames.sift(&mut buf.filled_mut()[before..]);
+            buf.set_filled(before + kept);
+            if kept > 0 {
+                return Poll::Ready(Ok(()));
+            }
+        }
+    }
+}
+
+write_to_inner!(Sifted);
 
 /// A connection to an app, or to a server outside the mesh, whose answers are followed.
 pub(crate) struct Back<S> {

@@ -46,7 +46,7 @@ use crate::{
     belief::Belief,
     body::{Body, Replay},
     config::Config,
-    front::{Back, BadAnswer, Due},
+    front::{Back, BadAnswer, Due, Sifted},
     head,
     tcp::Prefixed,
     telemetry::{
@@ -503,7 +503,7 @@ impl Pool {
             Peer::Plain { address, .. } | Peer::App { address, .. } => {
                 let source = matches!(peer, Peer::App { .. });
                 let tcp = self.connect(*address, source, timeout).await?;
-                let handshake = builder.handshake(TokioIo::new(tcp)).await;
+                let handshake = builder.handshake(TokioIo::new(Sifted::new(tcp))).await;
                 let (sender, connection) = handshake.map_err(|e| not_processed(&e))?;
                 Ok(drive_h2(sender, connection, 0, &self.0.recorder).0)
             }

@@ -127,6 +127,44 @@ fn goaway_and_refused_streams_are_sent_elsewhere_whatever_the_method() {
     });
 }
 
+#[test]
+fn an_app_may_send_empty_frames_before_its_trailers_and_loses_no_request() {
+    const AT_ONCE: usize = 8;
+    let Some(world) = world("empty_frames", 100, |request, mut respond| async move {
+        read(request.into_body()).await?;
+        let mut body = respond.send_response(Response::new(()), false)?;
+        for piece in ["o", "", "k", ""] {
+            body.send_data(Bytes::from_static(piece.as_bytes()), false)?;
+        }
+        body.send_trailers(http::HeaderMap::from_iter([(
+            http::HeaderName::from_static("x-sum"),
+            HeaderValue::from_static("1"),
+        )]))?;
+        Ok(())
+    }) else {
+        return;
+    };
+    streams::run(async {
+        let sender = connect(&world.client.pod, ECHO_ADDRESS).await?;
+        let asking = |_| async {
+            for n in 0..50 {
+                let (answered, _) = send(&sender, head("GET", "/"), true).await?;
+                let answer = answered.await?;
+                assert_eq!(answer.status(), 200, "{n}: {answer:?}");
+                let (body, trailers) = read(answer.into_body()).await?;
+                assert_eq!((&body[..], trailers.is_some()), (&b"ok"[..], true), "{n}");
+            }
+            anyhow::Ok(())
+        };
+        futures_util::future::try_join_all((0..AT_ONCE).map(asking)).await?;
+        println!(
+            "figure: {} answers with two empty frames each, {AT_ONCE} at a time: 0 failed (bound 0)",
+            50 * AT_ONCE
+        );
+        Ok(())
+    });
+}
+
 /// The middle and the largest of some times, in milliseconds.
 fn middle_and_max(times: &mut [Duration]) -> (f64, f64) {
     times.sort();

@@ -4,6 +4,10 @@
 //! a peer provokes) is made of frames that cost their sender nine bytes and us a reaction. The HTTP library bounds some of
 //! them by what they make it keep, none by how often they come. One budget bounds them all: it grows with time and with
 //! what we have to say to the peer, so that nobody who is served needs to know of it.
+//!
+//! Why empty DATA frames are taken out: the library ends a connection at the hundred-and-first that it ever sees, however
+//! much time lies between them, and with it whatever others have in flight there. They mean nothing; some apps send one
+//! before each answer's trailers.
 
 use std::time::Instant;
 
@@ -34,27 +38,52 @@ impl Frames {
         Self { header: [0; HEADER], have: 0, left: PREFACE, in_fields: false, open: false, last: 0 }
     }
 
-    /// Follows the next bytes; how many frames began in them that bring nothing forward.
-    pub fn feed(&mut self, mut bytes: &[u8]) -> u64 {
-        let mut idle = 0;
+    /// Before a server's first frame.
+    pub fn of_server() -> Self {
+        Self { left: 0, ..Self::of_client() }
+    }
+
+    /// Follows the next bytes and takes out of them each DATA frame that is empty and ends nothing, where its header is
+    /// not cut. How many bytes are left, and how many frames began in all of them that bring nothing forward.
+    pub fn sift(&mut self, bytes: &mut [u8]) -> (usize, u64) {
+        let (mut idle, mut at, mut kept) = (0, 0, 0);
+        // What was looked at lies before `at`; from `unmoved` on it is not yet where it shall be.
+        let mut unmoved = 0;
         loop {
             if self.left > 0 {
-                let n = self.left.min(bytes.len() as u64);
+                let n = self.left.min((bytes.len() - at) as u64);
                 self.left -= n;
-                bytes = &bytes[n as usize..];
+                at += n as usize;
             }
-            if bytes.is_empty() {
-                return idle;
+            if at == bytes.len() {
+                if kept < unmoved {
+                    bytes.copy_within(unmoved.., kept);
+                }
+                return (kept + at - unmoved, idle);
             }
-            let n = bytes.len().min(HEADER - self.have);
-            self.header[self.have..self.have + n].copy_from_slice(&bytes[..n]);
+            let n = (bytes.len() - at).min(HEADER - self.have);
+            self.header[self.have..self.have + n].copy_from_slice(&bytes[at..at + n]);
             self.have += n;
-            bytes = &bytes[n..];
+            at += n;
             if self.have == HEADER {
                 self.have = 0;
                 idle += u64::from(self.frame());
+                if n == HEADER && self.is_nothing() {
+                    if kept < unmoved {
+                        bytes.copy_within(unmoved..at - HEADER, kept);
+                    }
+                    kept += at - HEADER - unmoved;
+                    unmoved = at;
+                }
             }
         }
+    }
+
+    /// Whether the frame whose header came last is DATA that is empty and ends nothing.
+    fn is_nothing(&self) -> bool {
+        let [a, b, c, kind, flags, stream @ ..] = self.header;
+        // On no stream it would be an error.
+        [a, b, c, kind, flags & END_STREAM] == [0, 0, 0, DATA, 0] && stream != [0; 4]
     }
 
     /// Whether header fields have begun and not ended.
@@ -83,7 +112,7 @@ impl Frames {
                 self.open = flags & END_HEADERS == 0;
                 true
             }
-            DATA => length == 0 && flags & END_STREAM == 0,
+            DATA => self.is_nothing(),
             // What we asked for.
             SETTINGS | PING => flags & ACK == 0,
             _ => true,
@@ -158,6 +187,13 @@ mod tests {
         out
     }
 
+    impl Frames {
+        /// Only what it counts.
+        fn feed(&mut self, bytes: &[u8]) -> u64 {
+            self.sift(&mut bytes.to_vec()).1
+        }
+    }
+
     fn preface() -> Vec<u8> {
         b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec()
     }
@@ -182,6 +218,31 @@ mod tests {
             let mut frames = Frames::of_client();
             frames.feed(&preface());
             assert_eq!(frames.feed(&frame(kind, flags, 1, payload)), idle, "{kind} {flags}");
+        }
+    }
+
+    #[test]
+    fn empty_data_that_ends_nothing_is_taken_out_and_all_else_stays() {
+        let said = frame(DATA, 0, 1, 5);
+        let last = frame(DATA, END_STREAM, 1, 0);
+        let nothing = frame(DATA, 0, 1, 0);
+        let nowhere = frame(DATA, 0, 0, 0);
+        let (s, e, n, z) = (&said[..], &last[..], &nothing[..], &nowhere[..]);
+        for (all, left) in
+            [(vec![n], vec![]), (vec![s, n, n, s, n, e], vec![s, s, e]), (vec![n, e, z, n, s], vec![e, z, s])]
+        {
+            let (mut bytes, left) = (all.concat(), left.concat());
+            let mut frames = Frames::of_server();
+            let (kept, _) = frames.sift(&mut bytes);
+            assert_eq!(bytes[..kept], left, "{all:?}");
+            // What is cut is handed on.
+            let mut frames = Frames::of_server();
+            let mut got = Vec::new();
+            for piece in all.concat().chunks_mut(4) {
+                let (kept, _) = frames.sift(piece);
+                got.extend_from_slice(&piece[..kept]);
+            }
+            assert_eq!(got, all.concat());
         }
     }
 
