@@ -12,7 +12,7 @@ use http::{
 };
 use hyper::{body::Incoming, ext::Protocol};
 
-use weft_core::framing::Why;
+use weft_core::{framing::Why, route::RequestHead};
 
 use crate::{body::Body, error::Error, pool::Peer};
 
@@ -36,6 +36,7 @@ const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection")
 const PRIVATE: &str = "weft-";
 
 /// A request to be sent on, once or more often.
+#[derive(Clone)]
 pub(crate) struct Outgoing {
     pub(crate) method: Method,
     pub(crate) authority: Option<Authority>,
@@ -126,6 +127,17 @@ impl Outgoing {
     /// The host without its port, for matching.
     pub(crate) fn host(&self) -> &str {
         self.authority.as_ref().map_or("", Authority::host)
+    }
+
+    /// What decides its rule.
+    pub(crate) fn head(&self) -> RequestHead<'_> {
+        RequestHead {
+            method: &self.method,
+            host: self.host(),
+            path: self.path.path(),
+            query: self.path.query(),
+            headers: &self.headers,
+        }
     }
 
     /// The request of one attempt.

@@ -7,7 +7,10 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use weft_core::identity::PodUid;
-use weft_proto::{ads::ResourceType, names::Name};
+use weft_proto::{
+    ads::{ResourceType, Versioned},
+    names::Name,
+};
 
 use super::types::{ConditionStatus, Laggard, ObjectStatus, ProblemStatus, SidecarStatus, Status};
 use crate::{
@@ -72,19 +75,23 @@ impl Facts<'_> {
         let mut pods: BTreeMap<PodUid, Option<String>> = BTreeMap::new();
         let mut after: Option<u64> = None;
         for name in self.names(key) {
-            let (Some(resource), Some(ty)) = (self.published.resource(&name), type_of(&name)) else {
-                continue;
-            };
-            let current = &*resource.versioned.version;
+            let Some(ty) = type_of(&name) else { continue };
+            let mut told = BTreeMap::new();
             for pod in self.published.subscribers.pods(&name) {
+                // Not everybody is told the same of a service: consumer routes.
+                let Some(resource) = self.published.resource_for_pod(&name, &pod) else { continue };
+                let current = &*resource.versioned.version;
                 let live = self.store.live(&pod, ty.type_url(), &name) == Some(current);
                 let behind = pods.entry(pod).or_default();
                 if !live && behind.is_none() {
                     *behind = Some(name.clone());
                 }
+                told.insert(resource.versioned.version, resource.since_ms);
             }
-            if let Some(at) = self.reports.last_applied(&name, current) {
-                after = after.max(Some(at.saturating_sub(resource.since_ms)));
+            for (version, since_ms) in told {
+                if let Some(at) = self.reports.last_applied(&name, &version) {
+                    after = after.max(Some(at.saturating_sub(since_ms)));
+                }
             }
         }
         let laggards: Vec<_> = pods
@@ -173,11 +180,18 @@ impl Facts<'_> {
             sidecar.connected = true;
         }
         for (name, pods) in self.published.subscribers.all() {
-            let current = self.published.lookup(&name);
+            let ty = type_of(&name);
+            // A pod's own address is encoded when it is asked for: once for each namespace that has it.
+            let mut told: BTreeMap<String, Option<Versioned>> = BTreeMap::new();
             for uid in pods {
                 let Some(sidecar) = sidecars.get_mut(&uid) else { continue };
                 sidecar.subscribed += 1;
-                let (Some(current), Some(ty)) = (&current, type_of(&name)) else { continue };
+                let identity = self.published.workload(&uid);
+                let namespace = identity.as_ref().map_or("", |identity| identity.namespace());
+                if !told.contains_key(namespace) {
+                    told.insert(namespace.to_owned(), self.published.lookup(&name, namespace));
+                }
+                let (Some(Some(current)), Some(ty)) = (told.get(namespace), ty) else { continue };
                 if self.store.live(&uid, ty.type_url(), &name) != Some(&*current.version) {
                     sidecar.behind += 1;
                 }

@@ -4,8 +4,11 @@
 //! Why computed on demand: a condition is a fact about the index, so there is nothing to keep in step.
 
 use super::{
-    Index, Name, ServiceKind, in_namespace,
-    outbound::{RuleContext, backend_service, object_ref, rule_name, try_filter},
+    Index, Name, ServiceKind, ServicePort, in_namespace,
+    outbound::{
+        self, RuleContext, RuleProblem, are_prefixes, backend_service, is_service, object_ref, rule_name,
+        selects_port,
+    },
     parent_service,
 };
 use crate::resources::{
@@ -13,11 +16,13 @@ use crate::resources::{
     gateway::{self, ParentRef},
     policy::TargetRef,
 };
-use weft_core::policy::ServiceName;
+use weft_core::policy::{Protocol, Rule, ServiceName};
 
 /// One condition of one object, in regard to one parent if it has several.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Condition {
+    /// Which of a route's parentRefs it is about.
+    pub parent_ref: Option<usize>,
     /// The parent, as `Service/<ns>/<name>[:port]`; empty if the object has none.
     pub parent: String,
     /// `Accepted`, `ResolvedRefs` or `PartiallyInvalid`.
@@ -31,6 +36,21 @@ pub struct Condition {
 }
 
 impl Index {
+    /// The generation of a route that the conditions are about.
+    pub fn route_generation(&self, key: &ObjectKey) -> Option<i64> {
+        let name: Name = (key.namespace.clone(), key.name.clone());
+        match key.kind {
+            Kind::HttpRoute => self.http_routes.get(&name)?.meta.generation,
+            Kind::GrpcRoute => self.grpc_routes.get(&name)?.meta.generation,
+            Kind::Service
+            | Kind::EndpointSlice
+            | Kind::Pod
+            | Kind::TrafficPolicy
+            | Kind::AuthorizationPolicy
+            | Kind::MeshConfig => None,
+        }
+    }
+
     /// The conditions of one object; none if there is nothing to say.
     pub fn conditions(&self, key: &ObjectKey) -> Vec<Condition> {
         let name: Name = (key.namespace.clone(), key.name.clone());
@@ -39,8 +59,12 @@ impl Index {
                 let context = probe(&name, Kind::HttpRoute);
                 let rules = route.spec.rules.iter().enumerate().map(|(i, rule)| RuleFacts {
                     label: rule_name(rule.name.as_deref(), i).to_string(),
-                    dropped: context.context().http(rule).err(),
-                    filters: &rule.filters,
+                    problem: problem(
+                        context.context().http(rule),
+                        &rule.filters,
+                        &rule.backend_refs,
+                        are_prefixes(&rule.matches),
+                    ),
                     backends: &rule.backend_refs,
                 });
                 self.route_conditions(
@@ -54,8 +78,7 @@ impl Index {
                 let context = probe(&name, Kind::GrpcRoute);
                 let rules = route.spec.rules.iter().enumerate().map(|(i, rule)| RuleFacts {
                     label: rule_name(rule.name.as_deref(), i).to_string(),
-                    dropped: context.context().grpc(rule).err(),
-                    filters: &rule.filters,
+                    problem: problem(context.context().grpc(rule), &rule.filters, &rule.backend_refs, false),
                     backends: &rule.backend_refs,
                 });
                 self.route_conditions(
@@ -109,23 +132,25 @@ impl Index {
         rules: &[RuleFacts<'_>],
     ) -> Vec<Condition> {
         let mut found = Vec::new();
-        for parent in parents {
+        for (position, parent) in parents.iter().enumerate() {
+            // Somebody else's parent: nothing of ours to say about it.
+            let Some(service) = parent_service(name, parent) else { continue };
             let text = parent_text(name, parent);
-            let (status, reason, message) = self.accepts(name, kind, parent, rules);
-            found.push(condition(&text, "Accepted", status, reason, message));
-            if reason == "Gateway" {
-                // Somebody else's parent: nothing of ours to say about it.
-                found.pop();
-                continue;
-            }
-            found.push(self.resolved_refs(&text, name, rules));
-            let dropped: Vec<_> = rules
+            let of_parent = |kind, status, reason, message| Condition {
+                parent_ref: Some(position),
+                ..condition(&text, kind, status, reason, message)
+            };
+            let (status, reason, message) = self.accepts(name, kind, parent, &service, rules);
+            found.push(of_parent("Accepted", status, reason, message));
+            let (status, reason, message) = self.resolved_refs(name, rules);
+            found.push(of_parent("ResolvedRefs", status, reason, message));
+            let bad: Vec<_> = rules
                 .iter()
-                .filter_map(|r| Some(format!("{}: {}", r.label, r.dropped.as_deref()?)))
+                .filter_map(|r| Some(format!("{}: {}", r.label, r.problem.as_ref()?.message)))
                 .collect();
-            if !dropped.is_empty() && dropped.len() < rules.len() {
-                let message = format!("Dropped Rule {}", dropped.join("; "));
-                found.push(condition(&text, "PartiallyInvalid", true, "UnsupportedValue", message));
+            if !bad.is_empty() && bad.len() < rules.len() {
+                let message = format!("Dropped Rule {}", bad.join("; "));
+                found.push(of_parent("PartiallyInvalid", true, "UnsupportedValue", message));
             }
         }
         found
@@ -136,13 +161,11 @@ impl Index {
         name: &Name,
         kind: Kind,
         parent: &ParentRef,
+        service_name: &Name,
         rules: &[RuleFacts<'_>],
     ) -> (bool, &'static str, String) {
         let no_parent = |message: String| (false, "NoMatchingParent", message);
-        let Some(service_name) = parent_service(name, parent) else {
-            return (false, "Gateway", String::new());
-        };
-        let Some(service) = self.services.get(&service_name) else {
+        let Some(service) = self.services.get(service_name) else {
             return no_parent(format!("there is no Service {}/{}", service_name.0, service_name.1));
         };
         match service.kind {
@@ -150,62 +173,58 @@ impl Index {
             ServiceKind::Headless => return no_parent("the Service is headless".to_owned()),
             ServiceKind::External => return no_parent("the Service is an external name".to_owned()),
         }
-        if service_name.0 != name.0 {
-            let message = "consumer routes (a parent in another namespace) are not supported yet".to_owned();
-            return (false, "UnsupportedValue", message);
+        let mut ports = service.ports.iter().filter(|port| selects_port(parent, port)).peekable();
+        if ports.peek().is_none() {
+            let section = parent.section_name.as_deref().map(|name| format!(" named {name}"));
+            let number = parent.port.map(|port| format!(" {port}"));
+            return no_parent(format!(
+                "the Service has no port{}{}",
+                number.unwrap_or_default(),
+                section.unwrap_or_default()
+            ));
         }
-        let ports: Vec<u16> = service
-            .ports
-            .iter()
-            .map(|p| p.port)
-            .filter(|port| parent.port.is_none_or(|only| only == *port))
-            .collect();
-        if ports.is_empty() {
-            return no_parent(format!("the Service has no port {}", parent.port.unwrap_or_default()));
+        if let Some(first) = rules.iter().find_map(|rule| rule.problem.as_ref())
+            && rules.iter().all(|rule| rule.problem.is_some())
+        {
+            return (false, first.reason, first.message.clone());
         }
-        if !rules.is_empty() && rules.iter().all(|rule| rule.dropped.is_some()) {
-            let reason = rules.iter().find_map(|rule| rule.dropped.clone()).unwrap_or_default();
-            return (false, "UnsupportedValue", reason);
-        }
-        let taken = |port: &u16| self.attached_grpc(&service_name, service, *port).next().is_some();
-        if kind == Kind::HttpRoute && ports.iter().all(taken) {
+        // Producer and consumer routes never meet, so neither conflicts with the other.
+        let taken =
+            |port: &ServicePort| self.attached_grpc(service_name, service, port, &name.0).next().is_some();
+        if kind == Kind::HttpRoute && ports.all(taken) {
             return (false, "Conflicted", "a GRPCRoute is attached to the same port".to_owned());
         }
         (true, "Accepted", String::new())
     }
 
-    fn resolved_refs(&self, parent: &str, name: &Name, rules: &[RuleFacts<'_>]) -> Condition {
+    fn resolved_refs(&self, name: &Name, rules: &[RuleFacts<'_>]) -> (bool, &'static str, String) {
         for rule in rules {
             for backend in rule.backends {
                 let failed = match backend_service(&name.0, backend) {
+                    Err(reason) if is_service(backend) => Some(("BackendNotFound", reason)),
                     Err(reason) => Some(("InvalidKind", reason)),
-                    Ok(service) => (!self.has_port(&service))
-                        .then(|| ("BackendNotFound", format!("there is no Service {service}"))),
+                    Ok(service) => match self.declared(&service) {
+                        None => Some(("BackendNotFound", format!("there is no Service {service}"))),
+                        // Passed through as bytes: nothing of a route can be done there.
+                        Some(Protocol::Tls) => {
+                            Some(("UnsupportedProtocol", format!("Service {service} speaks TLS of its own")))
+                        }
+                        Some(_) => None,
+                    },
                 };
                 if let Some((reason, message)) = failed {
-                    return condition(
-                        parent,
-                        "ResolvedRefs",
-                        false,
-                        reason,
-                        format!("rule {}: {message}", rule.label),
-                    );
+                    return (false, reason, format!("rule {}: {message}", rule.label));
                 }
             }
-            let all = rule.filters.iter().chain(rule.backends.iter().flat_map(|b| &b.filters));
-            if let Some(reason) = all.map(try_filter).find_map(Result::err) {
-                let message = format!("rule {}: {reason}", rule.label);
-                return condition(parent, "ResolvedRefs", false, "UnsupportedValue", message);
-            }
         }
-        condition(parent, "ResolvedRefs", true, "ResolvedRefs", String::new())
+        (true, "ResolvedRefs", String::new())
     }
 
-    fn has_port(&self, service: &ServiceName) -> bool {
+    /// What a service's port declares; `None` if there is none.
+    fn declared(&self, service: &ServiceName) -> Option<Protocol> {
         let name: Name = (service.namespace.clone(), service.name.clone());
-        self.services
-            .get(&name)
-            .is_some_and(|s| s.kind != ServiceKind::External && s.port(service.port).is_some())
+        let entry = self.services.get(&name).filter(|entry| entry.kind != ServiceKind::External)?;
+        Some(entry.port(service.port)?.protocol)
     }
 
     fn target_conditions(&self, name: &Name, targets: &[TargetRef]) -> Vec<Condition> {
@@ -253,9 +272,22 @@ fn names_rule<'a>(names: impl Iterator<Item = Option<&'a str>>, section: &str) -
 
 struct RuleFacts<'a> {
     label: String,
-    dropped: Option<String>,
-    filters: &'a [gateway::Filter],
+    problem: Option<RuleProblem>,
     backends: &'a [gateway::BackendRef],
+}
+
+/// Why a rule does not do what it says: it was dropped, or answers 500.
+fn problem(
+    compiled: Result<Rule, String>,
+    filters: &[gateway::Filter],
+    backends: &[gateway::BackendRef],
+    prefixes: bool,
+) -> Option<RuleProblem> {
+    if let Err(message) = compiled {
+        return Some(RuleProblem { reason: "UnsupportedValue", message });
+    }
+    let lists = std::iter::once(filters).chain(backends.iter().map(|backend| &backend.filters[..]));
+    lists.map(|filters| outbound::filters(filters, prefixes)).find_map(Result::err)
 }
 
 /// Compiles rules only to hear what is wrong with them.
@@ -284,6 +316,7 @@ impl Probe {
 fn parent_text(route: &Name, parent: &ParentRef) -> String {
     let namespace = parent.namespace.as_deref().unwrap_or(&route.0);
     let port = parent.port.map(|port| format!(":{port}")).unwrap_or_default();
+    let port = parent.section_name.as_deref().map_or(port.clone(), |name| format!("{port}#{name}"));
     format!("{}/{namespace}/{}{port}", parent.kind.as_deref().unwrap_or("Gateway"), parent.name)
 }
 
@@ -294,5 +327,5 @@ fn condition(
     reason: &'static str,
     message: String,
 ) -> Condition {
-    Condition { parent: parent.to_owned(), kind, status, reason, message }
+    Condition { parent_ref: None, parent: parent.to_owned(), kind, status, reason, message }
 }

@@ -100,6 +100,9 @@ pub struct Index {
     by_uid: BTreeMap<PodUid, BTreeSet<Name>>,
     by_ip: BTreeMap<IpAddr, BTreeSet<Name>>,
     by_vip: BTreeMap<IpAddr, BTreeSet<Name>>,
+    /// Services with parentRefs of routes in other namespaces, and those routes: consumer routes are few, and
+    /// must not be looked for among all routes of all namespaces.
+    consumer_routes: BTreeMap<Name, BTreeSet<ObjectKey>>,
     origins: BTreeMap<ObjectKey, Placed>,
 }
 
@@ -217,6 +220,7 @@ impl Index {
             by_uid: BTreeMap::new(),
             by_ip: BTreeMap::new(),
             by_vip: BTreeMap::new(),
+            consumer_routes: BTreeMap::new(),
             origins: BTreeMap::new(),
         }
     }
@@ -454,10 +458,12 @@ impl Index {
                 }
             }
             Object::HttpRoute(route) => {
+                self.consumes(key, &route.spec.parent_refs, true);
                 self.http_routes
                     .insert(name, RouteEntry { meta: Meta::new(&route.metadata), spec: route.spec });
             }
             Object::GrpcRoute(route) => {
+                self.consumes(key, &route.spec.parent_refs, true);
                 self.grpc_routes
                     .insert(name, RouteEntry { meta: Meta::new(&route.metadata), spec: route.spec });
             }
@@ -503,10 +509,14 @@ impl Index {
                 }
             }
             Kind::HttpRoute => {
-                self.http_routes.remove(&name);
+                if let Some(old) = self.http_routes.remove(&name) {
+                    self.consumes(key, &old.spec.parent_refs, false);
+                }
             }
             Kind::GrpcRoute => {
-                self.grpc_routes.remove(&name);
+                if let Some(old) = self.grpc_routes.remove(&name) {
+                    self.consumes(key, &old.spec.parent_refs, false);
+                }
             }
             Kind::TrafficPolicy => {
                 self.traffic.remove(&name);
@@ -517,6 +527,25 @@ impl Index {
             }
             Kind::MeshConfig => {
                 self.mesh.remove(&name);
+            }
+        }
+    }
+
+    /// Notes, or forgets, which services of other namespaces a route is about.
+    fn consumes(&mut self, route: &ObjectKey, parents: &[ParentRef], now: bool) {
+        let name = name_of(route);
+        for service in parents.iter().filter_map(|parent| parent_service(&name, parent)) {
+            if service.0 == name.0 {
+                continue;
+            }
+            let routes = self.consumer_routes.entry(service.clone()).or_default();
+            if now {
+                routes.insert(route.clone());
+            } else {
+                routes.remove(route);
+            }
+            if routes.is_empty() {
+                self.consumer_routes.remove(&service);
             }
         }
     }

@@ -8,12 +8,13 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    mem::discriminant,
     net::{IpAddr, SocketAddr},
     sync::Arc,
     time::Duration,
 };
 
-use http::{HeaderName, HeaderValue, Method};
+use http::{HeaderName, HeaderValue, Method, header};
 use weft_core::{
     backoff::Backoff,
     budget::BudgetParams,
@@ -114,16 +115,21 @@ impl PodAddress {
 impl Index {
     /// One service port as callers see it; `None` if there is none. With the metadata for its version.
     pub fn service(&self, name: &ServiceName) -> Option<(Service, Meta)> {
+        self.service_from(name, &name.namespace)
+    }
+
+    /// The same as callers of one namespace see it: those of [`Index::consumers`] have a route of their own.
+    pub fn service_from(&self, name: &ServiceName, from: &Arc<str>) -> Option<(Service, Meta)> {
         let (key, entry, port) = self.service_port(name)?;
         let policy = self.service_policy(&key, port);
         let vips = entry.vips().iter().copied().filter(|ip| self.has_vip(&key, *ip, name.port)).collect();
-        let has_route = self.attached_http(&key, entry, name.port).next().is_some()
-            || self.attached_grpc(&key, entry, name.port).next().is_some();
+        let has_route = self.attached_http(&key, entry, port, from).next().is_some()
+            || self.attached_grpc(&key, entry, port, from).next().is_some();
         let service = Service {
             vips,
-            protocol: self.protocol(&key, entry, port),
+            protocol: self.protocol_from(&key, entry, port, from),
             detect_timeout: policy.detect_timeout.map_or(DETECT_TIMEOUT, |d| d.0),
-            route: has_route.then(|| format!("route/{name}").into()),
+            route: has_route.then(|| format!("route/{}", route_name(name, from)).into()),
             endpoints: Some(format!("ep/{name}/*").into()),
             pod: None,
             load_balancing: load_balancing(policy.load_balancing.as_ref()),
@@ -147,14 +153,32 @@ impl Index {
         Some(PodAddress { ip, name: name.clone(), pod: pod.clone(), protocols })
     }
 
+    /// Namespaces with routes of their own to a service port (GEP-1426, consumer routes): for callers there they
+    /// stand in place of those of the service's namespace. All other namespaces see one and the same policy.
+    pub fn consumers(&self, name: &ServiceName) -> BTreeSet<Arc<str>> {
+        let Some((key, entry, port)) = self.service_port(name) else { return BTreeSet::new() };
+        let routes = self.consumer_routes.get(&key).into_iter().flatten();
+        let mut namespaces: BTreeSet<_> = routes.map(|route| route.namespace.clone()).collect();
+        namespaces.retain(|from| {
+            self.attached_http(&key, entry, port, from).next().is_some()
+                || self.attached_grpc(&key, entry, port, from).next().is_some()
+        });
+        namespaces
+    }
+
     /// The rules of one service port; `None` without routes: everything goes to the service itself.
     pub fn route(&self, name: &ServiceName) -> Option<(CompiledRoute, Meta)> {
+        self.route_from(name, &name.namespace)
+    }
+
+    /// The same by the routes of one namespace.
+    pub fn route_from(&self, name: &ServiceName, from: &Arc<str>) -> Option<(CompiledRoute, Meta)> {
         let (key, entry, port) = self.service_port(name)?;
         let mut compiled = CompiledRoute { rules: Vec::new(), objects: Vec::new(), dropped: None };
         // GRPCRoute wins over HTTPRoute on one port; the other is told so (`Conflicted`).
-        let grpc: Vec<_> = self.attached_grpc(&key, entry, name.port).collect();
+        let grpc: Vec<_> = self.attached_grpc(&key, entry, port, from).collect();
         if grpc.is_empty() {
-            for (route_name, route) in self.attached_http(&key, entry, name.port) {
+            for (route_name, route) in self.attached_http(&key, entry, port, from) {
                 let object = object_ref(Kind::HttpRoute, route_name);
                 for (position, rule) in route.spec.rules.iter().enumerate() {
                     let label = rule_name(rule.name.as_deref(), position);
@@ -201,15 +225,16 @@ impl Index {
         Some((key, entry, entry.port(name.port)?))
     }
 
-    /// HTTPRoutes that a service port's callers follow, producer routes only: their namespace is the
-    /// service's.
+    /// HTTPRoutes of one namespace that are about a service port: of the service's own, what its callers follow, of
+    /// another, what callers there do.
     pub(crate) fn attached_http<'a>(
         &'a self,
         service: &'a Name,
         entry: &'a ServiceEntry,
-        port: u16,
-    ) -> impl Iterator<Item = (&'a Name, &'a RouteEntry<HttpRouteSpec>)> {
-        in_namespace(&self.http_routes, &service.0)
+        port: &'a ServicePort,
+        from: &Arc<str>,
+    ) -> impl Iterator<Item = (&'a Name, &'a RouteEntry<HttpRouteSpec>)> + use<'a> {
+        in_namespace(&self.http_routes, from)
             .filter(move |(name, route)| attaches(name, &route.spec.parent_refs, service, entry, port))
     }
 
@@ -218,16 +243,29 @@ impl Index {
         &'a self,
         service: &'a Name,
         entry: &'a ServiceEntry,
-        port: u16,
-    ) -> impl Iterator<Item = (&'a Name, &'a RouteEntry<GrpcRouteSpec>)> {
-        in_namespace(&self.grpc_routes, &service.0)
+        port: &'a ServicePort,
+        from: &Arc<str>,
+    ) -> impl Iterator<Item = (&'a Name, &'a RouteEntry<GrpcRouteSpec>)> + use<'a> {
+        in_namespace(&self.grpc_routes, from)
             .filter(move |(name, route)| attaches(name, &route.spec.parent_refs, service, entry, port))
     }
 
     /// What a port speaks: as declared; a GRPCRoute says gRPC where HTTP is possible.
     pub(crate) fn protocol(&self, service: &Name, entry: &ServiceEntry, port: &ServicePort) -> Protocol {
+        self.protocol_from(service, entry, port, &service.0)
+    }
+
+    /// What callers of one namespace are told of it: their own GRPCRoutes count, too.
+    fn protocol_from(
+        &self,
+        service: &Name,
+        entry: &ServiceEntry,
+        port: &ServicePort,
+        from: &Arc<str>,
+    ) -> Protocol {
         let could_be_grpc = matches!(port.protocol, Protocol::Detect | Protocol::Http2 | Protocol::Http1);
-        if could_be_grpc && self.attached_grpc(service, entry, port.port).next().is_some() {
+        let says_grpc = |from| self.attached_grpc(service, entry, port, from).next().is_some();
+        if could_be_grpc && (says_grpc(&service.0) || (*from != service.0 && says_grpc(from))) {
             return Protocol::Grpc;
         }
         port.protocol
@@ -299,14 +337,33 @@ fn merge(levels: &[&TrafficPolicySpec]) -> TrafficPolicySpec {
     merged
 }
 
-/// Whether a route's parents include this service port. A route in another namespace is a consumer route,
-/// which says nothing to the service's own callers.
-fn attaches(route: &Name, parents: &[ParentRef], service: &Name, entry: &ServiceEntry, port: u16) -> bool {
+/// Whether a route's parents include this service port.
+fn attaches(
+    route: &Name,
+    parents: &[ParentRef],
+    service: &Name,
+    entry: &ServiceEntry,
+    port: &ServicePort,
+) -> bool {
     matches!(entry.kind, ServiceKind::Addressed(_))
         && parents.iter().any(|parent| {
-            parent.port.is_none_or(|only| only == port)
-                && parent_service(route, parent).as_ref() == Some(service)
+            selects_port(parent, port) && parent_service(route, parent).as_ref() == Some(service)
         })
+}
+
+/// Whether a parentRef means a port of its service: all of them unless it says a number, or a name, or both.
+pub(crate) fn selects_port(parent: &ParentRef, port: &ServicePort) -> bool {
+    parent.port.is_none_or(|only| only == port.port)
+        && parent.section_name.as_deref().is_none_or(|name| name.is_empty() || name == port.name)
+}
+
+/// The name of the route that callers of a namespace follow: the service's own, or one that no service has, because
+/// their names have no dot.
+pub(crate) fn route_name(service: &ServiceName, from: &Arc<str>) -> ServiceName {
+    if *from == service.namespace {
+        return service.clone();
+    }
+    ServiceName { name: format!("{}.from.{from}", service.name).into(), ..service.clone() }
 }
 
 pub(crate) fn rule_name(name: Option<&str>, position: usize) -> Arc<str> {
@@ -353,7 +410,8 @@ impl RuleContext<'_> {
                 again.backoff = Backoff::try_new(min, max, 0.5).map_err(|e| e.to_string())?;
             }
         }
-        Ok(self.rule(matches, &rule.filters, &rule.backend_refs, bounds, again))
+        let prefixes = are_prefixes(&rule.matches);
+        Ok(self.rule(matches, &rule.filters, &rule.backend_refs, prefixes, bounds, again))
     }
 
     /// Compiles one rule of a GRPCRoute.
@@ -364,12 +422,13 @@ impl RuleContext<'_> {
         let matches = rule.matches.iter().map(grpc_match).collect::<Result<_, _>>()?;
         let policy = merge(&self.levels);
         let bounds = timeouts(&policy.timeouts);
-        Ok(self.rule(matches, &rule.filters, &rule.backend_refs, bounds, retry(policy.retries.as_ref())))
+        let again = retry(policy.retries.as_ref());
+        Ok(self.rule(matches, &rule.filters, &rule.backend_refs, false, bounds, again))
     }
 
     /// What stands for a rule that cannot be enforced.
     fn dropped(&self, reason: String) -> Rule {
-        let mut rule = self.rule(Vec::new(), &[], &[], Timeouts::default(), RetryPolicy::default());
+        let mut rule = self.rule(Vec::new(), &[], &[], true, Timeouts::default(), RetryPolicy::default());
         rule.filters.push(Filter::Invalid { reason: reason.into() });
         rule
     }
@@ -379,6 +438,7 @@ impl RuleContext<'_> {
         matches: Vec<Match>,
         filters: &[gateway::Filter],
         backends: &[gateway::BackendRef],
+        prefixes: bool,
         timeouts: Timeouts,
         retry: RetryPolicy,
     ) -> Rule {
@@ -386,7 +446,7 @@ impl RuleContext<'_> {
         let backends = backends
             .iter()
             .map(|spec| {
-                let mut filters: Vec<_> = spec.filters.iter().map(filter).collect();
+                let mut filters = enforced(&spec.filters, prefixes);
                 let service = backend_service(&self.object.namespace, spec).unwrap_or_else(|reason| {
                     // Kept with its weight: its share of the requests is answered with 500.
                     filters.insert(0, Filter::Invalid { reason: reason.into() });
@@ -405,7 +465,7 @@ impl RuleContext<'_> {
             name: self.label.clone(),
             hosts: Vec::new(),
             matches,
-            filters: filters.iter().map(filter).collect(),
+            filters: enforced(filters, prefixes),
             backends,
             timeouts,
             retry,
@@ -419,15 +479,20 @@ pub(crate) fn backend_service(
     namespace: &Arc<str>,
     spec: &gateway::BackendRef,
 ) -> Result<ServiceName, String> {
-    let group = spec.group.as_deref().unwrap_or_default();
-    let kind = spec.kind.as_deref().unwrap_or("Service");
-    if !matches!(group, "" | "core") || kind != "Service" {
+    if !is_service(spec) {
+        let kind = spec.kind.as_deref().unwrap_or("Service");
         return Err(format!("backendRef of kind {kind} is not supported"));
     }
     let port =
         spec.port.filter(|port| *port > 0).ok_or_else(|| format!("backendRef {} has no port", spec.name))?;
     let namespace = spec.namespace.as_deref().map_or_else(|| namespace.clone(), Into::into);
     Ok(ServiceName { namespace, name: spec.name.as_str().into(), port })
+}
+
+/// Whether a backendRef names a Service.
+pub(crate) fn is_service(spec: &gateway::BackendRef) -> bool {
+    matches!(spec.group.as_deref().unwrap_or_default(), "" | "core")
+        && spec.kind.as_deref().unwrap_or("Service") == "Service"
 }
 
 pub(crate) fn http_match(spec: &HttpMatch) -> Result<Match, String> {
@@ -511,12 +576,61 @@ fn text_match(spec: &NamedMatch) -> Result<TextMatch, String> {
     }
 }
 
-/// Compiles a filter; one that cannot be enforced answers 500 instead (Gateway API: it must not be skipped).
-pub(crate) fn filter(spec: &gateway::Filter) -> Filter {
-    try_filter(spec).unwrap_or_else(|reason| Filter::Invalid { reason: reason.into() })
+/// Filters that can be enforced, all of them together; else 500 is answered (Gateway API: none may be skipped).
+fn enforced(specs: &[gateway::Filter], prefixes: bool) -> Vec<Filter> {
+    filters(specs, prefixes)
+        .unwrap_or_else(|problem| vec![Filter::Invalid { reason: problem.message.into() }])
 }
 
-pub(crate) fn try_filter(spec: &gateway::Filter) -> Result<Filter, String> {
+/// Why a rule does not do what it says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct RuleProblem {
+    /// `UnsupportedValue` or `IncompatibleFilters`.
+    pub(crate) reason: &'static str,
+    pub(crate) message: String,
+}
+
+/// Compiles the filters of a rule or backend. `prefixes`: all of the rule's matches are by path prefix.
+///
+/// # Errors
+/// The first that cannot be enforced, or cannot beside another.
+pub(crate) fn filters(specs: &[gateway::Filter], prefixes: bool) -> Result<Vec<Filter>, RuleProblem> {
+    let unsupported = |message| RuleProblem { reason: "UnsupportedValue", message };
+    let incompatible = |message| RuleProblem { reason: "IncompatibleFilters", message };
+    let mut compiled: Vec<Filter> = Vec::new();
+    for spec in specs {
+        let filter = try_filter(spec).map_err(unsupported)?;
+        if compiled.iter().any(|other| discriminant(other) == discriminant(&filter)) {
+            return Err(incompatible(format!("filter {} is there twice", spec.kind)));
+        }
+        let path = match &filter {
+            Filter::Redirect(redirect) => redirect.path.as_ref(),
+            Filter::Rewrite(rewrite) => rewrite.path.as_ref(),
+            Filter::RequestHeaders(_) | Filter::ResponseHeaders(_) | Filter::Invalid { .. } => None,
+        };
+        if matches!(path, Some(PathEdit::Prefix(_))) && !prefixes {
+            return Err(unsupported(
+                "ReplacePrefixMatch needs matches by PathPrefix, and no others".to_owned(),
+            ));
+        }
+        compiled.push(filter);
+    }
+    let has = |kind: fn(&Filter) -> bool| compiled.iter().any(kind);
+    if has(|filter| matches!(filter, Filter::Redirect(_)))
+        && has(|filter| matches!(filter, Filter::Rewrite(_)))
+    {
+        return Err(incompatible("RequestRedirect and URLRewrite in one rule".to_owned()));
+    }
+    Ok(compiled)
+}
+
+/// Whether all matches are by path prefix, as one without a path is.
+pub(crate) fn are_prefixes(matches: &[HttpMatch]) -> bool {
+    let kinds = matches.iter().filter_map(|m| m.path.as_ref()?.kind.as_deref());
+    kinds.into_iter().all(|kind| kind == "PathPrefix")
+}
+
+fn try_filter(spec: &gateway::Filter) -> Result<Filter, String> {
     let missing = || format!("filter {} has no settings", spec.kind);
     match spec.kind.as_str() {
         "RequestHeaderModifier" => header_edit(spec.request_header_modifier.as_ref().ok_or_else(missing)?)
@@ -534,16 +648,16 @@ pub(crate) fn try_filter(spec: &gateway::Filter) -> Result<Filter, String> {
             }
             Ok(Filter::Redirect(Redirect {
                 scheme: redirect.scheme.as_deref().map(Into::into),
-                host: redirect.hostname.as_deref().map(Into::into),
+                host: redirect.hostname.as_deref().map(hostname).transpose()?,
                 path: redirect.path.as_ref().map(path_edit).transpose()?,
-                port: redirect.port,
+                port: redirect.port.filter(|port| *port > 0),
                 status,
             }))
         }
         "URLRewrite" => {
             let rewrite = spec.url_rewrite.as_ref().ok_or_else(missing)?;
             Ok(Filter::Rewrite(Rewrite {
-                host: rewrite.hostname.as_deref().map(Into::into),
+                host: rewrite.hostname.as_deref().map(hostname).transpose()?,
                 path: rewrite.path.as_ref().map(path_edit).transpose()?,
             }))
         }
@@ -552,15 +666,46 @@ pub(crate) fn try_filter(spec: &gateway::Filter) -> Result<Filter, String> {
 }
 
 fn path_edit(spec: &gateway::PathModifier) -> Result<PathEdit, String> {
+    // It goes into a request line: nothing that could end it there, or begin a query.
+    let path = |text: &str| -> Result<Arc<str>, String> {
+        let ok = |b: u8| b.is_ascii_graphic() && b != b'?' && b != b'#';
+        let begins = text.is_empty() || text.starts_with('/');
+        if begins && text.bytes().all(ok) && text.len() <= MAX_TEXT {
+            return Ok(text.into());
+        }
+        Err(format!("{text:?} is not a path: start with / and percent-encode the rest, without a query"))
+    };
     match (spec.kind.as_str(), &spec.replace_full_path, &spec.replace_prefix_match) {
-        ("ReplaceFullPath", Some(path), _) => Ok(PathEdit::Full(path.as_str().into())),
-        ("ReplacePrefixMatch", _, Some(prefix)) => Ok(PathEdit::Prefix(prefix.as_str().into())),
-        (other, ..) => Err(format!("path modifier {other:?} is not complete")),
+        ("ReplaceFullPath", Some(full), _) => Ok(PathEdit::Full(path(full)?)),
+        ("ReplacePrefixMatch", _, Some(prefix)) => Ok(PathEdit::Prefix(path(prefix)?)),
+        ("ReplaceFullPath" | "ReplacePrefixMatch", ..) => {
+            Err(format!("path modifier {} has no value", spec.kind))
+        }
+        (other, ..) => Err(format!("path modifier of type {other:?} is not supported")),
     }
 }
 
+/// A host without port, as `PreciseHostname` is.
+fn hostname(text: &str) -> Result<Arc<str>, String> {
+    let ok = |b: u8| b.is_ascii_alphanumeric() || b".-_".contains(&b);
+    if text.is_empty() || text.len() > 253 || !text.bytes().all(ok) {
+        return Err(format!("{text:?} is not a host name"));
+    }
+    Ok(text.into())
+}
+
 fn header_edit(spec: &gateway::HeaderModifier) -> Result<HeaderEdit, String> {
-    let name = |text: &str| text.parse::<HeaderName>().map_err(|_| format!("{text:?} is not a header name"));
+    let name = |text: &str| {
+        let name = text.parse::<HeaderName>().map_err(|_| format!("{text:?} is not a header name"))?;
+        if name == header::HOST {
+            return Err("the Host header is changed by URLRewrite".to_owned());
+        }
+        // What frames a message or belongs to one connection is the proxy's, and so is what it tells its peer.
+        if NOT_FOR_FILTERS.contains(&name) || name.as_str().starts_with("weft-") {
+            return Err(format!("header {name} cannot be changed by a filter"));
+        }
+        Ok(name)
+    };
     let pair = |header: &gateway::HeaderValue| {
         let value = HeaderValue::from_str(&header.value)
             .map_err(|_| format!("{:?} is not a header value", header.value))?;
@@ -680,3 +825,16 @@ fn limits(spec: Option<&policy::Limits>) -> Limits {
 fn accepted(spec: &TrafficPolicySpec) -> Vec<SpiffeId> {
     spec.accepted_identities.iter().map(|identity| identity.0.clone()).collect()
 }
+
+/// As long a text as a sidecar takes.
+const MAX_TEXT: usize = 1_024;
+const NOT_FOR_FILTERS: [HeaderName; 8] = [
+    header::CONNECTION,
+    header::CONTENT_LENGTH,
+    header::TE,
+    header::TRAILER,
+    header::TRANSFER_ENCODING,
+    header::UPGRADE,
+    HeaderName::from_static("keep-alive"),
+    HeaderName::from_static("proxy-connection"),
+];

@@ -581,3 +581,193 @@ spec: {parentRefs: [{group: \"\", kind: Service, name: cart}], rules: [{}]}
     assert!(apply(&mut index, route).contains(&Key::Workload(uid("cart-1-uid"))));
     assert!(delete(&mut index, Kind::GrpcRoute, "g").contains(&Key::Workload(uid("cart-1-uid"))));
 }
+
+/// A route of `cart` in a namespace; `of` is what stands in the parentRef beside its name.
+fn route_in(kind: &str, namespace: &str, name: &str, of: &str, backend: &str) -> String {
+    format!(
+        "---\napiVersion: gateway.networking.k8s.io/v1\nkind: {kind}\n\
+         metadata: {{name: {name}, namespace: {namespace}, generation: 3}}\n\
+         spec:\n  parentRefs: [{{group: \"\", kind: Service, name: cart, namespace: shop{of}}}]\n  \
+         rules: [{{backendRefs: [{{name: {backend}, namespace: shop, port: 80}}]}}]\n"
+    )
+}
+
+fn labels(index: &Index, name: &str, from: &str) -> Vec<String> {
+    let route = index.route_from(&service(name), &from.into());
+    route.map_or_else(Vec::new, |(route, _)| route.rules.iter().map(|r| r.label.to_string()).collect())
+}
+
+#[test]
+fn consumer_routes_replace_the_producers_for_callers_of_their_namespace() {
+    let mut index = index(SHOP);
+    let (cart, metrics) = (service("shop/cart:80"), service("shop/cart:9090"));
+    apply(&mut index, &route_in("HTTPRoute", "shop", "ours", "", "cart"));
+    let dirty = apply(&mut index, &route_in("HTTPRoute", "till", "theirs", ", port: 80", "cart-v2"));
+    assert_eq!(dirty, BTreeSet::from([Key::Service(cart.clone()), Key::Route(cart.clone())]));
+    // Whoever has no route of its own shares what the producers say.
+    assert_eq!(index.consumers(&cart).iter().map(|n| &**n).collect::<Vec<_>>(), ["till"]);
+    assert!(index.consumers(&metrics).is_empty(), "the parentRef names a port");
+    assert_eq!(labels(&index, "shop/cart:80", "shop"), ["HTTPRoute/shop/ours/0"]);
+    assert_eq!(labels(&index, "shop/cart:80", "till"), ["HTTPRoute/till/theirs/0"]);
+    let route = |from: &str| index.service_from(&cart, &from.into()).unwrap().0.route.unwrap();
+    assert_eq!((&*route("shop"), &*route("till")), ("route/shop/cart:80", "route/shop/cart.from.till:80"));
+    let accepted = index.conditions(&ObjectKey::new(Kind::HttpRoute, "till", "theirs"));
+    assert!(accepted.iter().all(|c| c.status && c.parent_ref == Some(0)), "{accepted:?}");
+
+    // The two groups never meet: a GRPCRoute of one does not conflict with an HTTPRoute of the other.
+    apply(&mut index, &route_in("GRPCRoute", "till", "calls", "", "cart"));
+    assert_eq!(labels(&index, "shop/cart:80", "shop"), ["HTTPRoute/shop/ours/0"]);
+    assert_eq!(labels(&index, "shop/cart:80", "till"), ["GRPCRoute/till/calls/0"]);
+    let conditions = |index: &Index, namespace: &str, name: &str| {
+        index.conditions(&ObjectKey::new(Kind::HttpRoute, namespace, name))[0].reason
+    };
+    assert_eq!(conditions(&index, "shop", "ours"), "Accepted");
+    assert_eq!(conditions(&index, "till", "theirs"), "Conflicted");
+    let protocol = |index: &Index, from: &str| index.service_from(&cart, &from.into()).unwrap().0.protocol;
+    assert_eq!((protocol(&index, "shop"), protocol(&index, "till")), (Protocol::Http1, Protocol::Grpc));
+
+    for (kind, name) in [(Kind::GrpcRoute, "calls"), (Kind::HttpRoute, "theirs")] {
+        let dirty = index.apply(Event::Delete(ObjectKey::new(kind, "till", name)));
+        assert!(dirty.contains(&Key::Service(cart.clone())));
+    }
+    assert!(index.consumers(&cart).is_empty() && index.consumer_routes.is_empty());
+}
+
+#[test]
+fn a_parent_ref_means_all_ports_or_one_by_number_or_by_name() {
+    for (of, ports) in [
+        ("", [true, true]),
+        (", port: 80", [true, false]),
+        (", port: 9090", [false, true]),
+        (", sectionName: metrics", [false, true]),
+        (", sectionName: metrics, port: 9090", [false, true]),
+        (", sectionName: metrics, port: 80", [false, false]),
+        (", sectionName: other", [false, false]),
+    ] {
+        let mut index = index(SHOP);
+        apply(&mut index, &route_in("HTTPRoute", "shop", "r", of, "cart"));
+        let routed = ["shop/cart:80", "shop/cart:9090"].map(|name| !labels(&index, name, "shop").is_empty());
+        assert_eq!(routed, ports, "{of}");
+        let key = ObjectKey::new(Kind::HttpRoute, "shop", "r");
+        let accepted = index.conditions(&key)[0].clone();
+        assert_eq!(accepted.status, ports != [false, false], "{accepted:?}");
+        assert_eq!(index.route_generation(&key), Some(3));
+    }
+    // Several parents of one route, one of them wrong.
+    let mut index = index(SHOP);
+    let parents = "[{group: core, kind: Service, name: cart, port: 80}, {group: \"\", kind: Service, name: cart-v2}, \
+                   {group: core, kind: Service, name: cart, port: 1}]";
+    apply(
+        &mut index,
+        &format!(
+            "apiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {{name: r, namespace: shop}}\n\
+             spec: {{parentRefs: {parents}, rules: [{{backendRefs: [{{name: cart, port: 80}}]}}]}}\n"
+        ),
+    );
+    assert_eq!(labels(&index, "shop/cart:80", "shop").len(), 1);
+    assert_eq!(labels(&index, "shop/cart-v2:80", "shop").len(), 1);
+    let conditions = index.conditions(&ObjectKey::new(Kind::HttpRoute, "shop", "r"));
+    let accepted = conditions.iter().filter(|c| c.kind == "Accepted");
+    let accepted: Vec<_> = accepted.map(|c| (c.parent_ref, c.status)).collect();
+    assert_eq!(accepted, [(Some(0), true), (Some(1), true), (Some(2), false)]);
+}
+
+#[test]
+fn what_a_route_says_that_cannot_be_done_is_a_condition_and_answers_500() {
+    let redirect = |rest: &str| format!("filters: [{{type: RequestRedirect, requestRedirect: {{{rest}}}}}]");
+    let rewrite = |rest: &str| format!("filters: [{{type: URLRewrite, urlRewrite: {{{rest}}}}}]");
+    let set = |name: &str| {
+        format!(
+            "filters: [{{type: RequestHeaderModifier, requestHeaderModifier: {{set: [{{name: {name}, value: x}}]}}}}]"
+        )
+    };
+    let prefix = "path: {type: ReplacePrefixMatch, replacePrefixMatch: /x}";
+    for (rule, reason) in [
+        (redirect("statusCode: 418"), "UnsupportedValue"),
+        (redirect("scheme: gopher"), "UnsupportedValue"),
+        (redirect("hostname: \"a b\""), "UnsupportedValue"),
+        (redirect("path: {type: ReplaceSuffix}"), "UnsupportedValue"),
+        (rewrite("path: {type: ReplaceFullPath}"), "UnsupportedValue"),
+        (rewrite("path: {type: ReplaceFullPath, replaceFullPath: \"/a?b\"}"), "UnsupportedValue"),
+        (rewrite("hostname: \"a.example/\""), "UnsupportedValue"),
+        (format!("matches: [{{path: {{type: Exact, value: /a}}}}], {}", rewrite(prefix)), "UnsupportedValue"),
+        (set("Content-Length"), "UnsupportedValue"),
+        (set("connection"), "UnsupportedValue"),
+        (set("Host"), "UnsupportedValue"),
+        (set("weft-unsent"), "UnsupportedValue"),
+        (set("\"a b\""), "UnsupportedValue"),
+        ("filters: [{type: Teleport}]".to_owned(), "UnsupportedValue"),
+        ("filters: [{type: RequestHeaderModifier}]".to_owned(), "UnsupportedValue"),
+        ("matches: [{headers: [{type: Fuzzy, name: a, value: b}]}]".to_owned(), "UnsupportedValue"),
+        ("matches: [{path: {value: no-slash}}]".to_owned(), "UnsupportedValue"),
+        (
+            "filters: [{type: RequestRedirect, requestRedirect: {}}, {type: URLRewrite, urlRewrite: {}}]"
+                .to_owned(),
+            "IncompatibleFilters",
+        ),
+        (
+            "filters: [{type: URLRewrite, urlRewrite: {}}, {type: URLRewrite, urlRewrite: {}}]".to_owned(),
+            "IncompatibleFilters",
+        ),
+    ] {
+        let route = |rules: &str| {
+            format!(
+                "apiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {{name: r, namespace: shop}}\n\
+                 spec:\n  parentRefs: [{{group: \"\", kind: Service, name: cart, port: 80}}]\n  rules: [{rules}]\n"
+            )
+        };
+        let bad = format!("{{backendRefs: [{{name: cart, port: 80}}], {rule}}}");
+        let key = ObjectKey::new(Kind::HttpRoute, "shop", "r");
+        let mut index = index(SHOP);
+        apply(&mut index, &route(&bad));
+        let accepted = index.conditions(&key)[0].clone();
+        assert_eq!((accepted.kind, accepted.status, accepted.reason), ("Accepted", false, reason), "{rule}");
+        let (compiled, _) = index.route(&service("shop/cart:80")).unwrap();
+        assert!(
+            compiled.rules.iter().any(|rule| matches!(&rule.filters[..], [Filter::Invalid { .. }])),
+            "{rule}: {compiled:?}"
+        );
+        // Beside a good rule it is that rule alone.
+        apply(&mut index, &route(&format!("{bad}, {{backendRefs: [{{name: cart, port: 80}}]}}")));
+        let conditions = index.conditions(&key);
+        assert!(conditions[0].status, "{rule}: {conditions:?}");
+        let partly = conditions.iter().find(|c| c.kind == "PartiallyInvalid").unwrap();
+        assert!(partly.status && partly.message.starts_with("Dropped Rule 0: "), "{partly:?}");
+    }
+}
+
+#[test]
+fn backends_that_do_not_resolve_say_why() {
+    let mut index = index(SHOP);
+    apply(
+        &mut index,
+        "apiVersion: v1\nkind: Service\nmetadata: {name: tls, namespace: shop}\n\
+         spec: {clusterIP: 10.96.0.30, ports: [{name: https, port: 443}]}\n---\n\
+         apiVersion: v1\nkind: Service\nmetadata: {name: alias, namespace: shop}\n\
+         spec: {type: ExternalName, externalName: a.example, ports: [{port: 80}]}\n",
+    );
+    for (backend, reason) in [
+        ("{name: cart, port: 80}", "ResolvedRefs"),
+        ("{name: cart, port: 80, group: core, kind: Service}", "ResolvedRefs"),
+        ("{name: cart, port: 81}", "BackendNotFound"),
+        ("{name: cart}", "BackendNotFound"),
+        ("{name: gone, port: 80, weight: 0}", "BackendNotFound"),
+        ("{name: cart, namespace: other, port: 80}", "BackendNotFound"),
+        ("{name: alias, port: 80}", "BackendNotFound"),
+        ("{name: tls, port: 443}", "UnsupportedProtocol"),
+        ("{name: cart, kind: Bucket, group: cloud.example}", "InvalidKind"),
+        ("{name: cart, kind: Bucket, port: 80}", "InvalidKind"),
+    ] {
+        apply(
+            &mut index,
+            &format!(
+                "apiVersion: gateway.networking.k8s.io/v1\nkind: GRPCRoute\nmetadata: {{name: r, namespace: shop}}\n\
+                 spec:\n  parentRefs: [{{group: \"\", kind: Service, name: cart}}]\n  rules: [{{backendRefs: [{backend}]}}]\n"
+            ),
+        );
+        let conditions = index.conditions(&ObjectKey::new(Kind::GrpcRoute, "shop", "r"));
+        let [accepted, resolved] = &conditions[..] else { panic!("{conditions:?}") };
+        assert!(accepted.status, "{accepted:?}");
+        assert_eq!((resolved.status, resolved.reason), (reason == "ResolvedRefs", reason), "{backend}");
+    }
+}

@@ -73,7 +73,7 @@ pub struct ParentRef {
     /// Name.
     #[serde(deserialize_with = "nullable")]
     pub name: String,
-    /// A listener; without meaning for a Service.
+    /// The name of one port of a Service.
     pub section_name: Option<String>,
     /// One port; all of them unless given.
     pub port: Option<u16>,

@@ -42,6 +42,8 @@ pub struct Published {
     pub(super) collections: Sharded<Arc<str>, Collection>,
     /// Pods by their own address.
     pub(super) addresses: Sharded<IpAddr, Arc<PodAddress>>,
+    /// What callers of one namespace are told instead, by namespace and then by full name.
+    pub(super) consumers: Sharded<Arc<str>, Arc<HashMap<Arc<str>, Resource>>>,
     /// Workloads' identities: a certificate for a pod uid alone does not open that pod's settings.
     pub(super) workloads: Sharded<PodUid, SpiffeId>,
     /// Who is subscribed.
@@ -57,6 +59,7 @@ impl Published {
             resources: Sharded::new(),
             collections: Sharded::new(),
             addresses: Sharded::new(),
+            consumers: Sharded::new(),
             workloads: Sharded::new(),
             subscribers: Subscribers::default(),
             trust_domain,
@@ -76,7 +79,8 @@ impl Published {
 
     /// How many resources there are, collections included.
     pub fn len(&self) -> usize {
-        self.resources.len() + self.collections.len()
+        let consumers: usize = self.consumers.values().iter().map(|own| own.len()).sum();
+        self.resources.len() + self.collections.len() + consumers
     }
 
     /// Whether there is nothing.
@@ -110,16 +114,30 @@ impl Published {
         self.workloads.get(uid)
     }
 
-    /// A name as anybody may see it, however it is spelt.
-    pub fn lookup(&self, name: &str) -> Option<Versioned> {
-        if let Some(resource) = self.resources.get(name) {
+    /// The current version of a name as a namespace is told it: its consumer routes have made another of it.
+    pub fn resource_for(&self, name: &str, namespace: &str) -> Option<Resource> {
+        let own = self.consumers.get(namespace);
+        own.and_then(|own| own.get(name).cloned()).or_else(|| self.resource(name))
+    }
+
+    /// The current version of a name as a pod is told it.
+    pub fn resource_for_pod(&self, name: &str, pod: &PodUid) -> Option<Resource> {
+        match self.workload(pod) {
+            Some(identity) => self.resource_for(name, identity.namespace()),
+            None => self.resource(name),
+        }
+    }
+
+    /// A name as a namespace is told it, however it is spelt.
+    pub fn lookup(&self, name: &str, namespace: &str) -> Option<Versioned> {
+        if let Some(resource) = self.resource_for(name, namespace) {
             return Some(resource.versioned);
         }
         match name.parse().ok()? {
             Name::Address(address) => self.pod(address),
             Name::Host(authority) => {
-                let service = self.host(&authority)?;
-                Some(self.resources.get(Name::Service(service).to_string().as_str())?.versioned)
+                let service = Name::Service(self.host(&authority)?).to_string();
+                Some(self.resource_for(&service, namespace)?.versioned)
             }
             Name::Service(_)
             | Name::Route(_)
@@ -181,7 +199,7 @@ impl Source for View<'_> {
             ResourceType::TrustBundle => name.starts_with("trust/"),
             ResourceType::Endpoint => false,
         };
-        if allowed { self.published.lookup(name) } else { None }
+        if allowed { self.published.lookup(name, self.peer.identity.namespace()) } else { None }
     }
 
     fn collection(&self, name: &str) -> Option<Collection> {

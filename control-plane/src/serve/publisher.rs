@@ -51,6 +51,9 @@ pub struct State {
     pub names: HashMap<Key, Vec<Arc<str>>>,
 }
 
+/// A name that one namespace is told something else under.
+type Told = (Arc<str>, Arc<str>);
+
 /// The writer.
 #[derive(Debug)]
 pub struct Publisher {
@@ -63,6 +66,10 @@ pub struct Publisher {
     given_up: Vec<(Key, Arc<str>)>,
     /// The same of collections: a route that names another service is published before.
     emptied: Vec<(Key, Arc<str>)>,
+    /// What each key is published as to single namespaces: (namespace, name).
+    to_consumers: HashMap<Key, BTreeSet<Told>>,
+    consumer_owners: HashMap<Told, Key>,
+    given_up_to_consumers: Vec<(Key, Told)>,
     epoch: u64,
     generation: u64,
 }
@@ -85,6 +92,9 @@ impl Publisher {
             owners: HashMap::new(),
             given_up: Vec::new(),
             emptied: Vec::new(),
+            to_consumers: HashMap::new(),
+            consumer_owners: HashMap::new(),
+            given_up_to_consumers: Vec::new(),
             // Differs from run to run and from replica to replica.
             epoch: rand::random(),
             // Grows over restarts, too.
@@ -155,6 +165,12 @@ impl Publisher {
             self.write().names.remove(&key);
             self.published.subscribers.wake(&name, true);
         }
+        for (key, told) in std::mem::take(&mut self.given_up_to_consumers) {
+            if self.consumer_owners.get(&told) == Some(&key) {
+                self.consumer_owners.remove(&told);
+                self.tell_consumers(&told, None);
+            }
+        }
         for (key, name) in std::mem::take(&mut self.given_up) {
             // Somebody else may have taken the name since.
             if self.owners.get(&name) == Some(&key) {
@@ -167,7 +183,10 @@ impl Publisher {
 
     fn service(&mut self, key: &Key, name: &ServiceName) {
         let compiled = self.read().index.service(name);
-        let Some((service, meta)) = compiled else { return self.names(key, Vec::new()) };
+        let Some((service, meta)) = compiled else {
+            self.consumers(key, BTreeMap::new());
+            return self.names(key, Vec::new());
+        };
         let (mut body, mut hash) = encode_service(&service);
         let own: Arc<str> = Name::Service(name.clone()).to_string().into();
         let mut names = vec![own.clone()];
@@ -189,11 +208,53 @@ impl Publisher {
         for name in &names {
             self.set(name, version.clone(), body.clone(), false);
         }
+        // Callers of some namespaces have a route of their own to it. What is refused is refused to all.
+        let mut told = BTreeMap::new();
+        let consumers = if route.is_none() { self.read().index.consumers(name) } else { BTreeSet::new() };
+        for namespace in consumers {
+            let compiled = self.read().index.service_from(name, &namespace);
+            let Some((service, _)) = compiled else { continue };
+            let (body, hash) = encode_service(&service);
+            let versioned = Versioned { version: meta.version(hash).into(), body };
+            told.extend(names.iter().map(|name| ((namespace.clone(), name.clone()), versioned.clone())));
+        }
+        self.consumers(key, told);
         if let Some((name, rules)) = route {
             self.set_route(&name, &meta, &rules);
             names.push(name);
         }
         self.names(key, names);
+    }
+
+    /// A key is told to single namespaces in exactly these ways now.
+    fn consumers(&mut self, key: &Key, told: BTreeMap<Told, Versioned>) {
+        let now: BTreeSet<Told> = told.keys().cloned().collect();
+        for (told, versioned) in told {
+            self.consumer_owners.insert(told.clone(), key.clone());
+            self.tell_consumers(&told, Some(versioned));
+        }
+        let before = match now.is_empty() {
+            true => self.to_consumers.remove(key),
+            false => self.to_consumers.insert(key.clone(), now.clone()),
+        };
+        let gone = before.unwrap_or_default().into_iter().filter(|told| !now.contains(told));
+        self.given_up_to_consumers.extend(gone.map(|told| (key.clone(), told)));
+    }
+
+    fn tell_consumers(&self, (namespace, name): &Told, versioned: Option<Versioned>) {
+        let known = self.published.consumers.get(namespace);
+        let old = known.as_ref().and_then(|own| own.get(name)).map(|old| &old.versioned.version);
+        if old == versioned.as_ref().map(|new| &new.version) {
+            return;
+        }
+        let mut own = known.map_or_else(HashMap::new, |own| HashMap::clone(&own));
+        match versioned {
+            Some(versioned) => own.insert(name.clone(), Resource { versioned, since_ms: now_ms() }),
+            None => own.remove(name),
+        };
+        let own = (!own.is_empty()).then(|| Arc::new(own));
+        self.published.consumers.update([(namespace.clone(), own)]);
+        self.wake(name, false);
     }
 
     /// Whether what refuses may be published under a name: nothing good is.
@@ -212,19 +273,25 @@ impl Publisher {
     }
 
     fn route(&mut self, key: &Key, service: &ServiceName) {
-        let compiled = self.read().index.route(service);
-        let Some((mut route, meta)) = compiled else { return self.names(key, Vec::new()) };
-        let name: Arc<str> = Name::Route(service.clone()).to_string().into();
-        let error = convert::route::parse(&encode(&convert::route::to_pb(&route.rules))).err();
-        let reason = error.as_ref().map(ToString::to_string);
-        if self.refused(&name, error) {
-            if !self.may_refuse(&name) {
-                return;
+        let mut namespaces = self.read().index.consumers(service);
+        namespaces.insert(service.namespace.clone());
+        let mut names = Vec::new();
+        for namespace in namespaces {
+            let compiled = self.read().index.route_from(service, &namespace);
+            let Some((mut route, meta)) = compiled else { continue };
+            let name: Arc<str> = Name::Route(outbound::route_name(service, &namespace)).to_string().into();
+            names.push(name.clone());
+            let error = convert::route::parse(&encode(&convert::route::to_pb(&route.rules))).err();
+            let reason = error.as_ref().map(ToString::to_string);
+            if self.refused(&name, error) {
+                if !self.may_refuse(&name) {
+                    continue;
+                }
+                route.refuse(service, &reason.unwrap_or_default());
             }
-            route.refuse(service, &reason.unwrap_or_default());
+            self.set_route(&name, &meta, &route.rules);
         }
-        self.set_route(&name, &meta, &route.rules);
-        self.names(key, vec![name]);
+        self.names(key, names);
     }
 
     fn endpoints(&mut self, key: &Key, service: &ServiceName) {
@@ -509,6 +576,48 @@ mod tests {
         });
         assert_eq!(there(), [None, None, None]);
         assert!(publisher.state().read().unwrap().unpublished.is_empty());
+    }
+
+    #[test]
+    fn a_consumer_route_is_told_to_its_namespace_alone_and_taken_back() {
+        let (mut publisher, published) = publisher();
+        let route = |namespace: &str, backend: &str| {
+            batch(&format!(
+                "apiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {{name: r, namespace: {namespace}}}\n\
+                 spec:\n  parentRefs: [{{group: \"\", kind: Service, name: a, namespace: shop}}]\n  \
+                 rules: [{{backendRefs: [{{name: {backend}, namespace: shop, port: 80}}]}}]\n"
+            ))
+        };
+        publisher.apply(batch(
+            "apiVersion: v1\nkind: Service\nmetadata: {name: a, namespace: shop}\n\
+             spec: {clusterIP: 10.96.0.1, ports: [{port: 80}]}\n",
+        ));
+        let names = ["svc/shop/a:80", "ip/10.96.0.1:80", "host/a.shop", "host/a.shop.svc.cluster.local:80"];
+        let seen = |from: &str| names.map(|name| published.lookup(name, from).unwrap());
+        let route_of = |from: &str| {
+            let seen = seen(from);
+            assert!(seen.iter().all(|one| one.body == seen[0].body), "{seen:?}");
+            convert::service::parse(&seen[0].body).unwrap().route.map(|route| route.to_string())
+        };
+        let plain = published.len();
+        assert_eq!((route_of("shop"), route_of("till")), (None, None));
+        publisher.apply(route("till", "a"));
+        assert_eq!((route_of("shop"), route_of("other")), (None, None));
+        assert_eq!(route_of("till").as_deref(), Some("route/shop/a.from.till:80"));
+        assert!(published.resource("route/shop/a.from.till:80").is_some());
+        assert_eq!(published.len(), plain + 3, "its route and two names of the service, for one namespace");
+        publisher.apply(route("shop", "b"));
+        assert_eq!(route_of("other").as_deref(), Some("route/shop/a:80"));
+        assert_eq!(route_of("till").as_deref(), Some("route/shop/a.from.till:80"));
+        for namespace in ["till", "shop"] {
+            publisher.apply(Batch {
+                events: vec![Event::Delete(ObjectKey::new(Kind::HttpRoute, namespace, "r"))],
+                ..Batch::default()
+            });
+        }
+        assert_eq!((route_of("shop"), route_of("till")), (None, None));
+        assert_eq!(published.len(), plain);
+        assert!(publisher.to_consumers.is_empty() && publisher.consumer_owners.is_empty());
     }
 
     #[test]

@@ -21,7 +21,10 @@ use std::{
     sync::Arc,
 };
 
-use http::{HeaderMap, HeaderName, Method, StatusCode};
+use http::{
+    HeaderMap, HeaderName, HeaderValue, Method, StatusCode,
+    header::{self, Entry as Lines},
+};
 use rand_core::RngCore;
 
 use crate::{
@@ -496,10 +499,32 @@ pub fn edit_headers(edit: &HeaderEdit, headers: &mut HeaderMap) {
         headers.insert(name, value.clone());
     }
     for (name, value) in &edit.add {
-        headers.append(name, value.clone());
+        add_value(headers, name, value);
     }
     for name in &edit.remove {
         headers.remove(name);
+    }
+}
+
+/// Adds to the value that is there (Gateway API: `foo` and `bar` are `foo,bar`): apps that read one line of a header
+/// see all of it. Cookies have a separator of their own, and lines of `Set-Cookie` cannot be joined (RFC 9110 §5.3).
+fn add_value(headers: &mut HeaderMap, name: &HeaderName, value: &HeaderValue) {
+    let mut entry = match headers.entry(name) {
+        Lines::Vacant(entry) => {
+            entry.insert(value.clone());
+            return;
+        }
+        Lines::Occupied(entry) => entry,
+    };
+    let separator: &[u8] = if *name == header::COOKIE { b"; " } else { b"," };
+    if *name != header::SET_COOKIE
+        && let Some(last) = entry.iter_mut().last()
+        // Two values joined by what may stand in one are a value.
+        && let Ok(joined) = HeaderValue::from_bytes(&[last.as_bytes(), separator, value.as_bytes()].concat())
+    {
+        *last = joined;
+    } else {
+        entry.append(value.clone());
     }
 }
 
@@ -508,6 +533,8 @@ pub fn rewrite_path(edit: &PathEdit, prefix: Option<&str>, path: &str) -> String
     match edit {
         PathEdit::Full(path) if path.is_empty() => "/".to_owned(),
         PathEdit::Full(path) => path.to_string(),
+        // `OPTIONS *` has no path.
+        PathEdit::Prefix(_) if path == "*" => path.to_owned(),
         PathEdit::Prefix(replacement) => {
             let Some(rest) = prefix.and_then(|prefix| path.strip_prefix(trim(prefix))) else {
                 return path.to_owned();
@@ -897,28 +924,46 @@ mod tests {
         }
         assert_eq!(rewrite_path(&PathEdit::Full(text("/x")), None, "/a"), "/x");
         assert_eq!(rewrite_path(&PathEdit::Prefix(text("/x")), None, "/a"), "/a");
+        assert_eq!(rewrite_path(&PathEdit::Prefix(text("/x")), Some("/"), "*"), "*");
     }
 
     #[test]
     fn redirects() {
         let r = Request::get("/foo/bar?q=1");
         let none = Redirect { scheme: None, host: None, path: None, port: None, status: 302 };
-        let to =
-            |how: &Redirect, scheme: &str, port: u16| redirect(how, &r.head(), scheme, port, Some("/foo")).1;
-        assert_eq!(to(&none, "http", 80), "http://web/foo/bar?q=1");
-        assert_eq!(to(&none, "http", 8080), "http://web:8080/foo/bar?q=1");
-        let https = Redirect { scheme: Some(text("https")), ..none };
-        assert_eq!(to(&https, "http", 8080), "https://web/foo/bar?q=1");
-        let all = Redirect {
-            scheme: Some(text("https")),
-            host: Some(text("x.com")),
-            path: Some(PathEdit::Prefix(text("/new"))),
-            port: Some(8443),
-            status: 308,
-        };
-        assert_eq!(to(&all, "http", 80), "https://x.com:8443/new/bar?q=1");
-        let status = redirect(&all, &r.head(), "http", 80, None).0;
-        assert_eq!(status, StatusCode::PERMANENT_REDIRECT);
+        // The port of the service stands for the listener's. Rules of the port: Gateway API, HTTPRequestRedirectFilter.
+        for (scheme, host, path, port, service, want) in [
+            (None, None, None, None, 80, "http://web/foo/bar?q=1"),
+            (None, None, None, None, 8080, "http://web:8080/foo/bar?q=1"),
+            (None, None, None, None, 443, "http://web:443/foo/bar?q=1"),
+            (None, Some("x.com"), None, None, 80, "http://x.com/foo/bar?q=1"),
+            (None, Some("x.com"), None, None, 8080, "http://x.com:8080/foo/bar?q=1"),
+            (None, None, None, Some(80), 8080, "http://web/foo/bar?q=1"),
+            (None, None, None, Some(443), 80, "http://web:443/foo/bar?q=1"),
+            (None, None, None, Some(8083), 80, "http://web:8083/foo/bar?q=1"),
+            (Some("http"), None, None, None, 8080, "http://web/foo/bar?q=1"),
+            (Some("https"), None, None, None, 80, "https://web/foo/bar?q=1"),
+            (Some("https"), None, None, None, 8080, "https://web/foo/bar?q=1"),
+            (Some("https"), None, None, Some(443), 80, "https://web/foo/bar?q=1"),
+            (Some("https"), None, None, Some(80), 80, "https://web:80/foo/bar?q=1"),
+            (
+                Some("https"),
+                Some("x.com"),
+                Some(PathEdit::Prefix(text("/new"))),
+                Some(8443),
+                80,
+                "https://x.com:8443/new/bar?q=1",
+            ),
+            (None, None, Some(PathEdit::Prefix(text("/"))), None, 80, "http://web/bar?q=1"),
+            (None, None, Some(PathEdit::Full(text("/all"))), None, 80, "http://web/all?q=1"),
+        ] {
+            let how = Redirect { scheme: scheme.map(text), host: host.map(text), path, port, ..none.clone() };
+            assert_eq!(redirect(&how, &r.head(), "http", service, Some("/foo")).1, want, "{how:?} {service}");
+        }
+        for status in [301, 302, 303, 307, 308] {
+            let how = Redirect { status, ..none.clone() };
+            assert_eq!(redirect(&how, &r.head(), "http", 80, None).0.as_u16(), status);
+        }
     }
 
     #[test]
@@ -932,11 +977,23 @@ mod tests {
         };
         let mut headers = Request::get("/").with("a", "0").with("a", "00").with("c", "x").headers;
         edit_headers(&edit, &mut headers);
-        let all: Vec<_> = headers.get_all("a").iter().map(|v| v.to_str().unwrap()).collect();
-        assert_eq!(
-            (all, headers.contains_key("b"), headers.contains_key("c")),
-            (vec!["1", "2"], true, false)
-        );
+        let all = |headers: &HeaderMap, name: &str| -> Vec<String> {
+            headers.get_all(name).iter().map(|v| v.to_str().unwrap().to_owned()).collect()
+        };
+        assert_eq!((all(&headers, "a"), all(&headers, "b")), (vec!["1,2".to_owned()], vec!["3".to_owned()]));
+        assert!(!headers.contains_key("c"));
+        // Lines that are there stay lines; what is added joins the last of them.
+        let add = |pairs: &[(&'static str, &'static str)]| HeaderEdit {
+            add: pairs.iter().map(|(n, v)| (name(n), value(v))).collect(),
+            ..HeaderEdit::default()
+        };
+        let mut headers = Request::get("/").with("a", "0").with("a", "00").headers;
+        edit_headers(&add(&[("a", "bar,baz"), ("a", "")]), &mut headers);
+        assert_eq!(all(&headers, "a"), ["0", "00,bar,baz,"]);
+        let mut headers = Request::get("/").with("cookie", "a=1").with("set-cookie", "a=1").headers;
+        edit_headers(&add(&[("cookie", "b=2"), ("set-cookie", "b=2")]), &mut headers);
+        assert_eq!(all(&headers, "cookie"), ["a=1; b=2"]);
+        assert_eq!(all(&headers, "set-cookie"), ["a=1", "b=2"]);
     }
 
     /// Gateway API's words, compared pair by pair and written without the derived order.

@@ -99,6 +99,8 @@ struct Sending<'a> {
     resolved: &'a Resolved,
     rule: &'a Arc<Rule>,
     rule_index: usize,
+    /// What matched, where it was a prefix.
+    prefix: Option<&'a str>,
     outgoing: Outgoing,
     replay: Option<Replay>,
     idempotent: bool,
@@ -168,35 +170,36 @@ impl Client {
         head::identify(&mut outgoing.headers, &mut *self.worker.rng.borrow_mut());
         decision.request(&outgoing.headers, &outgoing.path);
         let idempotent = retry::is_idempotent(&outgoing.method, &outgoing.headers);
-        let request_head = RequestHead {
-            method: &outgoing.method,
-            host: outgoing.host(),
-            path: outgoing.path.path(),
-            query: outgoing.path.query(),
-            headers: &outgoing.headers,
-        };
+        let request_head = outgoing.head();
         let routes = &resolved.policy.routes;
         let found = route::find(routes, &request_head).ok_or_else(|| unmatched(routes))?;
-        let (rule, rule_index) = (found.rule, found.index);
+        let (rule, rule_index, prefix) = (found.rule, found.index, found.prefix);
         if route::is_ambiguous(&resolved.policy.routes, &request_head, &found) {
             return Err(Error::PathNotCanonical);
         }
         decision.rule(&rule.label);
         exchange.belongs_to(resolved.series(&self.worker.recorder, Some(rule_index), None, spoken));
         if !rule.filters.is_empty() {
-            let prefix = found.prefix;
-            if let Some(redirect) = redirected(&rule.filters, &request_head, resolved, prefix)? {
-                let exchange = exchange.take(now());
-                exchange.finish(Class::Ok, now());
+            if let Some(redirect) = self.redirected(&rule.filters, &outgoing, resolved, prefix)? {
+                exchange.take(now()).finish(Class::Ok, now());
                 return Ok(redirect);
             }
-            let prefix = prefix.map(str::to_owned);
-            apply_filters(&rule.filters, &mut outgoing, prefix.as_deref())?;
+            apply_filters(&rule.filters, &mut outgoing, prefix)?;
         }
         let replay = (!http_body::Body::is_end_stream(&body))
             .then(|| Replay::new(body, rule.retry.max_body.max(pool::UPLOAD_WINDOW as usize)));
-        let sending =
-            Sending { resolved, rule, rule_index, outgoing, replay, idempotent, grpc, spoken, upgrade };
+        let sending = Sending {
+            resolved,
+            rule,
+            rule_index,
+            prefix,
+            outgoing,
+            replay,
+            idempotent,
+            grpc,
+            spoken,
+            upgrade,
+        };
         resolved.budget.deposit(exchange.started());
         let asked = if grpc { head::grpc_timeout(&sending.outgoing.headers) } else { None };
         let limit = [rule.timeouts.request, asked].into_iter().flatten().min();
@@ -235,6 +238,21 @@ impl Client {
             if !policy.resolved {
                 return Err(Error::BackendUnresolved);
             }
+            // Boxed: hardly any backend has filters, and all requests carry the room for them.
+            let edited = if chosen.filters.is_empty() {
+                None
+            } else {
+                let redirect =
+                    self.redirected(&chosen.filters, &sending.outgoing, resolved, sending.prefix)?;
+                if let Some(redirect) = redirect {
+                    exchange.take(now()).finish(Class::Ok, now());
+                    return Ok(redirect);
+                }
+                let mut edited = Box::new(sending.outgoing.clone());
+                apply_filters(&chosen.filters, &mut edited, sending.prefix)?;
+                Some(edited)
+            };
+            let outgoing = edited.as_deref().unwrap_or(&sending.outgoing);
             let permit =
                 Permit::take(backend, policy.service.limits.max_requests).ok_or(Error::Overloaded)?;
             let lease = self.pick(backend, policy.service.limits.queue_wait, &tried).await?;
@@ -247,7 +265,7 @@ impl Client {
             let address = lease.endpoint().address;
             let number = attempts.number();
             let connected = Cell::new(false);
-            let sent = self.send(&sending, lease.endpoint(), chosen, number, &connected);
+            let sent = self.send(&sending, outgoing, lease.endpoint(), chosen, number, &connected);
             let try_ends = rule.timeouts.per_try.map(|limit| tokio::time::Instant::now() + limit);
             let sent = match [try_ends, deadline].into_iter().flatten().min() {
                 None => sent.await,
@@ -312,6 +330,44 @@ impl Client {
         }
     }
 
+    /// What the filters answer themselves, if they do: a redirect, or that they cannot be applied.
+    fn redirected(
+        &self,
+        filters: &[Filter],
+        outgoing: &Outgoing,
+        resolved: &Resolved,
+        prefix: Option<&str>,
+    ) -> Result<Option<Response<Body>>, Error> {
+        for filter in filters {
+            match filter {
+                Filter::Redirect(redirect) => {
+                    let own;
+                    let host = match outgoing.host() {
+                        // HTTP/1.0 without Host: an address is the only name there is.
+                        "" => {
+                            own = SocketAddr::new(self.destination.original.ip(), 0).to_string();
+                            own.trim_end_matches(":0")
+                        }
+                        host => host,
+                    };
+                    let head = RequestHead { host, ..outgoing.head() };
+                    let port = resolved.policy.service.name.port;
+                    let (status, location) = route::redirect(redirect, &head, "http", port, prefix);
+                    let location = HeaderValue::try_from(location)
+                        .map_err(|_| Error::InvalidFilter("the redirect's location".into()))?;
+                    let mut response = Response::new(Body::empty());
+                    *response.status_mut() = status;
+                    response.headers_mut().insert(header::LOCATION, location);
+                    edit_response(filters, response.headers_mut());
+                    return Ok(Some(response));
+                }
+                Filter::Invalid { reason } => return Err(Error::InvalidFilter(reason.clone())),
+                Filter::RequestHeaders(_) | Filter::ResponseHeaders(_) | Filter::Rewrite(_) => {}
+            }
+        }
+        Ok(None)
+    }
+
     /// An endpoint, or a bounded wait for one: while a lone pod restarts there is none for a moment.
     async fn pick(
         &self,
@@ -349,6 +405,7 @@ impl Client {
     async fn send(
         &self,
         sending: &Sending<'_>,
+        outgoing: &Outgoing,
         endpoint: &weft_core::policy::Endpoint,
         chosen: &weft_core::policy::BackendRef,
         number: u32,
@@ -362,15 +419,9 @@ impl Client {
             None => Body::empty(),
             Some(replay) => Body::attempt(replay.attempt()),
         };
-        let mut request = sending
-            .outgoing
+        let request = outgoing
             .request(&peer, body, number)
             .map_err(|e| SendError::new(Failure::Unreachable, &e.to_string()))?;
-        for filter in &chosen.filters {
-            if let Filter::RequestHeaders(edit) = filter {
-                route::edit_headers(edit, request.headers_mut());
-            }
-        }
         let options = SendOptions {
             connect_timeout: self.connect_timeout(sending.rule),
             idempotent: sending.idempotent,
@@ -540,32 +591,6 @@ impl Upgraded {
 /// Why no rule matches.
 pub(super) fn unmatched(routes: &RouteTable) -> Error {
     if routes.is_usable() { Error::NoRoute } else { Error::RouteUnusable }
-}
-
-fn redirected(
-    filters: &[Filter],
-    head: &RequestHead<'_>,
-    resolved: &Resolved,
-    prefix: Option<&str>,
-) -> Result<Option<Response<Body>>, Error> {
-    for filter in filters {
-        match filter {
-            Filter::Redirect(redirect) => {
-                let port = resolved.policy.service.name.port;
-                let (status, location) = route::redirect(redirect, head, "http", port, prefix);
-                let location = HeaderValue::try_from(location)
-                    .map_err(|_| Error::InvalidFilter("the redirect's location".into()))?;
-                let mut response = Response::new(Body::empty());
-                *response.status_mut() = status;
-                response.headers_mut().insert(header::LOCATION, location);
-                edit_response(filters, response.headers_mut());
-                return Ok(Some(response));
-            }
-            Filter::Invalid { reason } => return Err(Error::InvalidFilter(reason.clone())),
-            Filter::RequestHeaders(_) | Filter::ResponseHeaders(_) | Filter::Rewrite(_) => {}
-        }
-    }
-    Ok(None)
 }
 
 fn edit_response(filters: &[Filter], headers: &mut HeaderMap) {
