@@ -13,6 +13,9 @@
 
 /^test / { name = $2 }
 
+# Where several tests ran at a time, what each said is shown together at the end.
+/^---- .* stdout ----$/ { name = $2 }
+
 /figure: / {
     said = $0
     sub(/^.*figure: /, "", said)

@@ -209,16 +209,8 @@ fn say(
     })
 }
 
-/// Connects as a caller, is silent for some time, and uses the connection; the handshake is made with its first use.
-pub(crate) fn call<T: Send>(
-    pod: &Pod,
-    to: SocketAddr,
-    server_name: &str,
-    identity: Option<(CertificateDer<'static>, KeyPair)>,
-    silent: Duration,
-    then: impl FnOnce(&mut rustls::Stream<'_, rustls::ClientConnection, std::net::TcpStream>) -> io::Result<T>
-    + Send,
-) -> io::Result<T> {
+/// A caller's side of TLS, for one purpose.
+pub(crate) fn config_of(identity: Option<(CertificateDer<'static>, KeyPair)>, alpn: &[u8]) -> ClientConfig {
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
     let builder = ClientConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&rustls::version::TLS13])
@@ -232,7 +224,21 @@ pub(crate) fn call<T: Send>(
         }
         None => builder.with_no_client_auth(),
     };
-    config.alpn_protocols = vec![b"weft-tcp/1".to_vec()];
+    config.alpn_protocols = vec![alpn.to_vec()];
+    config
+}
+
+/// Connects as a caller, is silent for some time, and uses the connection; the handshake is made with its first use.
+pub(crate) fn call<T: Send>(
+    pod: &Pod,
+    to: SocketAddr,
+    server_name: &str,
+    identity: Option<(CertificateDer<'static>, KeyPair)>,
+    silent: Duration,
+    then: impl FnOnce(&mut rustls::Stream<'_, rustls::ClientConnection, std::net::TcpStream>) -> io::Result<T>
+    + Send,
+) -> io::Result<T> {
+    let config = config_of(identity, b"weft-tcp/1");
     let name = ServerName::try_from(server_name.to_owned()).unwrap();
     // As the proxy's user: not captured, as a sidecar's own connections are not.
     pod.enter_as(ports::PROXY_UID, ports::PROXY_UID, || {
