@@ -378,6 +378,87 @@ fn stalled_streams(times_each: usize, slack_ms: f64) {
     });
 }
 
+/// Seconds of CPU that processes have had.
+fn cpu(pids: [u32; 2]) -> f64 {
+    let ticks = |pid: u32| -> f64 {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+        let fields: Vec<_> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
+        [11, 12].map(|at| fields[at].parse::<f64>().unwrap()).iter().sum()
+    };
+    pids.map(ticks).iter().sum::<f64>() / 100.0
+}
+
+#[test]
+fn a_head_that_grows_a_thousandfold_when_it_is_read_costs_little_more_than_another() {
+    const EACH: u32 = 90;
+    let arrived = Arc::new(AtomicU32::new(0));
+    let count = arrived.clone();
+    let Some(world) = world("amplification", 1_000, move |request, mut respond| {
+        let count = count.clone();
+        async move {
+            if request.uri().path() != "/hold" {
+                return answer(&mut respond, 200, "ok");
+            }
+            count.fetch_add(1, Ordering::Relaxed);
+            // Until the client gives it up.
+            let _ = std::future::poll_fn(|cx| respond.poll_reset(cx)).await;
+            Ok(())
+        }
+    }) else {
+        return;
+    };
+    let sidecars = [world.client.proxy.id(), world.backend.proxy.id()];
+    let rss = || sidecars.iter().map(|pid| rss_kib(*pid).unwrap()).sum::<u64>();
+    streams::run(async {
+        // HPACK: one field of 3.9 KB and fifteen references to it, a byte each: 60 KiB for twenty bytes.
+        let value = HeaderValue::from_bytes(&[b'x'; 3_900])?;
+        let bomb = |path: &str| {
+            let mut request = head("GET", path);
+            for _ in 0..15 {
+                request.headers_mut().append("x-bomb", value.clone());
+            }
+            request
+        };
+        let ordinary = |path: &str| head("GET", path);
+        let mut cost = Vec::new();
+        for (name, request) in
+            [("ordinary", &ordinary as &dyn Fn(&str) -> http::Request<()>), ("bomb", &bomb)]
+        {
+            let sender = connect(&world.client.pod, ECHO_ADDRESS).await?;
+            // What is learnt and filled once is no cost of a request.
+            for _ in 0..50 {
+                assert_eq!(ask(&sender, request("/")).await?.body(), "ok", "{name}");
+            }
+            let (before, begun) = (rss(), cpu(sidecars));
+            for _ in 0..300 {
+                assert_eq!(ask(&sender, request("/")).await?.body(), "ok", "{name}");
+            }
+            let micros = (cpu(sidecars) - begun) * 1e6 / 300.0;
+            arrived.store(0, Ordering::Relaxed);
+            let mut held = Vec::new();
+            for _ in 0..EACH {
+                held.push(send(&sender, request("/hold"), true).await?);
+            }
+            while arrived.load(Ordering::Relaxed) < EACH {
+                tokio::task::yield_now().await;
+            }
+            cost.push((micros, rss().saturating_sub(before)));
+            drop(held);
+        }
+        let [(micros, grown), (bomb_micros, bomb_grown)] = cost[..] else { unreachable!("two") };
+        println!(
+            "figure: a head of 20 bytes that is read as 60 KiB: {bomb_micros:.0} us of CPU at both sidecars, an ordinary one {micros:.0} us (bound 10x)"
+        );
+        println!(
+            "figure: {EACH} such heads held: +{bomb_grown} KiB at both sidecars, ordinary ones +{grown} KiB (bound 10x)"
+        );
+        assert!(bomb_micros <= 10.0 * micros.max(100.0), "{cost:?}");
+        // What an allocator rounds up to is no cost of a request.
+        assert!(bomb_grown <= 10 * grown.max(1_024), "{cost:?}");
+        Ok(())
+    });
+}
+
 /// Answers with the head as it was received, pseudo-headers first.
 async fn mirror(
     request: http::Request<h2::RecvStream>,
