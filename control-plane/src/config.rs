@@ -10,6 +10,7 @@ use std::{
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use weft_core::{
     identity::{PodUid, SpiffeId, TrustDomain},
+    policy::ServiceName,
     ports,
 };
 
@@ -45,10 +46,29 @@ pub enum Command {
 /// Flags of the server.
 #[derive(Clone, Debug, Args)]
 pub struct ServeArgs {
-    /// Where the mesh's objects are: `dir PATH`, a folder of YAML and JSON, watched.
-    #[arg(long, num_args = 2, value_names = ["KIND", "PATH"], env = "WEFT_SOURCE", value_delimiter = ':')]
+    /// Where the mesh's objects are: `kubernetes`, or `dir PATH`, a folder of YAML and JSON, watched.
+    #[arg(long, num_args = 1..=2, value_names = ["KIND", "PATH"], env = "WEFT_SOURCE", value_delimiter = ':')]
     pub source: Vec<String>,
-    /// Roots, join key and trust anchors; made if missing.
+    /// Kubernetes: the namespace that the controller itself runs in.
+    #[arg(long, value_name = "NAME", env = "WEFT_NAMESPACE", default_value = "weft")]
+    pub namespace: String,
+    /// Kubernetes: the Secret of the issuer, there; made if missing, or yours in the layout of kubernetes.io/tls
+    /// (tls.crt, tls.key, and the roots in ca.crt).
+    #[arg(long, value_name = "NAME", env = "WEFT_ISSUER_SECRET", default_value = "weft-issuer")]
+    pub issuer_secret: String,
+    /// Kubernetes: what sidecars' tokens are for.
+    #[arg(long, value_name = "NAME", env = "WEFT_TOKEN_AUDIENCE", default_value = "weft")]
+    pub token_audience: String,
+    /// Kubernetes: the ClusterRole that owns what the controller makes, so that it goes with the installation.
+    #[arg(long, value_name = "NAME", env = "WEFT_CLUSTER_ROLE")]
+    pub cluster_role: Option<String>,
+    /// Kubernetes: this replica's pod.
+    #[arg(long, value_name = "NAME", env = "WEFT_POD_NAME", default_value = "")]
+    pub pod_name: String,
+    /// Address of readiness and metrics alone, for those who are not on this machine.
+    #[arg(long, value_name = "ADDRESS", env = "WEFT_PROBE_LISTEN")]
+    pub probe_listen: Option<SocketAddr>,
+    /// With `dir`: roots, join key and trust anchors; made if missing.
     #[arg(long, value_name = "PATH", env = "WEFT_STATE_DIR", default_value = "./state")]
     pub state_dir: PathBuf,
     /// Address of the ports that sidecars connect to.
@@ -116,9 +136,9 @@ pub struct TokenArgs {
 /// What the controller uses.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// The folder of objects.
-    pub source: PathBuf,
-    /// The state folder.
+    /// Where objects are.
+    pub source: Source,
+    /// The state folder of a controller without a cluster.
     pub state_dir: PathBuf,
     /// Policy and telemetry. Port 0 takes a free one.
     pub discovery: SocketAddr,
@@ -126,12 +146,57 @@ pub struct Config {
     pub identity: SocketAddr,
     /// JSON API.
     pub api: SocketAddr,
+    /// Readiness and metrics alone.
+    pub probes: Option<SocketAddr>,
     /// The mesh's trust domain.
     pub trust_domain: TrustDomain,
     /// Of workload certificates.
     pub certificate_lifetime: Duration,
     /// Of sidecars' connections.
     pub max_connection_age: Duration,
+}
+
+/// Where objects are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// In a folder.
+    Folder(PathBuf),
+    /// In a cluster.
+    Kubernetes(Cluster),
+}
+
+/// What the controller is to its cluster.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Cluster {
+    /// The API server, if it is not the one of the service account or the kubeconfig.
+    pub server: Option<http::Uri>,
+    /// Its own namespace.
+    pub namespace: String,
+    /// The issuer's Secret there.
+    pub issuer_secret: String,
+    /// What tokens are for.
+    pub audience: String,
+    /// What owns what it makes.
+    pub cluster_role: Option<String>,
+    /// This replica.
+    pub pod: String,
+}
+
+impl Cluster {
+    /// The Service that sidecars come by; behind it are all controllers.
+    pub fn service(&self) -> ServiceName {
+        let (namespace, name) = (self.namespace.as_str().into(), "weft-controller".into());
+        ServiceName { namespace, name, port: ports::DISCOVERY }
+    }
+}
+
+impl std::fmt::Display for Source {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Folder(folder) => write!(f, "dir {}", folder.display()),
+            Self::Kubernetes(_) => f.write_str("kubernetes"),
+        }
+    }
 }
 
 /// Everything that is wrong with the flags.
@@ -149,11 +214,12 @@ impl Config {
         let trust_domain =
             TrustDomain::new("cluster.local").map_err(|e| ConfigErrors(vec![e.to_string()]))?;
         Ok(Self {
-            source,
+            source: Source::Folder(source),
             state_dir,
             discovery: free,
             identity: free,
             api: free,
+            probes: None,
             trust_domain,
             certificate_lifetime: MAX_LIFETIME,
             max_connection_age: Duration::from_secs(30 * 60),
@@ -167,20 +233,29 @@ impl Config {
     pub fn new(args: &ServeArgs) -> Result<Self, ConfigErrors> {
         let mut errors = Vec::new();
         let source = match args.source.as_slice() {
+            [kind] if kind == "kubernetes" => Source::Kubernetes(Cluster {
+                server: None,
+                namespace: args.namespace.clone(),
+                issuer_secret: args.issuer_secret.clone(),
+                audience: args.token_audience.clone(),
+                cluster_role: args.cluster_role.clone().filter(|name| !name.is_empty()),
+                pod: args.pod_name.clone(),
+            }),
             [kind, path] if kind == "dir" => {
                 let path = PathBuf::from(path);
                 if !path.is_dir() {
                     errors.push(format!("--source dir {}: there is no such folder", path.display()));
                 }
-                path
+                Source::Folder(path)
             }
             [] => {
-                errors.push("--source is missing: write --source dir PATH".to_owned());
-                PathBuf::new()
+                errors
+                    .push("--source is missing: write --source kubernetes, or --source dir PATH".to_owned());
+                Source::Folder(PathBuf::new())
             }
             other => {
-                errors.push(format!("--source {}: only `dir PATH` is known", other.join(" ")));
-                PathBuf::new()
+                errors.push(format!("--source {}: write `kubernetes` or `dir PATH`", other.join(" ")));
+                Source::Folder(PathBuf::new())
             }
         };
         let trust_domain = TrustDomain::new(&args.trust_domain);
@@ -214,6 +289,7 @@ impl Config {
                 discovery: (args.listen, args.discovery_port).into(),
                 identity: (args.listen, args.identity_port).into(),
                 api: args.api_listen,
+                probes: args.probe_listen,
                 trust_domain,
                 certificate_lifetime,
                 max_connection_age,
@@ -273,6 +349,11 @@ mod tests {
         assert_eq!(config.discovery, "127.0.0.1:14010".parse().unwrap());
         assert_eq!(config.api, "127.0.0.1:14080".parse().unwrap());
         assert_eq!(config.certificate_lifetime, Duration::from_secs(90));
+        let cli = parse("weft-controller --source kubernetes --namespace mesh --probe-listen [::]:14081");
+        let config = Config::new(&cli.serve).unwrap();
+        let Source::Kubernetes(cluster) = &config.source else { panic!("{:?}", config.source) };
+        assert_eq!((&*cluster.namespace, &*cluster.issuer_secret), ("mesh", "weft-issuer"));
+        assert_eq!(config.probes, Some("[::]:14081".parse().unwrap()));
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //! line in a log.
 
 use std::{
+    collections::BTreeSet,
     net::SocketAddr,
     path::Path,
     sync::{Arc, Mutex},
@@ -30,8 +31,9 @@ use weft_proto::{
 use crate::{
     api::dashboard::{self, Api},
     ca::{Bundle, Ca},
-    config::Config,
+    config::{Cluster, Config, Source},
     index::Index,
+    k8s::{self, authority::Authority, status::Statuses, token::Reviewer},
     metrics::Metrics,
     serve::{
         Server,
@@ -39,6 +41,7 @@ use crate::{
         identity::Certify,
         published::Published,
         publisher::Publisher,
+        replicas::{Answers, Replicas},
         telemetry::Reports,
         tls::{self, Configs},
     },
@@ -53,8 +56,10 @@ pub struct Controller {
     identity: SocketAddr,
     api: SocketAddr,
     ca: Arc<Ca>,
+    authority: Option<Arc<Authority>>,
     pub(crate) published: Arc<Published>,
     closing: watch::Sender<bool>,
+    servers: usize,
     tasks: JoinSet<()>,
 }
 
@@ -78,14 +83,18 @@ impl Controller {
     /// # Errors
     /// The state folder, a port, or a certificate.
     pub async fn start(config: Config) -> anyhow::Result<Self> {
-        let ca = Ca::open(&config.state_dir, config.trust_domain.clone(), config.certificate_lifetime);
-        let ca = Arc::new(ca.context("the certificate authority cannot be opened")?);
+        let (ca, cluster) = open(&config).await.context("the certificate authority cannot be opened")?;
+        let ca = Arc::new(ca);
         let listen = async |address: SocketAddr| {
             TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address}"))
         };
         let (discovery_port, identity_port) =
             (listen(config.discovery).await?, listen(config.identity).await?);
         let api_port = listen(config.api).await?;
+        let probe_port = match config.probes {
+            Some(address) => Some(listen(address).await?),
+            None => None,
+        };
         let addresses = [&discovery_port, &identity_port, &api_port].map(TcpListener::local_addr);
         let [discovery, identity, api] = addresses;
         let (discovery, identity, api) = (discovery?, identity?, api?);
@@ -96,7 +105,10 @@ impl Controller {
         let bundle = ca.bundle();
         publisher.trust(&bundle.borrow());
         let state = publisher.state();
-        let certify = Certify::new(ca.clone(), published.clone(), metrics.clone());
+        let mut certify = Certify::new(ca.clone(), published.clone(), metrics.clone());
+        if let Some(cluster) = &cluster {
+            certify = certify.with_tokens(Reviewer::new(cluster.client.clone(), &cluster.settings.audience));
+        }
         let store = Arc::new(Mutex::new(Store::default()));
         let reports = Reports::new(store.clone(), published.clone(), metrics.clone());
 
@@ -104,24 +116,10 @@ impl Controller {
         let configs = tls::configs(&ca, &first).context("the controller's own certificate")?;
         let discovery_tls = Arc::new(ArcSwap::new(configs.discovery.clone()));
         let identity_tls = Arc::new(ArcSwap::new(configs.identity.clone()));
+        let client_tls = Arc::new(ArcSwap::new(configs.client.clone()));
 
         let (closing, closing_seen) = watch::channel(false);
         let mut tasks = JoinSet::new();
-        let routes = Routes::new(
-            AggregatedDiscoveryServiceServer::new(Discovery::new(published.clone(), metrics.clone()))
-                .max_decoding_message_size(MAX_MESSAGE_LEN)
-                .max_encoding_message_size(MAX_MESSAGE_LEN),
-        )
-        .add_service(TelemetryServer::new(reports.clone()).max_decoding_message_size(MAX_MESSAGE_LEN));
-        let server = Server {
-            listener: discovery_port,
-            tls: discovery_tls.clone(),
-            routes: routes.prepare(),
-            client_auth: true,
-            max_age: config.max_connection_age,
-            metrics: metrics.clone(),
-        };
-        tasks.spawn(server.run(closing_seen.clone()));
         let server = Server {
             listener: identity_port,
             tls: identity_tls.clone(),
@@ -133,7 +131,18 @@ impl Controller {
             metrics: metrics.clone(),
         };
         tasks.spawn(server.run(closing_seen.clone()));
-        let server = Api {
+        let authority = cluster.as_ref().map(|cluster| cluster.authority.clone());
+        let replicas = match &cluster {
+            Some(cluster) => Some(Replicas::new(
+                state.clone(),
+                client_tls.clone(),
+                cluster.settings.service(),
+                cluster.settings.pod.clone(),
+                &config.trust_domain,
+            )?),
+            None => None,
+        };
+        let api_server = Arc::new(Api {
             ca: ca.clone(),
             certify,
             published: published.clone(),
@@ -141,16 +150,55 @@ impl Controller {
             store,
             reports: reports.clone(),
             metrics: metrics.clone(),
-            source: format!("dir {}", config.source.display()),
+            source: config.source.to_string(),
+            authority: authority.clone(),
+            replicas,
+        });
+        let routes = Routes::new(
+            AggregatedDiscoveryServiceServer::new(Discovery::new(published.clone(), metrics.clone()))
+                .max_decoding_message_size(MAX_MESSAGE_LEN)
+                .max_encoding_message_size(MAX_MESSAGE_LEN),
+        )
+        .add_service(TelemetryServer::new(reports.clone()).max_decoding_message_size(MAX_MESSAGE_LEN))
+        .add_service(Answers::new(api_server.clone(), &config.trust_domain)?);
+        let server = Server {
+            listener: discovery_port,
+            tls: discovery_tls.clone(),
+            routes: routes.prepare(),
+            client_auth: true,
+            max_age: config.max_connection_age,
+            metrics: metrics.clone(),
         };
-        tasks.spawn(dashboard::serve(api_port, Arc::new(server), closing_seen));
+        tasks.spawn(server.run(closing_seen.clone()));
+        if let Some(port) = probe_port {
+            tasks.spawn(dashboard::serve(port, api_server.clone(), true, closing_seen.clone()));
+        }
+        tasks.spawn(dashboard::serve(api_port, api_server.clone(), false, closing_seen));
 
         let (batches, batches_seen) = mpsc::channel(1);
-        let kept = config.state_dir.join(LAST_GOOD_OBJECTS);
-        tasks.spawn(dir::watch(config.source.clone(), Some(kept), batches));
-        let last_good = LastGood::load(&config.state_dir);
+        let last_good = match (&config.source, cluster) {
+            (Source::Folder(folder), _) => {
+                let kept = config.state_dir.join(LAST_GOOD_OBJECTS);
+                tasks.spawn(dir::watch(folder.clone(), Some(kept), batches));
+                LastGood::load(&config.state_dir)
+            }
+            (Source::Kubernetes(_), Some(InCluster { client, authority, settings })) => {
+                let (injected, injected_seen) = watch::channel(BTreeSet::new());
+                let statuses = Statuses::default();
+                let (leads, leads_seen) = watch::channel(false);
+                tasks.spawn(k8s::watch::watch(client.clone(), statuses.clone(), injected, batches));
+                let Cluster { namespace, pod, .. } = settings;
+                let ask = move || api_server.clone().whole_status();
+                tasks.spawn(k8s::lease::hold(client.clone(), namespace, pod.clone(), leads));
+                tasks.spawn(k8s::status::write(client, pod, statuses, leads_seen, ask));
+                tasks.spawn(authority.clone().follow(ca.clone()));
+                tasks.spawn(authority.publish(ca.clone(), injected_seen));
+                LastGood::none()
+            }
+            (Source::Kubernetes(_), None) => anyhow::bail!("there is no client of the cluster"),
+        };
         tasks.spawn(publish(publisher, batches_seen, ca.bundle(), metrics, published.clone(), last_good));
-        tasks.spawn(keep_certified(ca.clone(), configs, discovery_tls, identity_tls));
+        tasks.spawn(keep_certified(ca.clone(), configs, discovery_tls, identity_tls, client_tls));
         tasks.spawn(async move {
             loop {
                 sleep(TIDY_EVERY).await;
@@ -158,8 +206,9 @@ impl Controller {
             }
         });
         tracing::info!(%discovery, %identity, %api, trust_domain = %config.trust_domain,
-            source = %config.source.display(), state = %config.state_dir.display(), "listening");
-        Ok(Self { discovery, identity, api, ca, published, closing, tasks })
+            source = %config.source, "listening");
+        let servers = SERVERS + usize::from(config.probes.is_some());
+        Ok(Self { discovery, identity, api, ca, authority, published, closing, servers, tasks })
     }
 
     /// Where policy and telemetry are served.
@@ -175,6 +224,11 @@ impl Controller {
     /// Where the JSON API is served.
     pub fn api(&self) -> SocketAddr {
         self.api
+    }
+
+    /// Who keeps the authority's Secret, in a cluster.
+    pub fn authority(&self) -> Option<&Arc<Authority>> {
+        self.authority.as_ref()
     }
 
     /// The authority.
@@ -202,11 +256,43 @@ impl Controller {
         self.closing.send_replace(true);
         let deadline = Instant::now() + STOP;
         // The servers are the only ones that end by themselves.
-        for _ in 0..SERVERS {
+        for _ in 0..self.servers {
             let _ = tokio::time::timeout_at(deadline, self.tasks.join_next()).await;
         }
         self.tasks.abort_all();
         tracing::info!("stopped");
+    }
+}
+
+/// What a controller in a cluster has beside the rest.
+struct InCluster {
+    client: kube::Client,
+    authority: Arc<Authority>,
+    settings: Cluster,
+}
+
+/// Opens the authority where it is kept.
+async fn open(config: &Config) -> anyhow::Result<(Ca, Option<InCluster>)> {
+    let (domain, lifetime) = (config.trust_domain.clone(), config.certificate_lifetime);
+    match &config.source {
+        Source::Folder(_) => Ok((Ca::open(&config.state_dir, domain, lifetime)?, None)),
+        Source::Kubernetes(settings) => {
+            let client = match &settings.server {
+                Some(server) => k8s::client_of(kube::Config::new(server.clone()))?,
+                None => k8s::client().await?,
+            };
+            let Cluster { namespace, issuer_secret, cluster_role, .. } = settings;
+            let opened = Authority::open(
+                client.clone(),
+                namespace,
+                issuer_secret,
+                cluster_role.as_deref(),
+                domain,
+                lifetime,
+            );
+            let (authority, ca) = opened.await?;
+            Ok((ca, Some(InCluster { client, authority, settings: settings.clone() })))
+        }
     }
 }
 
@@ -267,13 +353,18 @@ async fn publish(
 /// How much there was when all was well. A controller that starts with an empty source and answers
 /// "removed" to everybody is an outage.
 #[derive(Debug)]
-struct LastGood((usize, usize), std::path::PathBuf);
+struct LastGood((usize, usize), Option<std::path::PathBuf>);
 
 impl LastGood {
     fn load(state: &Path) -> Self {
         let path = state.join("last-good.json");
         let counts = std::fs::read(&path).ok().and_then(|text| serde_json::from_slice(&text).ok());
-        Self(counts.unwrap_or_default(), path)
+        Self(counts.unwrap_or_default(), Some(path))
+    }
+
+    /// Of a cluster: there a list is whole or an error.
+    fn none() -> Self {
+        Self((0, 0), None)
     }
 
     fn lacks_most(&self, now: (usize, usize)) -> bool {
@@ -282,12 +373,10 @@ impl LastGood {
     }
 
     fn save(&mut self, now: (usize, usize)) {
-        if now == self.0 {
-            return;
-        }
+        let Some(path) = self.1.as_ref().filter(|_| now != self.0) else { return };
         self.0 = now;
         let text = serde_json::json!([now.0, now.1]).to_string();
-        if let Err(error) = crate::ca::root::write(&self.1, text.as_bytes(), 0o600) {
+        if let Err(error) = crate::ca::root::write(path, text.as_bytes(), 0o600) {
             tracing::warn!(%error, "the state folder cannot be written");
         }
     }
@@ -299,6 +388,7 @@ async fn keep_certified(
     mut configs: Configs,
     discovery: Arc<ArcSwap<rustls::ServerConfig>>,
     identity: Arc<ArcSwap<rustls::ServerConfig>>,
+    client: Arc<ArcSwap<rustls::ClientConfig>>,
 ) {
     let mut bundle = ca.bundle();
     loop {
@@ -312,6 +402,7 @@ async fn keep_certified(
             Ok(new) => {
                 discovery.store(new.discovery.clone());
                 identity.store(new.identity.clone());
+                client.store(new.client.clone());
                 configs = new;
             }
             Err(error) => tracing::error!(%error, "the controller's own certificate could not be renewed"),
@@ -321,6 +412,7 @@ async fn keep_certified(
 
 /// Beside the register of roots.
 const LAST_GOOD_OBJECTS: &str = "last-good-objects.jsonl";
+/// Beside that of the probes.
 const SERVERS: usize = 3;
 const STOP: Duration = Duration::from_secs(6);
 const TIDY_EVERY: Duration = Duration::from_secs(10);

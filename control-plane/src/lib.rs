@@ -18,6 +18,7 @@ pub mod cli;
 pub mod config;
 pub mod controller;
 pub mod index;
+pub mod k8s;
 pub mod metrics;
 pub mod resources;
 pub mod serve;

@@ -56,7 +56,7 @@ impl Fake {
         let bundle = ca.bundle().borrow().clone();
         let configs = tls::configs(&ca, &bundle).unwrap();
         let claims = Claims::new("shop", "web", "web-1-uid", "", SystemTime::now() + LONG * 100);
-        std::fs::write(folder.0.join("token"), ca.join_key().sign(&claims)).unwrap();
+        std::fs::write(folder.0.join("token"), ca.join_key().unwrap().sign(&claims)).unwrap();
         let (accepted, streams) = mpsc::channel(16);
         let mut addresses = Vec::new();
         let mut tasks = Vec::new();

@@ -87,7 +87,7 @@ impl World {
 
     async fn credentials(&self, account: &str, uid: &str) -> ClientConfig {
         let claims = Claims::new("shop", account, uid, "", SystemTime::now() + LONG);
-        let token = self.controller.ca().join_key().sign(&claims);
+        let token = self.controller.ca().join_key().unwrap().sign(&claims);
         let key = KeyPair::generate().unwrap();
         let csr = CertificateParams::default().serialize_request(&key).unwrap();
         let anchors = std::fs::read(self.folder.0.join("state/trust-anchors.pem")).unwrap();

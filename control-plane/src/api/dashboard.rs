@@ -15,17 +15,19 @@ use http::{Method, Request, Response, StatusCode, header};
 use http_body_util::Full;
 use hyper::{body::Incoming, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
-use serde::Serialize;
+use serde::{Serialize, de::DeserializeOwned};
 use tokio::{net::TcpListener, sync::Semaphore, sync::watch};
 use tower::{ServiceBuilder, ServiceExt as _};
 use weft_core::identity::PodUid;
 
 use super::{
+    merge,
     status::{Facts, pod_name},
-    types::{Anchor, Certs, Endpoints, Refusal, Rotated, Routes},
+    types::{Anchor, Certs, Endpoints, Refusal, Rotated, Routes, Status},
 };
 use crate::{
     ca::{Ca, RotateRoot},
+    k8s::authority::Authority,
     metrics::{Metrics, Sample},
     resources::values::GatewayDuration,
     serve::{
@@ -33,9 +35,10 @@ use crate::{
         identity::Certify,
         published::Published,
         publisher::{State, now_ms},
+        replicas::Replicas,
         telemetry::Reports,
     },
-    telemetry::{Filter, Store},
+    telemetry::{Filter, Parts, Store},
 };
 
 /// What the API reads.
@@ -56,15 +59,27 @@ pub struct Api {
     pub metrics: Arc<Metrics>,
     /// The source, for people.
     pub source: String,
+    /// Who keeps the roots, where that is not a folder.
+    pub authority: Option<Arc<Authority>>,
+    /// The other controllers, where there may be some.
+    pub replicas: Option<Replicas>,
 }
+
+/// What the others answered.
+type Others = Vec<(String, Option<Bytes>)>;
 
 /// An answer that is not 2xx.
 struct Refused(StatusCode, String);
 
 type Answer = Result<Response<Full<Bytes>>, Refused>;
 
-/// Serves until `closing` says so.
-pub async fn serve(listener: TcpListener, api: Arc<Api>, mut closing: watch::Receiver<bool>) {
+/// Serves until `closing` says so; `probes_only` keeps the mesh from whoever is not on this machine.
+pub async fn serve(
+    listener: TcpListener,
+    api: Arc<Api>,
+    probes_only: bool,
+    mut closing: watch::Receiver<bool>,
+) {
     let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     let work = ServiceBuilder::new()
         .load_shed()
@@ -74,8 +89,16 @@ pub async fn serve(listener: TcpListener, api: Arc<Api>, mut closing: watch::Rec
             let api = api.clone();
             async move {
                 let (head, _) = request.into_parts();
+                if probes_only && head.uri.path().starts_with("/api/") {
+                    let reason = "the mesh is shown on loopback only".to_owned();
+                    return Ok(Refused(StatusCode::NOT_FOUND, reason).response());
+                }
+                if let Some(step) = rotation(&head) {
+                    return Ok(api.rotate(step).await.unwrap_or_else(Refused::response));
+                }
+                let others = api.ask_others(&head).await;
                 // Merging is work: not on the threads that serve sidecars.
-                let answered = tokio::task::spawn_blocking(move || api.answer(&head)).await;
+                let answered = tokio::task::spawn_blocking(move || api.answer(&head, others)).await;
                 answered.map_err(std::io::Error::other)
             }
         });
@@ -118,42 +141,64 @@ pub async fn serve(listener: TcpListener, api: Arc<Api>, mut closing: watch::Rec
 }
 
 impl Api {
-    fn answer(&self, head: &http::request::Parts) -> Response<Full<Bytes>> {
-        self.try_answer(head).unwrap_or_else(Refused::response)
+    /// What this controller alone knows: the answer to another one.
+    pub fn part(&self, head: &http::request::Parts) -> Response<Full<Bytes>> {
+        self.answer(head, Others::new())
     }
 
-    fn try_answer(&self, head: &http::request::Parts) -> Answer {
+    /// The status of the whole mesh.
+    pub async fn whole_status(self: Arc<Self>) -> Option<Status> {
+        let others = match &self.replicas {
+            Some(replicas) => replicas.ask("/api/v1/status").await,
+            None => Others::new(),
+        };
+        // Counting is work, as above.
+        tokio::task::spawn_blocking(move || merge::status(self.status(), parts(others))).await.ok()
+    }
+
+    async fn ask_others(&self, head: &http::request::Parts) -> Others {
+        let Some(replicas) = self.replicas.as_ref().filter(|_| head.method == Method::GET) else {
+            return Others::new();
+        };
+        let path = match head.uri.path() {
+            "/api/v1/routes" => "/api/v1/route-parts",
+            path @ ("/api/v1/status" | "/api/v1/endpoints" | "/api/v1/edges" | "/api/v1/certs") => path,
+            _ => return Others::new(),
+        };
+        match head.uri.query() {
+            Some(query) => replicas.ask(&format!("{path}?{query}")).await,
+            None => replicas.ask(path).await,
+        }
+    }
+
+    fn answer(&self, head: &http::request::Parts, others: Others) -> Response<Full<Bytes>> {
+        self.try_answer(head, others).unwrap_or_else(Refused::response)
+    }
+
+    fn try_answer(&self, head: &http::request::Parts, others: Others) -> Answer {
         let query = query(head.uri.query().unwrap_or_default());
         let get = head.method == Method::GET || head.method == Method::HEAD;
         match head.uri.path() {
             "/live" if get => Ok(text(StatusCode::OK, "live\n")),
             "/ready" if get => Ok(self.ready()),
             "/metrics" if get => Ok(text(StatusCode::OK, self.render_metrics())),
-            "/api/v1/routes" if get => self.routes(&query),
-            "/api/v1/status" if get => {
-                let (state, store) = (self.state(), self.store());
-                let facts = Facts {
-                    state: &state,
-                    published: &self.published,
-                    store: &store,
-                    reports: &self.reports,
-                };
-                json(&facts.status(&self.source))
-            }
-            "/api/v1/endpoints" if get => self.endpoints(&query),
-            "/api/v1/edges" if get => json(&self.store().edges()),
-            "/api/v1/certs" if get => json(&self.certs()),
-            "/api/v1/certs/rotate" if head.method == Method::POST => {
-                // Only a browser sends it, and no page of ours does.
-                if head.headers.contains_key(header::ORIGIN) {
-                    return Err(Refused(StatusCode::FORBIDDEN, "not for browsers".to_owned()));
+            "/api/v1/routes" if get => {
+                let (window, mut all) = self.routes(&query)?;
+                for part in parts(others).into_iter().filter_map(|(_, part)| part) {
+                    all.add(part);
                 }
-                self.rotate(&query)
+                json(&Routes { window_s: window.as_secs(), rows: all.rows() })
             }
+            "/api/v1/route-parts" if get => json(&self.routes(&query)?.1.wire()),
+            "/api/v1/status" if get => json(&merge::status(self.status(), parts(others))),
+            "/api/v1/endpoints" if get => json(&merge::endpoints(self.endpoints(&query), parts(others))),
+            "/api/v1/edges" if get => json(&merge::edges(self.store().edges(), parts(others))),
+            "/api/v1/certs" if get => json(&merge::certs(self.certs(), parts(others))),
             path @ ("/live"
             | "/ready"
             | "/metrics"
             | "/api/v1/routes"
+            | "/api/v1/route-parts"
             | "/api/v1/status"
             | "/api/v1/endpoints"
             | "/api/v1/edges"
@@ -165,6 +210,14 @@ impl Api {
         }
     }
 
+    /// What this replica knows of everything.
+    pub fn status(&self) -> Status {
+        let (state, store) = (self.state(), self.store());
+        let facts =
+            Facts { state: &state, published: &self.published, store: &store, reports: &self.reports };
+        facts.status(&self.source)
+    }
+
     fn ready(&self) -> Response<Full<Bytes>> {
         match *self.published.synced().borrow() {
             true => text(StatusCode::OK, "ready\n"),
@@ -172,7 +225,7 @@ impl Api {
         }
     }
 
-    fn routes(&self, query: &BTreeMap<String, String>) -> Answer {
+    fn routes(&self, query: &BTreeMap<String, String>) -> Result<(Duration, Parts), Refused> {
         let window = match query.get("window") {
             None => DEFAULT_WINDOW,
             Some(text) => match text.parse::<GatewayDuration>() {
@@ -184,11 +237,11 @@ impl Api {
         };
         let filter =
             Filter { service: query.get("service").cloned(), workload: query.get("workload").cloned() };
-        let rows = self.store().routes(&filter, window, now_ms());
-        json(&Routes { window_s: window.as_secs(), rows })
+        let parts = self.store().parts(&filter, window, now_ms());
+        Ok((window, parts))
     }
 
-    fn endpoints(&self, query: &BTreeMap<String, String>) -> Answer {
+    fn endpoints(&self, query: &BTreeMap<String, String>) -> Endpoints {
         let mut rows = self.store().endpoints();
         if let Some(service) = query.get("service") {
             rows.retain(|row| {
@@ -201,7 +254,7 @@ impl Api {
         let pods =
             uids.filter_map(|uid| Some((uid.clone(), pod_name(&state.index, &PodUid::new(uid).ok()?))));
         let pods = pods.collect();
-        json(&Endpoints { rows, pods })
+        Endpoints { rows, pods }
     }
 
     fn certs(&self) -> Certs {
@@ -228,16 +281,12 @@ impl Api {
         }
     }
 
-    fn rotate(&self, query: &BTreeMap<String, String>) -> Answer {
-        let done = match query.get("root").map(String::as_str) {
-            None => self.ca.rotate_leaves(),
-            Some("add") => self.ca.rotate_root(RotateRoot::Add),
-            Some("activate") => self.ca.rotate_root(RotateRoot::Activate),
-            Some("retire") => self.ca.rotate_root(RotateRoot::Retire),
-            Some(other) => {
-                let reason = format!("root {other:?}: write add, then activate, then retire");
-                return Err(Refused(StatusCode::BAD_REQUEST, reason));
-            }
+    async fn rotate(&self, step: Result<Option<RotateRoot>, Refused>) -> Answer {
+        let step = step?;
+        let done = match (&self.authority, step) {
+            (Some(authority), step) => authority.rotate(&self.ca, step).await,
+            (None, None) => self.ca.rotate_leaves(),
+            (None, Some(step)) => self.ca.rotate_root(step),
         };
         let bundle = done.map_err(|error| Refused(StatusCode::CONFLICT, error.to_string()))?;
         tracing::info!(sequence = bundle.sequence, roots = bundle.roots.len(), "certificates rotate");
@@ -270,6 +319,34 @@ impl Api {
     fn store(&self) -> MutexGuard<'_, Store> {
         self.store.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// The others' answers; what cannot be read is none.
+fn parts<T: DeserializeOwned>(others: Others) -> Vec<merge::Part<T>> {
+    let read = |body: Bytes| serde_json::from_slice(&body).ok();
+    others.into_iter().map(|(name, body)| (name, body.and_then(read))).collect()
+}
+
+/// Which step is asked for; `None`: this is no such question. Without a step only certificates are renewed.
+fn rotation(head: &http::request::Parts) -> Option<Result<Option<RotateRoot>, Refused>> {
+    if head.uri.path() != "/api/v1/certs/rotate" || head.method != Method::POST {
+        return None;
+    }
+    // Only a browser sends it, and no page of ours does.
+    if head.headers.contains_key(header::ORIGIN) {
+        return Some(Err(Refused(StatusCode::FORBIDDEN, "not for browsers".to_owned())));
+    }
+    let query = query(head.uri.query().unwrap_or_default());
+    Some(match query.get("root").map(String::as_str) {
+        None => Ok(None),
+        Some("add") => Ok(Some(RotateRoot::Add)),
+        Some("activate") => Ok(Some(RotateRoot::Activate)),
+        Some("retire") => Ok(Some(RotateRoot::Retire)),
+        Some(other) => {
+            let reason = format!("root {other:?}: write add, then activate, then retire");
+            Err(Refused(StatusCode::BAD_REQUEST, reason))
+        }
+    })
 }
 
 impl Refused {

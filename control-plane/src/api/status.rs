@@ -49,6 +49,7 @@ impl Facts<'_> {
             problems: self.problems(),
             sidecars: self.sidecars(),
             foreign: u64::try_from(self.state.foreign).unwrap_or(u64::MAX),
+            replicas: Vec::new(),
         }
     }
 
@@ -104,6 +105,7 @@ impl Facts<'_> {
             .collect();
         let conditions = self.state.index.conditions(key).into_iter().map(|condition| ConditionStatus {
             parent: condition.parent,
+            parent_ref: condition.parent_ref,
             kind: condition.kind.to_owned(),
             status: condition.status,
             reason: condition.reason.to_owned(),

@@ -39,6 +39,18 @@ pub struct Status {
     pub sidecars: Vec<SidecarStatus>,
     /// Objects in the source that are nothing to the mesh.
     pub foreign: u64,
+    /// The other controllers that were asked for their part; none where there is one controller.
+    pub replicas: Vec<ReplicaStatus>,
+}
+
+/// Another controller.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct ReplicaStatus {
+    /// Its pod.
+    pub name: String,
+    /// Whether what it knows is in the answer.
+    pub answered: bool,
 }
 
 /// One object.
@@ -89,6 +101,8 @@ pub struct Laggard {
 pub struct ConditionStatus {
     /// The parent, `Service/<ns>/<name>[:<port>]`; empty if the object has none.
     pub parent: String,
+    /// Its place in `spec.parentRefs`, from 0.
+    pub parent_ref: Option<usize>,
     /// `Accepted`, `ResolvedRefs`, `PartiallyInvalid`.
     #[serde(rename = "type")]
     pub kind: String,

@@ -27,7 +27,7 @@ pub struct Subject {
 /// A new certificate.
 #[derive(Clone, Debug)]
 pub struct Issued {
-    /// It, then intermediates (none today).
+    /// It, then those between it and a root.
     pub chain: Vec<CertificateDer<'static>>,
     /// From when to when.
     pub validity: Validity,

@@ -21,8 +21,8 @@ pub mod root;
 pub mod token;
 
 pub use issuer::{Issued, Subject};
-pub use root::{Roots, RotateRoot};
-pub use token::{Claims, JoinKey, TokenError};
+pub use root::{Files, Place, Roots, RotateRoot};
+pub use token::{Claims, JoinKey, TokenCheck, TokenError};
 
 /// Why the authority cannot do what it is asked.
 #[derive(Debug, thiserror::Error)]
@@ -68,7 +68,8 @@ pub struct Bundle {
 pub struct Ca {
     trust_domain: TrustDomain,
     lifetime: Duration,
-    join_key: JoinKey,
+    /// Where there is no cluster to ask.
+    join_key: Option<JoinKey>,
     roots: Mutex<Roots>,
     bundle: watch::Sender<Bundle>,
 }
@@ -83,7 +84,29 @@ impl Ca {
         let join_key = JoinKey::open(state)?;
         let roots = Roots::open(state, &trust_domain)?;
         let (bundle, _) = watch::channel(roots.bundle());
-        Ok(Self { trust_domain, lifetime, join_key, roots: Mutex::new(roots), bundle })
+        Ok(Self { trust_domain, lifetime, join_key: Some(join_key), roots: Mutex::new(roots), bundle })
+    }
+
+    /// An authority whose roots somebody else keeps, and who asks somebody else about tokens.
+    pub fn with_roots(roots: Roots, trust_domain: TrustDomain, lifetime: Duration) -> Self {
+        let (bundle, _) = watch::channel(roots.bundle());
+        Self { trust_domain, lifetime, join_key: None, roots: Mutex::new(roots), bundle }
+    }
+
+    /// Takes other roots: those that are kept elsewhere have changed.
+    pub fn replace(&self, roots: Roots) {
+        let bundle = roots.bundle();
+        *self.roots() = roots;
+        self.bundle.send_if_modified(|known| {
+            let differs = *known != bundle;
+            *known = bundle;
+            differs
+        });
+    }
+
+    /// The trust anchors, as sidecars read them.
+    pub fn anchors(&self) -> String {
+        self.roots().anchors()
     }
 
     /// Signs a workload's key under the names that its token says.
@@ -110,12 +133,12 @@ impl Ca {
     /// # Errors
     /// See [`TokenError`].
     pub fn check_token(&self, token: &str, now: SystemTime) -> Result<Claims, TokenError> {
-        self.join_key.check(token, now)
+        self.join_key.as_ref().ok_or(TokenError::Signature)?.check(token, now)
     }
 
-    /// The key of join tokens.
-    pub fn join_key(&self) -> &JoinKey {
-        &self.join_key
+    /// The key of join tokens; none in a cluster.
+    pub fn join_key(&self) -> Option<&JoinKey> {
+        self.join_key.as_ref()
     }
 
     /// What sidecars should trust; changes are seen on the channel.

@@ -6,8 +6,13 @@
 //!
 //! Files of the state folder, all 0600 but the anchors: `root-<n>.pem` (certificate and key), `roots.json`
 //! (which sign, which are trusted, the sequence), `join.key`, `trust-anchors.pem` (for sidecars).
+//!
+//! In a cluster the same files are the entries of a Secret: [`Place`] is where they are. Or somebody else keeps the
+//! authority (cert-manager, a company's own): then there is an issuer's key and certificate, and roots that may stay
+//! offline, and nothing here is ever written.
 
 use std::{
+    collections::BTreeMap,
     fs,
     io::Write,
     os::unix::fs::{DirBuilderExt, OpenOptionsExt},
@@ -39,12 +44,35 @@ pub enum RotateRoot {
     Retire,
 }
 
-/// The roots of one state folder.
+/// The roots of one place.
 #[derive(Debug)]
 pub struct Roots {
-    state: PathBuf,
+    place: Place,
     register: Register,
     roots: Vec<Root>,
+    /// Who signs, where that is no root of ours.
+    supplied: Option<Supplied>,
+}
+
+/// Where the files are.
+#[derive(Clone)]
+pub enum Place {
+    /// A folder.
+    Folder(PathBuf),
+    /// Memory; somebody else keeps it (the entries of a Secret).
+    Memory(Files),
+}
+
+/// Files by name.
+pub type Files = BTreeMap<String, Zeroizing<Vec<u8>>>;
+
+/// An issuer that somebody else made.
+struct Supplied {
+    certificate: CertificateDer<'static>,
+    key: KeyPair,
+    /// Itself and those above it, where it is no root: whoever verifies has the roots only.
+    chain: Vec<CertificateDer<'static>>,
+    not_after: SystemTime,
 }
 
 /// One root, for reports.
@@ -72,10 +100,59 @@ struct Register {
 struct Root {
     name: String,
     certificate: CertificateDer<'static>,
-    key: KeyPair,
+    /// Only of roots that are kept here.
+    key: Option<KeyPair>,
     not_before: SystemTime,
     not_after: SystemTime,
     serial: String,
+}
+
+impl Place {
+    fn path(&self, name: &str) -> PathBuf {
+        match self {
+            Self::Folder(folder) => folder.join(name),
+            Self::Memory(_) => Path::new("secret").join(name),
+        }
+    }
+
+    fn read(&self, name: &str) -> std::io::Result<Zeroizing<Vec<u8>>> {
+        match self {
+            Self::Folder(folder) => fs::read(folder.join(name)).map(Zeroizing::new),
+            Self::Memory(files) => files.get(name).cloned().ok_or(std::io::ErrorKind::NotFound.into()),
+        }
+    }
+
+    fn write(&mut self, name: &str, bytes: &[u8], mode: u32) -> Result<(), CaError> {
+        match self {
+            Self::Folder(folder) => write(&folder.join(name), bytes, mode),
+            Self::Memory(files) => {
+                files.insert(name.to_owned(), Zeroizing::new(bytes.to_vec()));
+                Ok(())
+            }
+        }
+    }
+
+    fn has(&self, name: &str) -> bool {
+        match self {
+            Self::Folder(folder) => folder.join(name).exists(),
+            Self::Memory(files) => files.contains_key(name),
+        }
+    }
+}
+
+impl std::fmt::Debug for Place {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Folder(folder) => folder.fmt(f),
+            Self::Memory(_) => f.write_str("memory"),
+        }
+    }
+}
+
+impl std::fmt::Debug for Supplied {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Supplied").field("not_after", &self.not_after).finish_non_exhaustive()
+    }
 }
 
 impl std::fmt::Debug for Root {
@@ -90,8 +167,19 @@ impl Roots {
     /// # Errors
     /// Files that cannot be read, written or used.
     pub fn open(state: &Path, trust_domain: &TrustDomain) -> Result<Self, CaError> {
-        let path = state.join(REGISTER);
-        let mut roots = match fs::read(&path) {
+        Self::open_in(Place::Folder(state.to_owned()), trust_domain)
+    }
+
+    /// The same in any place. A Secret in the layout of `kubernetes.io/tls` is a supplied issuer.
+    ///
+    /// # Errors
+    /// Files that cannot be read, written or used.
+    pub fn open_in(mut place: Place, trust_domain: &TrustDomain) -> Result<Self, CaError> {
+        if matches!(place, Place::Memory(_)) && place.has(SUPPLIED_CERTIFICATE) {
+            return Self::supplied(place, SystemTime::now());
+        }
+        let path = place.path(REGISTER);
+        let mut roots = match place.read(REGISTER) {
             Ok(bytes) => {
                 let register: Register = serde_json::from_slice(&bytes)
                     .map_err(|e| CaError::Content { path: path.clone(), reason: e.to_string() })?;
@@ -101,22 +189,95 @@ impl Roots {
                         reason: "the active root is not a trusted one".to_owned(),
                     });
                 }
-                let loaded = register.trusted.iter().map(|name| load(state, name));
+                let loaded = register.trusted.iter().map(|name| load(&place, name));
                 let mut roots =
-                    Self { roots: loaded.collect::<Result<_, _>>()?, state: state.to_owned(), register };
+                    Self { roots: loaded.collect::<Result<_, _>>()?, place, register, supplied: None };
                 roots.forget_expired(SystemTime::now())?;
                 roots
             }
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                let root = create(state, "root-1", trust_domain)?;
+                let root = create(&mut place, "root-1", trust_domain)?;
                 let name = root.name.clone();
                 let register = Register { active: name.clone(), trusted: vec![name], sequence: 1 };
-                Self { state: state.to_owned(), register, roots: vec![root] }
+                Self { place, register, roots: vec![root], supplied: None }
             }
             Err(error) => return Err(CaError::File { path, error }),
         };
         roots.save(roots.register.clone())?;
         Ok(roots)
+    }
+
+    /// `tls.crt` (the issuer, then those above it), `tls.key`, and `ca.crt` (the roots; without it those of `tls.crt`
+    /// that signed themselves): the layout of `kubernetes.io/tls` and of cert-manager.
+    fn supplied(place: Place, now: SystemTime) -> Result<Self, CaError> {
+        let read =
+            |name: &str| place.read(name).map_err(|error| CaError::File { path: place.path(name), error });
+        let bad = |name: &str, reason: String| CaError::Content { path: place.path(name), reason };
+        let certificates = |name: &str| {
+            let text = read(name)?;
+            let all: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&text).collect();
+            all.map_err(|e| bad(name, format!("no certificate: {e}")))
+        };
+        let mut chain = certificates(SUPPLIED_CERTIFICATE)?;
+        let key = read(SUPPLIED_KEY)?;
+        let issuer = chain
+            .first()
+            .cloned()
+            .ok_or_else(|| bad(SUPPLIED_CERTIFICATE, "holds no certificate".to_owned()))?;
+        let signs = root(SUPPLIED_CERTIFICATE, issuer.clone(), Some(&key))
+            .map_err(|reason| bad(SUPPLIED_CERTIFICATE, reason))?;
+        if signs.not_after <= now {
+            return Err(bad(SUPPLIED_CERTIFICATE, "the issuer's certificate has expired".to_owned()));
+        }
+        let anchors = if place.has(SUPPLIED_ROOTS) {
+            certificates(SUPPLIED_ROOTS)?
+        } else {
+            chain.iter().filter(|certificate| is_self_signed(certificate)).cloned().collect()
+        };
+        let mut roots = Vec::new();
+        for (n, anchor) in anchors.into_iter().enumerate() {
+            let anchor = root(&format!("{SUPPLIED_ROOTS} no. {}", n + 1), anchor, None)
+                .map_err(|reason| bad(SUPPLIED_ROOTS, reason))?;
+            let known = roots.iter().any(|known: &Root| known.certificate == anchor.certificate);
+            if anchor.not_after > now && !known {
+                roots.push(anchor);
+            }
+        }
+        if roots.is_empty() {
+            let reason = "is missing, or all its roots have expired: sidecars need a root to trust";
+            return Err(bad(SUPPLIED_ROOTS, reason.to_owned()));
+        }
+        // Whoever verifies has the roots.
+        chain.retain(|certificate| roots.iter().all(|root| root.certificate != *certificate));
+        let active = roots
+            .iter()
+            .find(|root| root.certificate == issuer || is_issued_by(&issuer, &root.certificate))
+            .or(roots.last())
+            .map(|root| root.name.clone())
+            .unwrap_or_default();
+        let register = Register {
+            active,
+            trusted: roots.iter().map(|root| root.name.clone()).collect(),
+            // Grows when the issuer is a new one, on every replica alike: then everybody renews.
+            sequence: signs.not_before.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs(),
+        };
+        let Root { certificate, key: Some(key), not_after, .. } = signs else {
+            return Err(bad(SUPPLIED_KEY, "is missing".to_owned()));
+        };
+        Ok(Self { place, register, roots, supplied: Some(Supplied { certificate, key, chain, not_after }) })
+    }
+
+    /// Its files, to be kept elsewhere; none of a folder's.
+    pub fn files(&self) -> Option<&Files> {
+        match &self.place {
+            Place::Memory(files) => Some(files),
+            Place::Folder(_) => None,
+        }
+    }
+
+    /// The trust anchors, as sidecars read them.
+    pub fn anchors(&self) -> String {
+        self.roots.iter().map(|root| pem("CERTIFICATE", &root.certificate)).collect()
     }
 
     /// What sidecars should trust.
@@ -132,6 +293,7 @@ impl Roots {
     /// # Errors
     /// The state folder cannot be written.
     pub fn next_sequence(&mut self) -> Result<(), CaError> {
+        self.is_ours()?;
         let mut register = self.register.clone();
         register.sequence += 1;
         self.save(register)
@@ -142,6 +304,7 @@ impl Roots {
     /// # Errors
     /// It does not fit the state, or the state folder cannot be written.
     pub fn rotate(&mut self, step: RotateRoot, trust_domain: &TrustDomain) -> Result<(), CaError> {
+        self.is_ours()?;
         let refuse = |reason: &str| Err(CaError::Rotation(reason.to_owned()));
         let mut register = self.register.clone();
         register.sequence += 1;
@@ -151,7 +314,8 @@ impl Roots {
                 if self.roots.len() > 1 {
                     return refuse("a rotation is under way: activate the new root, then retire the old one");
                 }
-                let root = create(&self.state, &self.next_name(), trust_domain)?;
+                let name = self.next_name();
+                let root = create(&mut self.place, &name, trust_domain)?;
                 register.trusted.push(root.name.clone());
                 self.roots.push(root);
                 if let Err(error) = self.save(register) {
@@ -191,10 +355,22 @@ impl Roots {
         lifetime: Duration,
         now: SystemTime,
     ) -> Result<Issued, CaError> {
-        let root = self.active()?;
-        let issuer = Issuer::from_ca_cert_der(&root.certificate, &root.key)
-            .map_err(|e| CaError::Signing(e.to_string()))?;
-        issuer::sign(key, subject, lifetime, now, &issuer, root.not_after)
+        let none = Vec::new();
+        let (certificate, own, chain, not_after) = match &self.supplied {
+            Some(issuer) => (&issuer.certificate, &issuer.key, &issuer.chain, issuer.not_after),
+            None => {
+                let root = self.active()?;
+                let key = root.key.as_ref();
+                let key =
+                    key.ok_or_else(|| CaError::Signing("the active root has no key here".to_owned()))?;
+                (&root.certificate, key, &none, root.not_after)
+            }
+        };
+        let issuer =
+            Issuer::from_ca_cert_der(certificate, own).map_err(|e| CaError::Signing(e.to_string()))?;
+        let mut issued = issuer::sign(key, subject, lifetime, now, &issuer, not_after)?;
+        issued.chain.extend(chain.iter().cloned());
+        Ok(issued)
     }
 
     /// Makes a key and signs it, for the controller itself.
@@ -229,7 +405,7 @@ impl Roots {
     fn forget_expired(&mut self, now: SystemTime) -> Result<(), CaError> {
         let active = &self.register.active;
         if self.roots.iter().any(|root| root.name == *active && root.not_after <= now) {
-            let path = self.state.join(format!("{active}.pem"));
+            let path = self.place.path(&format!("{active}.pem"));
             let reason = "the certificate has expired, and it is the one that signs: move the state folder \
                           away for a new authority, and restart the sidecars";
             return Err(CaError::Content { path, reason: reason.to_owned() });
@@ -245,6 +421,16 @@ impl Roots {
         Ok(())
     }
 
+    /// What somebody else made, somebody else rotates.
+    fn is_ours(&self) -> Result<(), CaError> {
+        if self.supplied.is_none() {
+            return Ok(());
+        }
+        let reason =
+            "the issuer is supplied: rotate it where it comes from, with both roots in ca.crt meanwhile";
+        Err(CaError::Rotation(reason.to_owned()))
+    }
+
     fn active(&self) -> Result<&Root, CaError> {
         let active = self.roots.iter().find(|root| root.name == self.register.active);
         active.ok_or_else(|| CaError::Signing("there is no active root".to_owned()))
@@ -252,7 +438,7 @@ impl Roots {
 
     fn next_name(&self) -> String {
         // Names of retired roots are not used again: their files stay, for whoever has to look back.
-        let taken = |n: &usize| self.state.join(format!("root-{n}.pem")).exists();
+        let taken = |n: &usize| self.place.has(&format!("root-{n}.pem"));
         format!("root-{}", (1..).find(|n| !taken(n)).unwrap_or(1))
     }
 
@@ -260,15 +446,15 @@ impl Roots {
     fn save(&mut self, register: Register) -> Result<(), CaError> {
         let trusted = self.roots.iter().filter(|root| register.trusted.contains(&root.name));
         let anchors: String = trusted.map(|root| pem("CERTIFICATE", &root.certificate)).collect();
-        write(&self.state.join(ANCHORS), anchors.as_bytes(), 0o644)?;
+        self.place.write(ANCHORS, anchors.as_bytes(), 0o644)?;
         let text = serde_json::to_vec_pretty(&register).map_err(|e| CaError::Signing(e.to_string()))?;
-        write(&self.state.join(REGISTER), &text, 0o600)?;
+        self.place.write(REGISTER, &text, 0o600)?;
         self.register = register;
         Ok(())
     }
 }
 
-fn create(state: &Path, name: &str, trust_domain: &TrustDomain) -> Result<Root, CaError> {
+fn create(place: &mut Place, name: &str, trust_domain: &TrustDomain) -> Result<Root, CaError> {
     let failed = |e: rcgen::Error| CaError::Signing(e.to_string());
     let key = KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256).map_err(failed)?;
     let now = SystemTime::now();
@@ -284,32 +470,53 @@ fn create(state: &Path, name: &str, trust_domain: &TrustDomain) -> Result<Root, 
     let certificate = params.self_signed(&key).map_err(failed)?;
     let mut text = Zeroizing::new(certificate.pem());
     text.push_str(&Zeroizing::new(key.serialize_pem()));
-    write(&state.join(format!("{name}.pem")), text.as_bytes(), 0o600)?;
-    load(state, name)
+    place.write(&format!("{name}.pem"), text.as_bytes(), 0o600)?;
+    load(place, name)
 }
 
-fn load(state: &Path, name: &str) -> Result<Root, CaError> {
-    let path = state.join(format!("{name}.pem"));
-    let text =
-        fs::read(&path).map(Zeroizing::new).map_err(|error| CaError::File { path: path.clone(), error })?;
+fn load(place: &Place, name: &str) -> Result<Root, CaError> {
+    let file = format!("{name}.pem");
+    let path = place.path(&file);
+    let text = place.read(&file).map_err(|error| CaError::File { path: path.clone(), error })?;
     let bad = |reason: String| CaError::Content { path: path.clone(), reason };
     let certificate =
         CertificateDer::from_pem_slice(&text).map_err(|e| bad(format!("no certificate: {e}")))?;
-    let key = PrivateKeyDer::from_pem_slice(&text).map_err(|e| bad(format!("no private key: {e}")))?;
-    let key = KeyPair::try_from(&key).map_err(|e| bad(format!("private key: {e}")))?;
-    let (_, parsed) =
-        X509Certificate::from_der(&certificate).map_err(|e| bad(format!("certificate: {e}")))?;
+    root(name, certificate, Some(&text)).map_err(bad)
+}
+
+/// An authority's certificate, and its key from a PEM text.
+fn root(name: &str, certificate: CertificateDer<'static>, key: Option<&[u8]>) -> Result<Root, String> {
+    let key = key
+        .map(|text| {
+            let key = PrivateKeyDer::from_pem_slice(text).map_err(|e| format!("no private key: {e}"))?;
+            KeyPair::try_from(&key).map_err(|e| format!("private key: {e}"))
+        })
+        .transpose()?;
+    let (_, parsed) = X509Certificate::from_der(&certificate).map_err(|e| format!("certificate: {e}"))?;
     if !parsed.is_ca() {
-        return Err(bad("the certificate is not that of an authority".to_owned()));
+        return Err("the certificate is not that of an authority".to_owned());
     }
-    if parsed.public_key().subject_public_key.data.as_ref() != key.public_key_raw() {
-        return Err(bad("key and certificate do not belong together".to_owned()));
+    let public = &parsed.public_key().subject_public_key.data;
+    if key.as_ref().is_some_and(|key| public.as_ref() != key.public_key_raw()) {
+        return Err("key and certificate do not belong together".to_owned());
     }
     let at = |seconds: i64| SystemTime::UNIX_EPOCH + Duration::from_secs(u64::try_from(seconds).unwrap_or(0));
     let not_before = at(parsed.validity().not_before.timestamp());
     let not_after = at(parsed.validity().not_after.timestamp());
     let serial = hex(parsed.raw_serial());
     Ok(Root { name: name.to_owned(), certificate, key, not_before, not_after, serial })
+}
+
+fn is_self_signed(certificate: &CertificateDer<'_>) -> bool {
+    is_issued_by(certificate, certificate)
+}
+
+/// By name; whoever verifies looks at the signature.
+fn is_issued_by(certificate: &CertificateDer<'_>, issuer: &CertificateDer<'_>) -> bool {
+    match (X509Certificate::from_der(certificate), X509Certificate::from_der(issuer)) {
+        (Ok((_, certificate)), Ok((_, issuer))) => certificate.issuer() == issuer.subject(),
+        _ => false,
+    }
 }
 
 /// Makes the state folder. Others may enter it: sidecars read the anchors there; keys are 0600 each.
@@ -368,6 +575,10 @@ pub(super) fn hex(bytes: &[u8]) -> String {
 
 /// The file that sidecars read.
 pub const ANCHORS: &str = "trust-anchors.pem";
+/// The layout of `kubernetes.io/tls`, and cert-manager's third entry.
+const SUPPLIED_CERTIFICATE: &str = "tls.crt";
+const SUPPLIED_KEY: &str = "tls.key";
+const SUPPLIED_ROOTS: &str = "ca.crt";
 const REGISTER: &str = "roots.json";
 /// 10 years: a root is replaced by rotation, not by expiry.
 const ROOT_LIFETIME: Duration = Duration::from_secs(10 * 365 * 24 * 3_600);
@@ -476,5 +687,53 @@ pub(crate) mod tests {
         fs::write(state.0.join("root-1.pem"), "nothing").unwrap();
         let error = Roots::open(&state.0, &domain()).unwrap_err().to_string();
         assert!(error.contains("root-1.pem") && error.contains("no certificate"), "{error}");
+    }
+
+    fn subject() -> Subject {
+        let identity = "spiffe://cluster.local/ns/shop/sa/cart".parse().unwrap();
+        Subject { identity, name: "u.weft.internal".to_owned() }
+    }
+
+    #[test]
+    fn the_files_of_a_secret_are_those_of_a_folder() {
+        let mut first = Roots::open_in(Place::Memory(Files::new()), &domain()).unwrap();
+        first.rotate(RotateRoot::Add, &domain()).unwrap();
+        let files = first.files().unwrap().clone();
+        assert_eq!(files.keys().collect::<Vec<_>>(), ["root-1.pem", "root-2.pem", REGISTER, ANCHORS]);
+        let other = Roots::open_in(Place::Memory(files), &domain()).unwrap();
+        assert_eq!(other.bundle(), first.bundle());
+        assert_eq!(other.anchors().matches("BEGIN").count(), 2);
+    }
+
+    #[test]
+    fn a_supplied_issuer_signs_while_its_root_stays_away() {
+        let (root_key, key) = (KeyPair::generate().unwrap(), KeyPair::generate().unwrap());
+        let named = |name: &str| {
+            let mut params = CertificateParams::default();
+            params.distinguished_name = DistinguishedName::new();
+            params.distinguished_name.push(DnType::CommonName, name);
+            params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+            params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+            params
+        };
+        let root = named("offline root").self_signed(&root_key).unwrap();
+        let issuer = named("issuer").signed_by(&key, &Issuer::new(named("offline root"), &root_key)).unwrap();
+        let mut files = Files::new();
+        let mut put = |name: &str, text: String| {
+            files.insert(name.to_owned(), Zeroizing::new(text.into_bytes()));
+            Roots::open_in(Place::Memory(files.clone()), &domain())
+        };
+        assert!(put(SUPPLIED_CERTIFICATE, issuer.pem()).is_err(), "no key");
+        let no_root = put(SUPPLIED_KEY, key.serialize_pem()).unwrap_err().to_string();
+        assert!(no_root.contains(SUPPLIED_ROOTS), "{no_root}");
+        let mut roots = put(SUPPLIED_ROOTS, root.pem()).unwrap();
+        assert_eq!(roots.bundle().roots, [root.der().clone()]);
+        let (issued, _) = roots.sign_own(&subject(), Duration::from_secs(60), SystemTime::now()).unwrap();
+        assert_eq!(issued.chain.len(), 2, "the issuer comes along");
+        assert_eq!(issued.chain[1], *issuer.der());
+        assert!(matches!(roots.rotate(RotateRoot::Add, &domain()), Err(CaError::Rotation(_))));
+        assert!(matches!(roots.next_sequence(), Err(CaError::Rotation(_))));
+        let wrong = put(SUPPLIED_KEY, root_key.serialize_pem()).unwrap_err().to_string();
+        assert!(wrong.contains("belong together"), "{wrong}");
     }
 }

@@ -1,7 +1,8 @@
 //! Join tokens: how a workload outside Kubernetes says who it is, before it has a certificate.
 //!
 //! `base64url(claims) "." base64url(HMAC-SHA256 of the first part)`, by the state folder's join key. In
-//! Kubernetes a service account's token takes this place.
+//! Kubernetes a service account's token takes this place: [`TokenCheck`] is the seam, and the answer to either is
+//! the same claims.
 
 use std::{
     fs,
@@ -48,6 +49,19 @@ pub enum TokenError {
     /// Names that cannot be an identity.
     #[error("its claims are not a workload")]
     Claims,
+    /// The API server says no.
+    #[error("the Kubernetes API does not know it")]
+    Unknown,
+    /// Whoever knows cannot be asked: not the workload's fault.
+    #[error("the Kubernetes API cannot be asked")]
+    Unavailable,
+}
+
+/// Whoever knows whether a token is good, and whose it is.
+#[tonic::async_trait]
+pub trait TokenCheck: Send + Sync + std::fmt::Debug {
+    /// Checks one.
+    async fn check(&self, token: &str) -> Result<Claims, TokenError>;
 }
 
 /// The key of the tokens.

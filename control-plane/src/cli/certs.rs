@@ -5,7 +5,7 @@
 use std::process::ExitCode;
 
 use anyhow::Result;
-use clap::Args;
+use clap::{Args, ValueEnum};
 
 use super::{
     Asking, Output,
@@ -15,19 +15,50 @@ use super::{
     status::unix_now,
     text,
 };
-use crate::api::types::Certs;
+use crate::api::types::{Certs, Rotated};
 
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Examples:\n  weft certs\n  weft certs -o json | jq '.workloads[] | {pod, serial, not_after}'"
+    after_help = "Examples:\n  weft certs\n  weft certs --rotate leaves\n  weft certs --rotate add; weft certs --rotate activate; weft certs --rotate retire\n  weft certs -o json | jq '.workloads[] | {pod, serial, not_after}'"
 )]
 pub(super) struct CertsArgs {
+    /// Replace certificates: all workloads' at once (leaves), or the root in three steps, each when the one before is
+    /// live everywhere
+    #[arg(long, value_enum, value_name = "STEP")]
+    rotate: Option<Step>,
     #[command(flatten)]
     asking: Asking,
 }
 
+/// See [`CertsArgs::rotate`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Step {
+    /// Every workload renews
+    Leaves,
+    /// A new root is trusted beside the old one
+    Add,
+    /// The new root signs, and every workload renews
+    Activate,
+    /// The old root is trusted no longer
+    Retire,
+}
+
+impl Step {
+    fn path(self) -> &'static str {
+        match self {
+            Self::Leaves => "/api/v1/certs/rotate",
+            Self::Add => "/api/v1/certs/rotate?root=add",
+            Self::Activate => "/api/v1/certs/rotate?root=activate",
+            Self::Retire => "/api/v1/certs/rotate?root=retire",
+        }
+    }
+}
+
 pub(super) async fn main(args: &CertsArgs) -> Result<ExitCode> {
-    let api = Api::new(&args.asking.api)?;
+    let api = Api::find(&args.asking).await?;
+    if let Some(step) = args.rotate {
+        let _: Rotated = api.post(step.path()).await?;
+    }
     let certs: Certs = api.get("/api/v1/certs").await?;
     match args.asking.format.output {
         Output::Json => json(&certs)?,

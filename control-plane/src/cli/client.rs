@@ -1,4 +1,4 @@
-//! Asks the controller's JSON API.
+//! Asks the controller's JSON API: at an address, or through a cluster.
 
 use std::time::Duration;
 
@@ -8,17 +8,36 @@ use http::{Method, Request, header};
 use http_body_util::{BodyExt as _, Empty, Limited};
 use hyper_util::rt::TokioIo;
 use serde::de::DeserializeOwned;
-use tokio::{net::TcpStream, time::timeout};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::TcpStream,
+    time::timeout,
+};
 
+use super::cluster::Cluster;
 use crate::api::types::Refusal;
 
 /// A controller's API.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub(crate) struct Api {
     authority: String,
+    /// Through it, and not straight there.
+    cluster: Option<Cluster>,
 }
 
 impl Api {
+    /// What was asked for; without it a controller on this machine, then that of the kubeconfig's cluster.
+    pub(crate) async fn find(asking: &super::Asking) -> Result<Self> {
+        if let Some(address) = asking.api.as_deref().filter(|_| !asking.kube) {
+            return Self::new(address);
+        }
+        let here = super::default_api();
+        if !asking.kube && (!Cluster::is_there() || TcpStream::connect(&here).await.is_ok()) {
+            return Self::new(&here);
+        }
+        Ok(Self { authority: SERVER.to_owned(), cluster: Some(Cluster::find(&asking.mesh_namespace).await?) })
+    }
+
     /// `HOST:PORT`, with or without `http://` before it.
     pub(crate) fn new(address: &str) -> Result<Self> {
         let authority = address.strip_prefix("http://").unwrap_or(address).trim_end_matches('/');
@@ -35,12 +54,17 @@ impl Api {
             "{address:?} is not an address: write HOST:PORT, for instance {}",
             super::default_api()
         );
-        Ok(Self { authority: authority.to_owned() })
+        Ok(Self { authority: authority.to_owned(), cluster: None })
     }
 
     /// GET.
     pub(crate) async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T> {
         self.ask(Method::GET, path).await
+    }
+
+    /// POST without a body.
+    pub(crate) async fn post<T: DeserializeOwned>(&self, path: &str) -> Result<T> {
+        self.ask(Method::POST, path).await
     }
 
     async fn ask<T: DeserializeOwned>(&self, method: Method, path: &str) -> Result<T> {
@@ -58,6 +82,10 @@ impl Api {
     }
 
     async fn exchange(&self, method: Method, path: &str) -> Result<(http::StatusCode, Bytes)> {
+        if let Some(cluster) = &self.cluster {
+            let (pod, stream) = cluster.connect().await?;
+            return self.speak(stream, method, path).await.with_context(|| format!("through {pod}"));
+        }
         let stream = TcpStream::connect(&self.authority).await.map_err(|error| {
             anyhow!(
                 "no controller answers at {} ({error})\n  \
@@ -67,6 +95,15 @@ impl Api {
                 self.authority
             )
         })?;
+        self.speak(stream, method, path).await
+    }
+
+    async fn speak(
+        &self,
+        stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+        method: Method,
+        path: &str,
+    ) -> Result<(http::StatusCode, Bytes)> {
         let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
         let connection = tokio::spawn(connection);
         let request = Request::builder()
@@ -99,6 +136,8 @@ pub(crate) fn encode(text: &str) -> String {
         .collect()
 }
 
+/// What a controller in a cluster is called.
+const SERVER: &str = "weft-controller";
 const PATIENCE: Duration = Duration::from_secs(10);
 /// A mesh of thousands of routes fits; something else behind that port does not fill our memory.
 const MAX_ANSWER: usize = 64 * 1024 * 1024;

@@ -29,7 +29,7 @@ pub(super) struct EndpointsArgs {
 }
 
 pub(super) async fn main(args: &EndpointsArgs) -> Result<ExitCode> {
-    let api = Api::new(&args.asking.api)?;
+    let api = Api::find(&args.asking).await?;
     let query =
         args.service.as_deref().map(|service| format!("?service={}", encode(service))).unwrap_or_default();
     let endpoints: Endpoints = api.get(&format!("/api/v1/endpoints{query}")).await?;

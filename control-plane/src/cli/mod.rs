@@ -13,13 +13,16 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde::Serialize;
 
 mod certs;
+mod check;
 mod client;
+mod cluster;
 pub mod demo;
 mod endpoints;
 mod output;
 mod routes;
 mod status;
 mod token;
+mod trust;
 mod wait;
 
 /// Weft, a service mesh.
@@ -49,6 +52,10 @@ enum Command {
     Endpoints(endpoints::EndpointsArgs),
     /// Trust anchors and workload certificates
     Certs(certs::CertsArgs),
+    /// What is missing or wrong in the cluster, before and after the installation, each with its fix
+    Check(check::CheckArgs),
+    /// Who still speaks plaintext to whom: what stands in the way of strict mTLS
+    Trust(trust::TrustArgs),
     /// Make a join token for a workload outside Kubernetes
     Token(token::TokenArgs),
     /// The demo's app servers
@@ -59,9 +66,15 @@ enum Command {
 /// Which controller, and how to write.
 #[derive(Clone, Debug, Args)]
 struct Asking {
-    /// The controller's API
-    #[arg(long, env = "WEFT_API", default_value_t = default_api(), value_name = "HOST:PORT", global = true)]
-    api: String,
+    /// The controller's API; without it the one on this machine, else that of the kubeconfig's cluster
+    #[arg(long, env = "WEFT_API", value_name = "HOST:PORT", global = true)]
+    api: Option<String>,
+    /// The cluster's, even if there is one on this machine
+    #[arg(long, global = true)]
+    kube: bool,
+    /// The namespace that Weft is installed in
+    #[arg(long, env = "WEFT_MESH_NAMESPACE", default_value = "weft", value_name = "NAME", global = true)]
+    mesh_namespace: String,
     #[command(flatten)]
     format: Format,
 }
@@ -93,6 +106,8 @@ pub fn main() -> ExitCode {
         Command::Wait(args) => asking(wait::main(&args)),
         Command::Endpoints(args) => asking(endpoints::main(&args)),
         Command::Certs(args) => asking(certs::main(&args)),
+        Command::Trust(args) => asking(trust::main(&args)),
+        Command::Check(args) => asking(check::main(&args)),
     };
     match result {
         Ok(code) => code,

@@ -67,7 +67,7 @@ pub(crate) enum Until {
 }
 
 pub(super) async fn main(args: &RoutesArgs) -> Result<ExitCode> {
-    let api = Api::new(&args.asking.api)?;
+    let api = Api::find(&args.asking).await?;
     let mut path = format!("/api/v1/routes?window={}s", args.window.as_secs());
     if let Some(service) = &args.service {
         ensure!(

@@ -34,7 +34,7 @@ pub(super) struct StatusArgs {
 }
 
 pub(super) async fn main(args: &StatusArgs) -> Result<ExitCode> {
-    let api = Api::new(&args.asking.api)?;
+    let api = Api::find(&args.asking).await?;
     let mut status: Status = api.get("/api/v1/status").await?;
     if let Some(wanted) = &args.object {
         let wanted = Wanted::parse(wanted);
@@ -356,6 +356,7 @@ mod tests {
                 ..SidecarStatus::default()
             }],
             foreign: 0,
+            replicas: Vec::new(),
         }
     }
 

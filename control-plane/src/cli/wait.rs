@@ -50,7 +50,7 @@ pub(super) async fn main(args: &WaitArgs) -> Result<ExitCode> {
         "{:?} is not an object: write KIND/NAMESPACE/NAME, for instance HTTPRoute/shop/web",
         args.object
     );
-    let api = Api::new(&args.asking.api)?;
+    let api = Api::find(&args.asking).await?;
     let wanted = Wanted::parse(&args.object);
     let started = Instant::now();
     loop {

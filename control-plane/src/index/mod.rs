@@ -61,6 +61,13 @@ pub enum Event {
         /// Labels of its workloads; empty: all of its namespace.
         labels: BTreeMap<String, String>,
     },
+    /// A node's zone, if it has one (any more): its pods are there, unless their own label says where they are.
+    Zone {
+        /// The node.
+        node: Arc<str>,
+        /// Its zone.
+        zone: Option<Arc<str>>,
+    },
 }
 
 /// One thing that is compiled and published on its own.
@@ -103,6 +110,7 @@ pub struct Index {
     /// Services with parentRefs of routes in other namespaces, and those routes: consumer routes are few, and
     /// must not be looked for among all routes of all namespaces.
     consumer_routes: BTreeMap<Name, BTreeSet<ObjectKey>>,
+    zones: BTreeMap<Arc<str>, Arc<str>>,
     origins: BTreeMap<ObjectKey, Placed>,
 }
 
@@ -185,6 +193,10 @@ pub(crate) struct PodEntry {
     pub(crate) skipped: Vec<RangeInclusive<u16>>,
     pub(crate) weight: u32,
     pub(crate) zone: Arc<str>,
+    /// Its node, where that says the zone.
+    pub(crate) node: Option<Arc<str>>,
+    /// Its addresses are its node's, and no more its own than any other's there.
+    pub(crate) host_network: bool,
     pub(crate) health: EndpointHealth,
     /// Its containers' ports by name.
     pub(crate) ports: Vec<(String, u16)>,
@@ -221,6 +233,7 @@ impl Index {
             by_ip: BTreeMap::new(),
             by_vip: BTreeMap::new(),
             consumer_routes: BTreeMap::new(),
+            zones: BTreeMap::new(),
             origins: BTreeMap::new(),
         }
     }
@@ -230,6 +243,7 @@ impl Index {
         let key = match &event {
             Event::Apply { object, .. } => object.key(),
             Event::Delete(key) | Event::Unreadable { key, .. } => key.clone(),
+            Event::Zone { node, zone } => return self.set_zone(node, zone.as_ref()),
         };
         let mut dirty = self.affected_by(&key);
         // Whose pods they are may change with its first slice, and with its last: those that it had by its
@@ -260,10 +274,30 @@ impl Index {
             Event::Unreadable { labels, .. } => {
                 self.unreadable.insert(name_of(&key), labels);
             }
+            // Answered above.
+            Event::Zone { .. } => {}
         }
         dirty.append(&mut self.affected_by(&key));
         for service in &of_slice {
             self.affected_by_service(service, false, &mut dirty);
+        }
+        dirty
+    }
+
+    fn set_zone(&mut self, node: &Arc<str>, zone: Option<&Arc<str>>) -> BTreeSet<Key> {
+        match zone {
+            Some(zone) => self.zones.insert(node.clone(), zone.clone()),
+            None => self.zones.remove(node),
+        };
+        let zone = zone.cloned().unwrap_or_default();
+        let mut moved = Vec::new();
+        for (name, pod) in self.pods.iter_mut().filter(|(_, pod)| pod.node.as_ref() == Some(node)) {
+            pod.zone = zone.clone();
+            moved.push(name.clone());
+        }
+        let mut dirty = BTreeSet::new();
+        for name in moved {
+            self.affected_by_pod(&name, &mut dirty);
         }
         dirty
     }
@@ -449,9 +483,12 @@ impl Index {
                 }
             }
             Object::Pod(pod) => {
-                if let Some(entry) = PodEntry::new(&self.trust_domain, &name, &pod) {
+                if let Some(mut entry) = PodEntry::new(&self.trust_domain, &name, &pod) {
+                    if let Some(zone) = entry.node.as_ref().and_then(|node| self.zones.get(node)) {
+                        entry.zone = zone.clone();
+                    }
                     self.by_uid.entry(entry.uid.clone()).or_default().insert(name.clone());
-                    for ip in &entry.ips {
+                    for ip in entry.ips.iter().filter(|_| !entry.host_network) {
                         self.by_ip.entry(*ip).or_default().insert(name.clone());
                     }
                     self.pods.insert(name, entry);
@@ -796,6 +833,10 @@ impl PodEntry {
                 .unwrap_or_default(),
             weight: lookup(&meta.annotations, WEIGHT).and_then(|text| text.parse().ok()).unwrap_or(1),
             zone: lookup(&meta.labels, ZONE).unwrap_or_default().into(),
+            node: spec
+                .filter(|_| lookup(&meta.labels, ZONE).is_none())
+                .and_then(|s| s.node_name.as_deref().map(Into::into)),
+            host_network: spec.and_then(|s| s.host_network).unwrap_or_default(),
             health,
             ports: ports
                 .filter_map(|p| {
@@ -885,8 +926,10 @@ pub fn hash(bytes: &[u8]) -> u64 {
         .fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3))
 }
 
-const SERVICE_NAME: &str = "kubernetes.io/service-name";
-const ZONE: &str = "topology.kubernetes.io/zone";
+/// The label that says whose endpoints a slice has.
+pub(crate) const SERVICE_NAME: &str = "kubernetes.io/service-name";
+/// The label that says where a node, or a pod, is.
+pub(crate) const ZONE: &str = "topology.kubernetes.io/zone";
 
 /// Kinds in the order in which people look at them.
 pub fn kinds() -> [Kind; 8] {

@@ -20,9 +20,10 @@ use weft_core::{
     budget::BudgetParams,
     identity::SpiffeId,
     policy::{
-        Algorithm, BackendRef, DETECT_TIMEOUT, Filter, HeaderEdit, HeaderMatch, HealthPolicy, Limits,
-        LoadBalancing, Match, ObjectRef, PathEdit, PathMatch, Pattern, Protocol, QueryMatch, Redirect,
-        RetryPolicy, Rewrite, Rule, Service, ServiceName, SuccessRate, TextMatch, Timeouts,
+        Algorithm, BackendRef, DETECT_TIMEOUT, Endpoint, EndpointHealth, Filter, HeaderEdit, HeaderMatch,
+        HealthPolicy, Limits, LoadBalancing, Match, ObjectRef, PathEdit, PathMatch, Pattern, Protocol,
+        QueryMatch, Redirect, RetryPolicy, Rewrite, Rule, Service, ServiceName, SuccessRate, TextMatch,
+        Timeouts,
     },
 };
 
@@ -95,13 +96,15 @@ pub struct PodAddress {
 }
 
 impl PodAddress {
-    /// One port, as a service of one endpoint: no route, no balancing.
+    /// One port, as a service of one endpoint: no route, no balancing. Whoever dials a pod's own address means that
+    /// pod, ready or not: members of a StatefulSet find each other so before any of them is ready.
     pub fn service(&self, port: u16) -> Service {
         let (namespace, name) = self.name.clone();
+        let endpoint = self.pod.endpoint(SocketAddr::new(self.ip, port));
         Service {
             vips: vec![self.ip],
             protocol: self.protocols.get(&port).copied().unwrap_or_default(),
-            pod: Some(Arc::new(self.pod.endpoint(SocketAddr::new(self.ip, port)))),
+            pod: Some(Arc::new(Endpoint { health: EndpointHealth::Healthy, ..endpoint })),
             ..Service::new(ServiceName { namespace, name, port })
         }
     }

@@ -771,3 +771,114 @@ fn backends_that_do_not_resolve_say_why() {
         assert_eq!((resolved.status, resolved.reason), (reason == "ResolvedRefs", reason), "{backend}");
     }
 }
+
+#[test]
+fn a_node_says_the_zone_of_pods_that_do_not() {
+    let mut index = index(SHOP);
+    let zone = |index: &mut Index, node: &str, zone: Option<&str>| {
+        index.apply(Event::Zone { node: node.into(), zone: zone.map(Into::into) })
+    };
+    zone(&mut index, "n1", Some("b"));
+    let pod = "apiVersion: v1\nkind: Pod\nmetadata: {name: c, namespace: shop, uid: c-uid, labels: {app: cart}}\n\
+               spec: {nodeName: n1, containers: [{name: a, ports: [{name: web, containerPort: 1}]}]}\nstatus: {podIP: 10.0.0.3}\n";
+    apply(&mut index, pod);
+    let of = |index: &Index, name: &str| {
+        index.endpoints(&service("shop/cart:80")).unwrap()[&uid(name)].zone.clone()
+    };
+    assert_eq!(&*of(&index, "c-uid"), "b", "the node was there first");
+    assert_eq!(&*of(&index, "cart-1-uid"), "a", "its own label says more");
+    let dirty = zone(&mut index, "n1", Some("c"));
+    assert!(dirty.contains(&Key::Endpoints(service("shop/cart:80"))), "{dirty:?}");
+    assert_eq!(&*of(&index, "c-uid"), "c");
+    zone(&mut index, "n1", None);
+    assert_eq!(&*of(&index, "c-uid"), "");
+    assert!(zone(&mut index, "n2", Some("z")).is_empty());
+}
+
+#[test]
+fn a_nodes_address_is_no_pods() {
+    let mut index = index(SHOP);
+    let agent = "apiVersion: v1\nkind: Pod\nmetadata: {name: agent, namespace: shop, uid: agent-uid, labels: {app: cart}}\n\
+                 spec: {hostNetwork: true, containers: [{name: a, ports: [{name: web, containerPort: 1}]}]}\nstatus: {podIP: 10.1.0.1}\n";
+    apply(&mut index, agent);
+    assert!(index.pod_address("10.1.0.1".parse().unwrap()).is_none());
+    let endpoints = index.endpoints(&service("shop/cart:80")).unwrap();
+    assert_eq!(endpoints[&uid("agent-uid")].tunnel, Tunnel::None, "but a service may send to it");
+}
+
+#[test]
+fn a_pod_that_is_not_ready_is_reached_at_its_own_address() {
+    let index = index(SHOP);
+    let pod = index.pod_address("10.0.0.2".parse().unwrap()).unwrap().service(8081).pod.unwrap();
+    assert_eq!((pod.health, &pod.uid), (EndpointHealth::Healthy, &uid("cart-2-uid")));
+}
+
+#[test]
+fn services_as_a_cluster_has_them() {
+    let mut index = index(SHOP);
+    apply(
+        &mut index,
+        r#"
+apiVersion: v1
+kind: Service
+metadata: {name: db, namespace: shop}
+spec: {clusterIP: None, publishNotReadyAddresses: true, selector: {app: cart}, ports: [{name: sql, port: 3306}]}
+---
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {name: db-x, namespace: shop, labels: {kubernetes.io/service-name: db}}
+addressType: IPv4
+ports: [{name: sql, port: 3306}]
+endpoints:
+  - addresses: [10.0.0.2]
+    targetRef: {kind: Pod, name: cart-2, namespace: shop, uid: cart-2-uid}
+    conditions: {ready: true, serving: false, terminating: false}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: outside, namespace: shop}
+spec: {type: ExternalName, externalName: example.org, ports: [{port: 443}]}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: legacy, namespace: shop}
+spec: {clusterIP: 10.96.0.20, clusterIPs: [10.96.0.20, "fd00:96::20"], ports: [{port: 80, targetPort: 8080}]}
+---
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {name: by-hand, namespace: shop, labels: {kubernetes.io/service-name: legacy}}
+addressType: IPv4
+ports: [{port: 8080}]
+endpoints: [{addresses: [192.0.2.7]}, {addresses: [10.0.0.1]}]
+---
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {name: cart-v4, namespace: shop, labels: {kubernetes.io/service-name: cart}}
+addressType: IPv4
+ports: [{name: http, port: 8080}]
+endpoints: [{addresses: [10.0.0.1], targetRef: {kind: Pod, name: cart-1, uid: cart-1-uid}}]
+---
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {name: cart-v6, namespace: shop, labels: {kubernetes.io/service-name: cart}}
+addressType: IPv6
+ports: [{name: http, port: 8080}]
+endpoints: [{addresses: ["fd00::1"], targetRef: {kind: Pod, name: cart-1, uid: cart-1-uid}}]
+"#,
+    );
+    let of = |name: &str| index.endpoints(&service(name));
+    // Headless, and not ready: published because the service says so.
+    let db = of("shop/db:3306").unwrap();
+    assert_eq!(db[&uid("cart-2-uid")].health, EndpointHealth::Healthy);
+    assert!(index.service(&service("shop/db:3306")).unwrap().0.vips.is_empty());
+    assert!(of("shop/outside:443").is_none(), "an alias is nothing of the mesh");
+    // Without a selector: what stands in the slice, and a pod is known by its address.
+    let legacy = of("shop/legacy:80").unwrap();
+    assert_eq!(legacy.len(), 2);
+    assert_eq!(legacy[&uid("cart-1-uid")].tunnel, Tunnel::Weft);
+    assert_eq!(index.service(&service("shop/legacy:80")).unwrap().0.vips.len(), 2, "both families");
+    // Two slices, one pod: one endpoint, at the pod's first address.
+    let cart = of("shop/cart:80").unwrap();
+    assert_eq!(cart.len(), 1);
+    assert_eq!(cart[&uid("cart-1-uid")].address, "10.0.0.1:8080".parse().unwrap());
+}

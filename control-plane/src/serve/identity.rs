@@ -24,7 +24,7 @@ use super::{
 };
 use crate::{
     api::types::WorkloadCertificate,
-    ca::{Ca, workload_subject},
+    ca::{Ca, TokenCheck, TokenError, workload_subject},
     metrics::Metrics,
 };
 
@@ -32,6 +32,8 @@ use crate::{
 #[derive(Clone, Debug)]
 pub struct Certify {
     ca: Arc<Ca>,
+    /// Who is asked about tokens; without it the authority's own join key says.
+    tokens: Option<Arc<dyn TokenCheck>>,
     published: Arc<Published>,
     metrics: Arc<Metrics>,
     limits: Arc<Mutex<Limits>>,
@@ -73,7 +75,13 @@ impl Certify {
     /// Signs by `ca`.
     pub fn new(ca: Arc<Ca>, published: Arc<Published>, metrics: Arc<Metrics>) -> Self {
         let limits = Arc::new(Mutex::new(Limits::new()));
-        Self { ca, published, metrics, limits, issued: Arc::default() }
+        Self { ca, tokens: None, published, metrics, limits, issued: Arc::default() }
+    }
+
+    /// The same, but tokens are somebody else's to judge.
+    #[must_use]
+    pub fn with_tokens(self, tokens: Arc<dyn TokenCheck>) -> Self {
+        Self { tokens: Some(tokens), ..self }
     }
 
     /// The newest certificate of every workload.
@@ -84,13 +92,24 @@ impl Certify {
         all
     }
 
-    fn certify_now(&self, request: &CertifyRequest) -> Result<CertifyResponse, Status> {
+    async fn certify_now(&self, request: &CertifyRequest) -> Result<CertifyResponse, Status> {
         let now = SystemTime::now();
         // Whoever has no good token hears no more than that.
         let refused = || Status::unauthenticated("the token is refused");
-        let claims = self.ca.check_token(&request.token, now).map_err(|error| {
+        let checked = match &self.tokens {
+            Some(tokens) => tokens.check(&request.token).await,
+            None => self.ca.check_token(&request.token, now),
+        };
+        let claims = checked.map_err(|error| {
             tracing::warn!(%error, "token refused");
-            refused()
+            match error {
+                TokenError::Unavailable => Status::unavailable("tokens cannot be checked now: ask again"),
+                TokenError::Syntax
+                | TokenError::Signature
+                | TokenError::Expired
+                | TokenError::Claims
+                | TokenError::Unknown => refused(),
+            }
         })?;
         let subject = workload_subject(self.ca.trust_domain(), &claims).map_err(|_| refused())?;
         let uid = PodUid::new(&claims.uid).map_err(|_| refused())?;
@@ -161,7 +180,7 @@ impl Certify {
 #[tonic::async_trait]
 impl Identity for Certify {
     async fn certify(&self, request: Request<CertifyRequest>) -> Result<Response<CertifyResponse>, Status> {
-        let result = self.certify_now(&request.into_inner());
+        let result = self.certify_now(&request.into_inner()).await;
         let counter = match result {
             Ok(_) => &self.metrics.certificates_issued,
             Err(_) => &self.metrics.certificates_refused,

@@ -40,6 +40,7 @@ pub mod discovery;
 pub mod identity;
 pub mod published;
 pub mod publisher;
+pub mod replicas;
 pub mod subscribers;
 pub mod telemetry;
 pub mod tls;

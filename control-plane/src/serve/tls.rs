@@ -9,7 +9,8 @@ use std::{
 };
 
 use rustls::{
-    RootCertStore, ServerConfig,
+    ClientConfig, RootCertStore, ServerConfig,
+    client::Resumption,
     crypto::CryptoProvider,
     server::{NoServerSessionStorage, WebPkiClientVerifier},
     version::TLS13,
@@ -88,6 +89,8 @@ pub struct Configs {
     pub discovery: Arc<ServerConfig>,
     /// Clients show none.
     pub identity: Arc<ServerConfig>,
+    /// For asking other controllers, as one of them.
+    pub client: Arc<ClientConfig>,
     /// When to make the next ones.
     pub renew_at: SystemTime,
 }
@@ -104,7 +107,16 @@ pub fn configs(ca: &Ca, bundle: &Bundle) -> Result<Configs, CaError> {
         roots.add(root.clone()).map_err(|e| failed(&e))?;
     }
     let provider = provider();
-    let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider.clone())
+    let roots = Arc::new(roots);
+    let mut client = ClientConfig::builder_with_provider(provider.clone())
+        .with_protocol_versions(&[&TLS13])
+        .map_err(|e| failed(&e))?
+        .with_root_certificates(roots.clone())
+        .with_client_auth_cert(issued.chain.clone(), key.clone_key())
+        .map_err(|e| failed(&e))?;
+    client.alpn_protocols = vec![b"h2".to_vec()];
+    client.resumption = Resumption::disabled();
+    let verifier = WebPkiClientVerifier::builder_with_provider(roots, provider.clone())
         .build()
         .map_err(|e| failed(&e))?;
     let builder = || ServerConfig::builder_with_provider(provider.clone()).with_protocol_versions(&[&TLS13]);
@@ -113,6 +125,7 @@ pub fn configs(ca: &Ca, bundle: &Bundle) -> Result<Configs, CaError> {
     Ok(Configs {
         discovery: finish(discovery, &issued, &key).map_err(|e| failed(&e))?,
         identity: finish(identity, &issued, &key).map_err(|e| failed(&e))?,
+        client: Arc::new(client),
         renew_at: issued.validity.renew_at(rand::random()),
     })
 }

@@ -91,7 +91,7 @@ impl Mesh {
 
     fn token(&self, account: &str, uid: &str) -> String {
         let claims = Claims::new("shop", account, uid, "", SystemTime::now() + LONG);
-        self.controller.ca().join_key().sign(&claims)
+        self.controller.ca().join_key().unwrap().sign(&claims)
     }
 
     async fn certify(&self, token: String) -> Result<(CertifyResponse, KeyPair), tonic::Status> {

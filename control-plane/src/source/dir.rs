@@ -564,6 +564,7 @@ mod tests {
             Event::Apply { object, .. } => format!("+{}", object.key().name),
             Event::Delete(key) => format!("-{}", key.name),
             Event::Unreadable { key, .. } => format!("!{}", key.name),
+            Event::Zone { .. } => unreachable!("a folder has no nodes"),
         };
         events.iter().map(name).collect()
     }

@@ -21,7 +21,9 @@ use std::{
     time::Duration,
 };
 
+use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
 use hdrhistogram::Histogram;
+use serde::{Deserialize, Serialize};
 use weft_core::identity::{PodUid, SpiffeId};
 use weft_proto::pb::v1::{self as pb, Direction, OutcomeClass};
 
@@ -162,6 +164,93 @@ struct Ring {
     open: HashMap<u32, Open>,
     closed: VecDeque<Slot>,
     bytes: usize,
+}
+
+/// What was counted in a window, with its histograms.
+#[derive(Default)]
+pub struct Parts {
+    covered_ms: u64,
+    merged: BTreeMap<Key, BTreeMap<i32, Open>>,
+}
+
+/// [`Parts`] between controllers.
+#[derive(Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct WireParts {
+    covered_ms: u64,
+    series: Vec<WirePart>,
+}
+
+#[derive(Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+struct WirePart {
+    workload: String,
+    direction: i32,
+    parent: String,
+    route: String,
+    backend: String,
+    protocol: String,
+    outcome: i32,
+    count: u64,
+    retries: u64,
+    first_byte: String,
+    duration: String,
+}
+
+impl Parts {
+    /// For another controller.
+    pub fn wire(&self) -> WireParts {
+        let encode = |histogram: &Option<Histogram<u64>>| {
+            BASE64.encode(histogram.as_ref().map(histogram::encode).unwrap_or_default())
+        };
+        let part = |key: &Key, outcome: i32, open: &Open| WirePart {
+            workload: key.workload.to_string(),
+            direction: key.direction,
+            parent: key.parent.to_string(),
+            route: key.route.to_string(),
+            backend: key.backend.to_string(),
+            protocol: key.protocol.to_string(),
+            outcome,
+            count: open.count,
+            retries: open.retries,
+            first_byte: encode(&open.first_byte),
+            duration: encode(&open.duration),
+        };
+        let series = self.merged.iter().flat_map(|(key, outcomes)| {
+            outcomes.iter().map(move |(outcome, open)| part(key, *outcome, open))
+        });
+        WireParts { covered_ms: self.covered_ms, series: series.collect() }
+    }
+
+    /// Adds what another controller counted in the same window: histograms bucket by bucket, so that a quantile of the
+    /// sum is that of all requests.
+    pub fn add(&mut self, other: WireParts) {
+        self.covered_ms = self.covered_ms.max(other.covered_ms);
+        for part in other.series {
+            let Ok(workload) = part.workload.parse() else { continue };
+            let key = Key {
+                workload,
+                direction: part.direction,
+                parent: part.parent.into(),
+                route: part.route.into(),
+                backend: part.backend.into(),
+                protocol: part.protocol.into(),
+                outcome: 0,
+            };
+            let total = self.merged.entry(key).or_default().entry(part.outcome).or_default();
+            total.count = total.count.saturating_add(part.count);
+            total.retries = total.retries.saturating_add(part.retries);
+            let decode = |text: &str| histogram::decode(&BASE64.decode(text).ok()?).ok().flatten();
+            add(&mut total.first_byte, decode(&part.first_byte).as_ref());
+            add(&mut total.duration, decode(&part.duration).as_ref());
+        }
+    }
+
+    /// For people.
+    pub fn rows(self) -> Vec<RouteRow> {
+        let covered_ms = self.covered_ms.max(1_000);
+        self.merged.into_iter().map(|(key, outcomes)| row(&key, outcomes, covered_ms)).collect()
+    }
 }
 
 #[derive(Default)]
@@ -317,6 +406,11 @@ impl Store {
 
     /// The routes of a window that ends now, one row a (workload, direction, parent, route, backend).
     pub fn routes(&mut self, filter: &Filter, window: Duration, now_ms: u64) -> Vec<RouteRow> {
+        self.parts(filter, window, now_ms).rows()
+    }
+
+    /// The same, as it can be added to what other controllers have.
+    pub fn parts(&mut self, filter: &Filter, window: Duration, now_ms: u64) -> Parts {
         self.advance(now_ms);
         let window_ms = u64::try_from(window.as_millis()).unwrap_or(u64::MAX).max(1_000);
         let ring = if window_ms <= self.fine.kept_ms { &self.fine } else { &self.coarse };
@@ -338,7 +432,7 @@ impl Store {
         }
         let oldest = ring.oldest_ms().max(self.first_ms.unwrap_or(now_ms));
         let covered_ms = now_ms.saturating_sub(oldest.max(since)).max(1_000);
-        merged.into_iter().map(|(key, outcomes)| row(&key, outcomes, covered_ms)).collect()
+        Parts { covered_ms, merged }
     }
 
     /// Who calls whom.

@@ -1,0 +1,125 @@
+//! One answer from several controllers. Pure: the parts have been fetched.
+//!
+//! Why parts can be added: a sidecar has its streams at one controller at a time, so what two of them count is not the
+//! same thing twice. A sidecar that has just moved is listed by both: the one that has it connected is right.
+
+use std::collections::{BTreeMap, btree_map::Entry};
+
+use super::types::{Certs, Endpoints, ObjectStatus, ReplicaStatus, SidecarStatus, Status};
+use crate::telemetry::view::EdgeRow;
+
+/// A replica's part; `None`: it did not answer.
+pub type Part<T> = (String, Option<T>);
+
+/// The status of the whole mesh.
+pub fn status(own: Status, others: Vec<Part<Status>>) -> Status {
+    let mut whole = own;
+    let mut sidecars: BTreeMap<String, SidecarStatus> = BTreeMap::new();
+    let mut add = |found: Vec<SidecarStatus>| {
+        for sidecar in found {
+            match sidecars.entry(sidecar.report.uid.clone()) {
+                Entry::Vacant(place) => {
+                    place.insert(sidecar);
+                }
+                Entry::Occupied(mut known) => {
+                    let rank = |s: &SidecarStatus| (s.connected, std::cmp::Reverse(s.report.last_seen_s));
+                    if rank(&sidecar) > rank(known.get()) {
+                        known.insert(sidecar);
+                    }
+                }
+            }
+        }
+    };
+    add(std::mem::take(&mut whole.sidecars));
+    for (name, part) in others {
+        whole.replicas.push(ReplicaStatus { name, answered: part.is_some() });
+        let Some(part) = part else { continue };
+        whole.synced &= part.synced;
+        for problem in part.problems {
+            if !whole.problems.contains(&problem) {
+                whole.problems.push(problem);
+            }
+        }
+        add(part.sidecars);
+        for object in part.objects {
+            let same = |known: &&mut ObjectStatus| {
+                (&known.kind, &known.namespace, &known.name)
+                    == (&object.kind, &object.namespace, &object.name)
+            };
+            // What only the other has heard of is here in a moment.
+            let Some(known) = whole.objects.iter_mut().find(same) else { continue };
+            known.applied += object.applied;
+            known.of += object.of;
+            known.applied_after_ms = match (known.of - object.of, object.of) {
+                (_, 0) => known.applied_after_ms,
+                (0, _) => object.applied_after_ms,
+                _ => known.applied_after_ms.zip(object.applied_after_ms).map(|(a, b)| a.max(b)),
+            };
+            known.laggards.extend(object.laggards);
+        }
+    }
+    whole.sidecars = sidecars.into_values().collect();
+    whole
+}
+
+/// Endpoints as all sidecars see them.
+pub fn endpoints(own: Endpoints, others: Vec<Part<Endpoints>>) -> Endpoints {
+    let mut whole = own;
+    for part in others.into_iter().filter_map(|(_, part)| part) {
+        for row in part.rows {
+            let same = |known: &crate::telemetry::view::EndpointRow| {
+                (&known.seen_by, &known.backend, &known.uid) == (&row.seen_by, &row.backend, &row.uid)
+            };
+            if !whole.rows.iter().any(same) {
+                whole.rows.push(row);
+            }
+        }
+        whole.pods.extend(part.pods);
+    }
+    whole
+        .rows
+        .sort_by(|a, b| (&a.backend, &a.address, &a.seen_by).cmp(&(&b.backend, &b.address, &b.seen_by)));
+    whole
+}
+
+/// Who calls whom, wherever it was told.
+pub fn edges(own: Vec<EdgeRow>, others: Vec<Part<Vec<EdgeRow>>>) -> Vec<EdgeRow> {
+    let mut whole: BTreeMap<_, EdgeRow> = BTreeMap::new();
+    for row in own.into_iter().chain(others.into_iter().filter_map(|(_, part)| part).flatten()) {
+        let key = (
+            row.callee.clone(),
+            row.caller.clone(),
+            row.method.clone(),
+            row.caller_version.clone(),
+            row.service.clone(),
+            row.mtls,
+        );
+        match whole.entry(key) {
+            Entry::Vacant(place) => {
+                place.insert(row);
+            }
+            Entry::Occupied(mut known) => {
+                let known = known.get_mut();
+                known.count = known.count.saturating_add(row.count);
+                known.errors = known.errors.saturating_add(row.errors);
+                known.first_seen_ms = known.first_seen_ms.min(row.first_seen_ms);
+                known.last_seen_ms = known.last_seen_ms.max(row.last_seen_ms);
+            }
+        }
+    }
+    whole.into_values().collect()
+}
+
+/// The newest certificate of every workload, whoever signed it.
+pub fn certs(own: Certs, others: Vec<Part<Certs>>) -> Certs {
+    let mut whole = own;
+    for workload in others.into_iter().filter_map(|(_, part)| part).flat_map(|part| part.workloads) {
+        match whole.workloads.iter_mut().find(|known| known.uid == workload.uid) {
+            Some(known) if known.not_before < workload.not_before => *known = workload,
+            Some(_) => {}
+            None => whole.workloads.push(workload),
+        }
+    }
+    whole.workloads.sort_by(|a, b| a.uid.cmp(&b.uid));
+    whole
+}

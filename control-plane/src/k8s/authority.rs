@@ -1,0 +1,304 @@
+//! The issuer in a Secret, and the trust anchors in a ConfigMap of every namespace that has sidecars.
+//!
+//! Why whoever comes first makes the Secret: replicas start together, and the API server lets one of them create
+//! it; the others read what that one made. A Secret that is there is used as it is, be it ours or in the layout of
+//! `kubernetes.io/tls`. Every replica follows it and signs; a step of a rotation is a write that names the version
+//! it is based on, so that two at once are one after the other.
+//!
+//! Why the last good roots stay: a Secret that is deleted or spoilt must not end a mesh that runs. It is said,
+//! loudly, and nothing else happens.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
+
+use anyhow::Context as _;
+use futures_util::StreamExt as _;
+use k8s_openapi::{
+    ByteString,
+    api::{
+        core::v1::{ConfigMap, Secret},
+        rbac::v1::ClusterRole,
+    },
+    apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference},
+};
+use kube::{
+    Api, Client,
+    api::{Patch, PatchParams, PostParams},
+    runtime::watcher,
+};
+use tokio::{sync::watch, time::sleep};
+use weft_core::identity::TrustDomain;
+use zeroize::Zeroizing;
+
+use crate::ca::{Bundle, Ca, CaError, Files, Place, Roots, RotateRoot};
+
+/// Keeps the authority's Secret.
+#[derive(Clone)]
+pub struct Authority {
+    secrets: Api<Secret>,
+    client: Client,
+    namespace: String,
+    name: String,
+    trust_domain: TrustDomain,
+    owner: Option<OwnerReference>,
+}
+
+impl Authority {
+    /// Loads the authority of a Secret, or makes one. Waits for an API server that does not answer.
+    ///
+    /// # Errors
+    /// A Secret that is there and cannot be used, or that may not be read or made.
+    pub async fn open(
+        client: Client,
+        namespace: &str,
+        name: &str,
+        cluster_role: Option<&str>,
+        trust_domain: TrustDomain,
+        lifetime: Duration,
+    ) -> anyhow::Result<(Arc<Self>, Ca)> {
+        let owner = owner(&client, cluster_role).await;
+        let secrets = Api::namespaced(client.clone(), namespace);
+        let own = Self {
+            secrets,
+            client,
+            namespace: namespace.to_owned(),
+            name: name.to_owned(),
+            trust_domain: trust_domain.clone(),
+            owner,
+        };
+        let roots = loop {
+            match own.change(|_| Ok(())).await {
+                Ok(roots) => break roots,
+                Err(Failed::Api(error)) if !is_refusal(&error) => {
+                    tracing::warn!(%error, "the issuer's Secret cannot be read yet");
+                    sleep(RETRY).await;
+                }
+                Err(failed) => {
+                    return Err(failed).with_context(|| format!("Secret {namespace}/{name}"));
+                }
+            }
+        };
+        Ok((Arc::new(own), Ca::with_roots(roots, trust_domain, lifetime)))
+    }
+
+    /// Takes one step of a rotation; without one, everybody renews.
+    ///
+    /// # Errors
+    /// The step does not fit, or the Secret cannot be written.
+    pub async fn rotate(&self, ca: &Ca, step: Option<RotateRoot>) -> Result<Bundle, CaError> {
+        let change = |roots: &mut Roots| match step {
+            None => roots.next_sequence(),
+            Some(step) => roots.rotate(step, &self.trust_domain),
+        };
+        let roots = self.change(change).await.map_err(|failed| match failed {
+            Failed::Ca(error) => error,
+            Failed::Api(error) => {
+                CaError::Rotation(format!("the issuer's Secret cannot be written: {error}"))
+            }
+        })?;
+        let bundle = roots.bundle();
+        ca.replace(roots);
+        Ok(bundle)
+    }
+
+    /// Reads, changes and writes; begins again if somebody else wrote meanwhile.
+    async fn change(&self, change: impl Fn(&mut Roots) -> Result<(), CaError>) -> Result<Roots, Failed> {
+        let mut again = 0;
+        loop {
+            let found = self.secrets.get_opt(&self.name).await?;
+            let before = found.as_ref().map(files).unwrap_or_default();
+            let mut roots = Roots::open_in(Place::Memory(before.clone()), &self.trust_domain)?;
+            change(&mut roots)?;
+            let after = roots.files().cloned().unwrap_or_default();
+            if after == before {
+                return Ok(roots);
+            }
+            let data = after.iter().map(|(name, bytes)| (name.clone(), ByteString(bytes.to_vec()))).collect();
+            let written = match found {
+                Some(secret) => {
+                    let secret = Secret { data: Some(data), ..secret };
+                    self.secrets.replace(&self.name, &PostParams::default(), &secret).await
+                }
+                None => self.secrets.create(&PostParams::default(), &self.secret(data)).await,
+            };
+            match written {
+                Ok(_) => return Ok(roots),
+                // Somebody else was first: what they wrote counts.
+                Err(kube::Error::Api(status)) if status.code == 409 && again < CONFLICTS => again += 1,
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    fn secret(&self, data: BTreeMap<String, ByteString>) -> Secret {
+        Secret {
+            metadata: ObjectMeta {
+                name: Some(self.name.clone()),
+                namespace: Some(self.namespace.clone()),
+                labels: Some(labels()),
+                owner_references: self.owner.clone().map(|owner| vec![owner]),
+                ..ObjectMeta::default()
+            },
+            data: Some(data),
+            type_: Some("Opaque".to_owned()),
+            ..Secret::default()
+        }
+    }
+
+    /// Follows the Secret, for ever.
+    pub async fn follow(self: Arc<Self>, ca: Arc<Ca>) {
+        let config =
+            watcher::Config::default().fields(&format!("metadata.name={}", self.name)).timeout(WATCH_SECONDS);
+        let mut events = std::pin::pin!(watcher(self.secrets.clone(), config));
+        let mut known = None;
+        while let Some(event) = events.next().await {
+            let secret = match event {
+                Ok(watcher::Event::Apply(secret) | watcher::Event::InitApply(secret)) => secret,
+                Ok(watcher::Event::Delete(_)) => {
+                    tracing::error!(
+                        secret = self.name,
+                        "the issuer's Secret is gone: what it held stays in force here, but a controller that starts makes a new authority"
+                    );
+                    continue;
+                }
+                Ok(watcher::Event::Init | watcher::Event::InitDone) => continue,
+                Err(error) => {
+                    tracing::debug!(%error, "the issuer's Secret cannot be watched");
+                    sleep(RETRY).await;
+                    continue;
+                }
+            };
+            let files = files(&secret);
+            if known.as_ref() == Some(&files) || files.is_empty() {
+                continue;
+            }
+            match Roots::open_in(Place::Memory(files.clone()), &self.trust_domain) {
+                Ok(roots) => ca.replace(roots),
+                Err(error) => {
+                    tracing::error!(%error, "the issuer's Secret cannot be used: what it held before stays in force");
+                }
+            }
+            known = Some(files);
+        }
+    }
+
+    /// Keeps the trust anchors in every namespace of `injected`, for ever.
+    pub async fn publish(self: Arc<Self>, ca: Arc<Ca>, mut injected: watch::Receiver<BTreeSet<Arc<str>>>) {
+        let mut bundle = ca.bundle();
+        let mut done: BTreeMap<Arc<str>, u64> = BTreeMap::new();
+        let mut look = tokio::time::interval(REPAIR);
+        look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                changed = bundle.changed() => if changed.is_err() { return },
+                changed = injected.changed() => if changed.is_err() { return },
+                // Somebody may have changed or removed it, or it could not be written.
+                _ = look.tick() => done.clear(),
+            }
+            let (sequence, anchors) = (bundle.borrow_and_update().sequence, ca.anchors());
+            let hash = crate::index::hash(anchors.as_bytes());
+            let namespaces = injected.borrow_and_update().clone();
+            done.retain(|namespace, _| namespaces.contains(namespace));
+            for namespace in namespaces {
+                if done.get(&namespace) == Some(&hash) {
+                    continue;
+                }
+                match self.publish_in(&namespace, sequence, &anchors).await {
+                    Ok(()) => {
+                        done.insert(namespace, hash);
+                    }
+                    Err(error) => tracing::warn!(%error, %namespace, "the trust anchors cannot be published"),
+                }
+            }
+        }
+    }
+
+    async fn publish_in(&self, namespace: &str, sequence: u64, anchors: &str) -> Result<(), kube::Error> {
+        let maps: Api<ConfigMap> = Api::namespaced(self.client.clone(), namespace);
+        if let Some(there) = maps.get_opt(TRUST).await? {
+            let said = crate::resources::lookup(&there.metadata.annotations, SEQUENCE);
+            let newer = said.and_then(|text| text.parse().ok()).is_some_and(|there: u64| there > sequence);
+            let same =
+                there.data.as_ref().and_then(|data| data.get(ANCHORS)).is_some_and(|text| text == anchors);
+            // A replica that has not heard of a rotation yet must not take it back.
+            if newer || same {
+                return Ok(());
+            }
+        }
+        let map = ConfigMap {
+            metadata: ObjectMeta {
+                name: Some(TRUST.to_owned()),
+                namespace: Some(namespace.to_owned()),
+                labels: Some(labels()),
+                annotations: Some([(SEQUENCE.to_owned(), sequence.to_string())].into()),
+                owner_references: self.owner.clone().map(|owner| vec![owner]),
+                ..ObjectMeta::default()
+            },
+            data: Some([(ANCHORS.to_owned(), anchors.to_owned())].into()),
+            ..ConfigMap::default()
+        };
+        maps.patch(TRUST, &PatchParams::apply(MANAGER).force(), &Patch::Apply(&map)).await.map(|_| ())
+    }
+}
+
+impl std::fmt::Debug for Authority {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Authority").field("secret", &self.name).finish_non_exhaustive()
+    }
+}
+
+/// Why the Secret could not be read or changed.
+#[derive(Debug, thiserror::Error)]
+enum Failed {
+    #[error(transparent)]
+    Api(#[from] kube::Error),
+    #[error(transparent)]
+    Ca(#[from] CaError),
+}
+
+/// Asking again would not help.
+fn is_refusal(error: &kube::Error) -> bool {
+    matches!(error, kube::Error::Api(status) if matches!(status.code, 400..=428 | 430..=499))
+}
+
+fn files(secret: &Secret) -> Files {
+    let data = secret.data.iter().flatten();
+    data.map(|(name, bytes)| (name.clone(), Zeroizing::new(bytes.0.clone()))).collect()
+}
+
+fn labels() -> BTreeMap<String, String> {
+    [("app.kubernetes.io/part-of".to_owned(), "weft".to_owned())].into()
+}
+
+/// What is deleted with the installation is what its cluster role owns: the chart does not know these objects.
+async fn owner(client: &Client, cluster_role: Option<&str>) -> Option<OwnerReference> {
+    let name = cluster_role?;
+    match Api::<ClusterRole>::all(client.clone()).get(name).await {
+        Ok(role) => Some(OwnerReference {
+            api_version: "rbac.authorization.k8s.io/v1".to_owned(),
+            kind: "ClusterRole".to_owned(),
+            name: name.to_owned(),
+            uid: role.metadata.uid?,
+            ..OwnerReference::default()
+        }),
+        Err(error) => {
+            tracing::warn!(%error, name, "the cluster role cannot be read: what is made here has no owner");
+            None
+        }
+    }
+}
+
+/// The ConfigMap of trust anchors, and its one entry: what sidecars mount.
+pub const TRUST: &str = "weft-trust";
+/// See [`TRUST`].
+pub const ANCHORS: &str = "roots.pem";
+const SEQUENCE: &str = "weft.dev/trust-sequence";
+/// Of server-side apply.
+pub(crate) const MANAGER: &str = "weft";
+const CONFLICTS: u32 = 20;
+const RETRY: Duration = Duration::from_secs(1);
+const REPAIR: Duration = Duration::from_secs(60);
+const WATCH_SECONDS: u32 = 60;

@@ -1,0 +1,114 @@
+//! The edge to the Kubernetes API: objects in, tokens asked, status and trust anchors out.
+//!
+//! Why everything that asks the API server is here: no decision of the mesh may depend on whether it answers
+//! just now. `view` remembers what was heard, and the rest of the controller reads that.
+
+use std::time::Duration;
+
+use anyhow::Context as _;
+use kube::Client;
+
+pub mod authority;
+pub mod lease;
+pub mod status;
+pub mod token;
+pub mod view;
+pub mod watch;
+
+/// A client of the cluster that this process runs in, or that the kubeconfig names.
+///
+/// # Errors
+/// Neither is there, or it cannot be used.
+pub async fn client() -> anyhow::Result<Client> {
+    let config = kube::Config::infer()
+        .await
+        .context("there is no Kubernetes API to speak to: neither a service account here nor a kubeconfig")?;
+    client_of(config)
+}
+
+/// The same from settings.
+///
+/// # Errors
+/// They cannot be used.
+pub fn client_of(mut config: kube::Config) -> anyhow::Result<Client> {
+    config.connect_timeout = Some(CONNECT_TIMEOUT);
+    Client::try_from(config).context("the Kubernetes API's address or credentials cannot be used")
+}
+
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// What the controller may do, exactly: a rule of its (Cluster)Role. The chart's roles are compared with these.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Grant {
+    /// API group; empty for the core.
+    pub group: &'static str,
+    /// Resources, and subresources as `pods/status`.
+    pub resources: &'static [&'static str],
+    /// Names, if it is about some objects only.
+    pub names: &'static [&'static str],
+    /// Verbs.
+    pub verbs: &'static [&'static str],
+}
+
+const fn grant(
+    group: &'static str,
+    resources: &'static [&'static str],
+    verbs: &'static [&'static str],
+) -> Grant {
+    Grant { group, resources, names: &[], verbs }
+}
+
+/// In every namespace (ClusterRole).
+pub const CLUSTER_GRANTS: &[Grant] = &[
+    // watch.rs
+    grant("", &["services", "pods", "namespaces", "nodes"], READ),
+    grant("discovery.k8s.io", &["endpointslices"], READ),
+    grant("gateway.networking.k8s.io", &["httproutes", "grpcroutes"], READ),
+    grant("weft.dev", &["trafficpolicies", "authorizationpolicies", "meshconfigs"], READ),
+    // status.rs
+    grant("gateway.networking.k8s.io", &["httproutes/status", "grpcroutes/status"], &["patch"]),
+    grant(
+        "weft.dev",
+        &["trafficpolicies/status", "authorizationpolicies/status", "meshconfigs/status"],
+        &["patch"],
+    ),
+    grant("events.k8s.io", &["events"], &["create", "patch"]),
+    // token.rs
+    grant("authentication.k8s.io", &["tokenreviews"], &["create"]),
+    // authority.rs; applied on the server, where making one asks for `create` by its name
+    Grant {
+        group: "",
+        resources: &["configmaps"],
+        names: &[authority::TRUST],
+        verbs: &["get", "create", "patch"],
+    },
+    // authority.rs: what owns these; the name is that of the chart's own cluster role
+    Grant {
+        group: "rbac.authorization.k8s.io",
+        resources: &["clusterroles"],
+        names: &["weft-controller"],
+        verbs: &["get"],
+    },
+];
+
+/// In the controller's own namespace (Role).
+pub const OWN_GRANTS: &[Grant] = &[
+    // lease.rs
+    grant("coordination.k8s.io", &["leases"], &["create"]),
+    Grant {
+        group: "coordination.k8s.io",
+        resources: &["leases"],
+        names: &[lease::LEASE],
+        verbs: &["get", "patch"],
+    },
+    // authority.rs; whoever makes an object cannot be held to a name
+    Grant { group: "", resources: &["secrets"], names: &[], verbs: &["create"] },
+    Grant {
+        group: "",
+        resources: &["secrets"],
+        names: &["weft-issuer"],
+        verbs: &["get", "list", "watch", "update"],
+    },
+];
+
+const READ: &[&str] = &["get", "list", "watch"];

@@ -1,0 +1,442 @@
+//! `--source kubernetes`: what the API server has, as the same events that a folder gives.
+//!
+//! Why one task a list: a kind whose CRD is absent, or that the controller may not read, must not keep the others
+//! from being followed. A list is asked for again after a pause that grows with failures (never more than five
+//! seconds, with jitter): a mesh should not be blind for half a minute after the API server is back.
+//!
+//! Why objects are cut down before they are handed on: of a pod's 10 KiB the mesh reads 500 bytes, and a
+//! change of the rest (a heartbeat, managed fields) is no change.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt::Debug,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use futures_util::StreamExt as _;
+use k8s_openapi::{
+    api::{
+        core::v1::{Container, Namespace, Node, Pod, PodCondition, PodSpec, PodStatus, Service},
+        discovery::v1::{Endpoint, EndpointSlice},
+    },
+    apimachinery::pkg::apis::meta::v1::ObjectMeta,
+};
+use kube::{
+    Api, Client, Resource,
+    api::{ApiResource, DynamicObject, GroupVersionKind, PartialObjectMeta},
+    runtime::watcher,
+};
+use rand::Rng as _;
+use serde::de::DeserializeOwned;
+use tokio::{
+    sync::{mpsc, watch},
+    task::JoinSet,
+};
+
+use super::{
+    status::{Live, Statuses},
+    view::{Bad, Seen, View, Watched},
+};
+use crate::{
+    index::{Event, Name, SERVICE_NAME, ZONE, hash, validate},
+    resources::{INJECTED, Kind, Object, ObjectKey, lookup},
+    source::{Batch, Problem},
+};
+
+/// Watches everything and sends a batch for all that changed. Ends when the receiver is gone. Names of the
+/// namespaces that have sidecars, or will, go to `injected`.
+pub async fn watch(
+    client: Client,
+    statuses: Statuses,
+    injected: watch::Sender<BTreeSet<Arc<str>>>,
+    batches: mpsc::Sender<Batch>,
+) {
+    let (tell, mut told) = mpsc::channel(HEARD);
+    let mut lists = JoinSet::new();
+    for watched in ALL {
+        lists.spawn(follow(client.clone(), watched, statuses.clone(), tell.clone()));
+    }
+    drop(tell);
+    let mut view = View::new(ALL);
+    let mut problems: Vec<Problem> = Vec::new();
+    // A pod may ask for a sidecar by itself.
+    let mut with_pods = BTreeSet::new();
+    let mut synced = false;
+    loop {
+        let tick = view.next_tick().map(tokio::time::Instant::from_std);
+        tokio::select! {
+            heard = told.recv() => {
+                let Some(heard) = heard else { return };
+                hear(&mut view, heard);
+                // What came meanwhile goes along: a publisher that is busy gets one batch and not a thousand.
+                for _ in 0..MOST {
+                    let Ok(heard) = told.try_recv() else { break };
+                    hear(&mut view, heard);
+                }
+            }
+            () = tokio::time::sleep_until(tick.unwrap_or_else(tokio::time::Instant::now)), if tick.is_some() => {
+                view.tick(now());
+            }
+            () = batches.closed() => return,
+        }
+        let (events, found) = (view.take_events(), view.problems());
+        with_pods.extend(events.iter().filter_map(injected_pod));
+        injected.send_if_modified(|known| {
+            let now: BTreeSet<_> = view.injected().union(&with_pods).cloned().collect();
+            let differs = *known != now;
+            *known = now;
+            differs
+        });
+        if events.is_empty() && found == problems && synced == view.is_synced() {
+            continue;
+        }
+        problems.clone_from(&found);
+        synced = view.is_synced();
+        let batch = Batch { events, problems: found, foreign: 0, unlisted: !synced };
+        if batches.send(batch).await.is_err() {
+            return;
+        }
+    }
+}
+
+/// The namespace of a pod that has a sidecar.
+fn injected_pod(event: &Event) -> Option<Arc<str>> {
+    let Event::Apply { object, .. } = event else { return None };
+    let meta = object.metadata();
+    let is_injected = object.kind() == Kind::Pod && lookup(&meta.annotations, INJECTED) == Some("true");
+    meta.namespace.as_deref().filter(|_| is_injected).map(Into::into)
+}
+
+/// What one list's task says.
+#[derive(Debug)]
+struct Heard(Watched, News);
+
+#[derive(Debug)]
+enum News {
+    Restart,
+    Apply(Seen),
+    Delete(Name),
+    Done,
+    Absent,
+    Failed(String),
+}
+
+fn hear(view: &mut View, Heard(of, news): Heard) {
+    match news {
+        News::Restart => view.restart(of),
+        News::Apply(seen) => view.apply(of, seen),
+        News::Delete(name) => view.delete(of, &name),
+        News::Done => view.done(of, now()),
+        News::Absent => view.absent(of, now()),
+        News::Failed(reason) => view.failed(of, reason),
+    }
+}
+
+async fn follow(client: Client, of: Watched, statuses: Statuses, tell: mpsc::Sender<Heard>) {
+    match of {
+        Watched::Objects(Kind::Service) => run(Api::<Service>::all(client), of, service, tell).await,
+        Watched::Objects(Kind::EndpointSlice) => {
+            run(Api::<EndpointSlice>::all(client), of, slice, tell).await
+        }
+        Watched::Objects(Kind::Pod) => run(Api::<Pod>::all(client), of, pod, tell).await,
+        Watched::Objects(
+            kind @ (Kind::HttpRoute
+            | Kind::GrpcRoute
+            | Kind::TrafficPolicy
+            | Kind::AuthorizationPolicy
+            | Kind::MeshConfig),
+        ) => {
+            let read = move |object: DynamicObject| {
+                let key = key_of(kind, &object.metadata);
+                statuses.set(key, live(&object));
+                dynamic(kind, object)
+            };
+            run(Api::all_with(client, &resource(kind)), of, read, tell).await;
+        }
+        Watched::Nodes => run(Api::<PartialObjectMeta<Node>>::all(client), of, node, tell).await,
+        Watched::Namespaces => {
+            run(Api::<PartialObjectMeta<Namespace>>::all(client), of, namespace, tell).await
+        }
+    }
+}
+
+fn key_of(kind: Kind, meta: &ObjectMeta) -> ObjectKey {
+    let (namespace, name) = name_of(meta);
+    ObjectKey { kind, namespace, name }
+}
+
+/// What status needs of an object.
+fn live(object: &DynamicObject) -> Live {
+    let meta = &object.metadata;
+    let parents = object.data.pointer("/spec/parentRefs").and_then(|refs| refs.as_array().cloned());
+    Live {
+        version: meta.resource_version.clone().unwrap_or_default(),
+        uid: meta.uid.clone().unwrap_or_default(),
+        generation: meta.generation.unwrap_or_default(),
+        parents: parents.unwrap_or_default(),
+        status: object.data.get("status").cloned().unwrap_or_default(),
+    }
+}
+
+/// The API resource of a kind that comes as a custom one.
+pub(crate) fn resource(kind: Kind) -> ApiResource {
+    let (group, version, plural) = match kind {
+        Kind::Service => ("", "v1", "services"),
+        Kind::Pod => ("", "v1", "pods"),
+        Kind::EndpointSlice => ("discovery.k8s.io", "v1", "endpointslices"),
+        Kind::HttpRoute => ("gateway.networking.k8s.io", "v1", "httproutes"),
+        Kind::GrpcRoute => ("gateway.networking.k8s.io", "v1", "grpcroutes"),
+        Kind::TrafficPolicy => ("weft.dev", "v1alpha1", "trafficpolicies"),
+        Kind::AuthorizationPolicy => ("weft.dev", "v1alpha1", "authorizationpolicies"),
+        Kind::MeshConfig => ("weft.dev", "v1alpha1", "meshconfigs"),
+    };
+    ApiResource::from_gvk_with_plural(&GroupVersionKind::gvk(group, version, kind.as_str()), plural)
+}
+
+/// One list, for ever.
+async fn run<K>(api: Api<K>, of: Watched, read: impl Fn(K) -> Option<Seen>, tell: mpsc::Sender<Heard>)
+where
+    K: Resource + Clone + Debug + DeserializeOwned + Send + 'static,
+{
+    let config = watcher::Config::default().timeout(WATCH_SECONDS);
+    let mut events = std::pin::pin!(watcher(api.clone(), config.clone()));
+    let mut failures = 0;
+    while let Some(event) = events.next().await {
+        let news = match event {
+            Ok(watcher::Event::Init) => News::Restart,
+            Ok(watcher::Event::InitDone) => {
+                failures = 0;
+                News::Done
+            }
+            Ok(watcher::Event::Apply(object) | watcher::Event::InitApply(object)) => {
+                failures = 0;
+                let name = name_of(object.meta());
+                // What the mesh does not care for (any more) is as good as gone.
+                read(object).map_or(News::Delete(name), News::Apply)
+            }
+            Ok(watcher::Event::Delete(object)) => News::Delete(name_of(object.meta())),
+            Err(error) => {
+                let news = failure(&error);
+                if tell.send(Heard(of, news)).await.is_err() {
+                    return;
+                }
+                let pause = pause(failures, rand::rng().random());
+                tokio::time::sleep(pause).await;
+                failures += 1;
+                if is_expired(&error) {
+                    // Asking from there again would be refused for ever.
+                    events.set(watcher(api.clone(), config.clone()));
+                }
+                continue;
+            }
+        };
+        if tell.send(Heard(of, news)).await.is_err() {
+            return;
+        }
+    }
+}
+
+/// The version that a watch should go on from is too old: a new list is needed.
+fn is_expired(error: &watcher::Error) -> bool {
+    matches!(error, watcher::Error::WatchStartFailed(kube::Error::Api(status)) if status.code == 410)
+}
+
+fn failure(error: &watcher::Error) -> News {
+    let status = match error {
+        watcher::Error::InitialListFailed(kube::Error::Api(status))
+        | watcher::Error::WatchStartFailed(kube::Error::Api(status))
+        | watcher::Error::WatchFailed(kube::Error::Api(status)) => status,
+        watcher::Error::WatchError(status) => status,
+        watcher::Error::InitialListFailed(error)
+        | watcher::Error::WatchStartFailed(error)
+        | watcher::Error::WatchFailed(error) => return News::Failed(format!("{error:#}")),
+        watcher::Error::NoResourceVersion => return News::Failed(error.to_string()),
+    };
+    match status.code {
+        // The CRD is not there (yet).
+        404 => News::Absent,
+        403 => News::Failed(format!("{}: its role in the chart lacks something", status.message)),
+        _ => News::Failed(format!("{} ({})", status.message, status.code)),
+    }
+}
+
+/// How long to wait before the list is asked for again.
+fn pause(failures: u32, jitter: f64) -> Duration {
+    let most = RETRY_LEAST.saturating_mul(2_u32.saturating_pow(failures)).min(RETRY_MOST);
+    most.mul_f64(0.5 + jitter / 2.0)
+}
+
+fn name_of(meta: &ObjectMeta) -> Name {
+    (meta.namespace.as_deref().unwrap_or_default().into(), meta.name.as_deref().unwrap_or_default().into())
+}
+
+/// What the mesh reads of an object's metadata.
+fn metadata(meta: ObjectMeta) -> ObjectMeta {
+    let ours = |(key, _): &(String, String)| key.starts_with("weft.dev/");
+    ObjectMeta {
+        name: meta.name,
+        namespace: meta.namespace,
+        uid: meta.uid,
+        generation: meta.generation,
+        creation_timestamp: meta.creation_timestamp,
+        deletion_timestamp: meta.deletion_timestamp,
+        labels: meta.labels,
+        annotations: meta.annotations.map(|all| all.into_iter().filter(ours).collect()),
+        ..ObjectMeta::default()
+    }
+}
+
+fn seen(object: Object) -> Seen {
+    let hash = hash(format!("{object:?}").as_bytes());
+    let read = match validate::object(&object) {
+        Ok(()) => Ok(Box::new(object.clone())),
+        Err(invalid) => Err(Bad { path: invalid.path, reason: invalid.reason, scope: scope(&object) }),
+    };
+    Seen::Object { key: object.key(), read, hash }
+}
+
+/// Labels of the workloads that a policy is about.
+fn scope(object: &Object) -> BTreeMap<String, String> {
+    match object {
+        Object::AuthorizationPolicy(policy) => {
+            policy.spec.selector.as_ref().map(|s| s.match_labels.clone()).unwrap_or_default()
+        }
+        Object::Service(_)
+        | Object::EndpointSlice(_)
+        | Object::Pod(_)
+        | Object::HttpRoute(_)
+        | Object::GrpcRoute(_)
+        | Object::TrafficPolicy(_)
+        | Object::MeshConfig(_) => BTreeMap::new(),
+    }
+}
+
+fn service(service: Service) -> Option<Seen> {
+    let service = Service { metadata: metadata(service.metadata), spec: service.spec, status: None };
+    Some(seen(Object::Service(Box::new(service))))
+}
+
+fn slice(slice: EndpointSlice) -> Option<Seen> {
+    // A slice without a service is somebody else's, and addresses that are names are no endpoints.
+    lookup(&slice.metadata.labels, SERVICE_NAME)?;
+    let ours = |key: &String| key == SERVICE_NAME;
+    let mut meta = metadata(slice.metadata);
+    meta.labels = meta.labels.map(|all| all.into_iter().filter(|(key, _)| ours(key)).collect());
+    let endpoints = slice.endpoints.map(|all| {
+        let cut = |endpoint: Endpoint| Endpoint {
+            addresses: endpoint.addresses,
+            conditions: endpoint.conditions,
+            target_ref: endpoint.target_ref.map(|mut target| {
+                target.resource_version = None;
+                target
+            }),
+            zone: endpoint.zone,
+            ..Endpoint::default()
+        };
+        all.into_iter().map(cut).collect()
+    });
+    let slice = EndpointSlice { metadata: meta, endpoints, ..slice };
+    Some(seen(Object::EndpointSlice(Box::new(slice))))
+}
+
+fn pod(pod: Pod) -> Option<Seen> {
+    // Ports and probes are all that is asked of a container.
+    let cut = |container: Container| Container {
+        name: container.name,
+        ports: container.ports,
+        liveness_probe: container.liveness_probe,
+        readiness_probe: container.readiness_probe,
+        startup_probe: container.startup_probe,
+        restart_policy: container.restart_policy,
+        ..Container::default()
+    };
+    let spec = pod.spec.map(|spec| PodSpec {
+        node_name: spec.node_name,
+        host_network: spec.host_network,
+        service_account_name: spec.service_account_name,
+        containers: spec.containers.into_iter().map(cut).collect(),
+        init_containers: spec.init_containers.map(|all| all.into_iter().map(cut).collect()),
+        ..PodSpec::default()
+    });
+    let ready = |condition: &PodCondition| condition.type_ == "Ready";
+    let cut = |condition: PodCondition| PodCondition {
+        type_: condition.type_,
+        status: condition.status,
+        ..PodCondition::default()
+    };
+    let status = pod.status.map(|status| PodStatus {
+        phase: status.phase,
+        pod_ip: status.pod_ip,
+        pod_ips: status.pod_ips,
+        conditions: status.conditions.map(|all| all.into_iter().filter(ready).map(cut).collect()),
+        ..PodStatus::default()
+    });
+    Some(seen(Object::Pod(Box::new(Pod { metadata: metadata(pod.metadata), spec, status }))))
+}
+
+fn dynamic(kind: Kind, object: DynamicObject) -> Option<Seen> {
+    let DynamicObject { metadata: meta, mut data, .. } = object;
+    let name = name_of(&meta);
+    let key = ObjectKey::new(kind, &name.0, &name.1);
+    let meta = serde_json::to_value(metadata(meta)).ok()?;
+    if let Some(fields) = data.as_object_mut() {
+        fields.remove("status");
+        fields.insert("metadata".to_owned(), meta);
+    }
+    let text_hash = hash(data.to_string().as_bytes());
+    let labels = data.pointer("/spec/selector/matchLabels").cloned();
+    let mut track = serde_path_to_error::Track::new();
+    let decoded = Object::decode(kind, serde_path_to_error::Deserializer::new(data, &mut track));
+    Some(match decoded {
+        Ok(object) => seen(object),
+        Err(error) => {
+            let path = track.path().to_string();
+            let bad = Bad {
+                path: if path == "." { String::new() } else { path },
+                reason: error.to_string(),
+                scope: labels.and_then(|labels| serde_json::from_value(labels).ok()).unwrap_or_default(),
+            };
+            Seen::Object { key, read: Err(bad), hash: text_hash }
+        }
+    })
+}
+
+fn node(node: PartialObjectMeta<Node>) -> Option<Seen> {
+    let zone = lookup(&node.metadata.labels, ZONE).map(Into::into);
+    Some(Seen::Node { name: node.metadata.name?.into(), zone })
+}
+
+fn namespace(namespace: PartialObjectMeta<Namespace>) -> Option<Seen> {
+    let injected = lookup(&namespace.metadata.labels, INJECT) == Some("enabled");
+    Some(Seen::Namespace { name: namespace.metadata.name?.into(), injected })
+}
+
+/// The view's clock, which a paused runtime moves too.
+fn now() -> Instant {
+    tokio::time::Instant::now().into_std()
+}
+
+/// The namespace's label that asks for sidecars.
+pub const INJECT: &str = "weft.dev/inject";
+
+const ALL: [Watched; 10] = [
+    Watched::Nodes,
+    Watched::Namespaces,
+    Watched::Objects(Kind::Pod),
+    Watched::Objects(Kind::Service),
+    Watched::Objects(Kind::EndpointSlice),
+    Watched::Objects(Kind::HttpRoute),
+    Watched::Objects(Kind::GrpcRoute),
+    Watched::Objects(Kind::TrafficPolicy),
+    Watched::Objects(Kind::AuthorizationPolicy),
+    Watched::Objects(Kind::MeshConfig),
+];
+/// News that may wait; a list's task waits with the rest.
+const HEARD: usize = 1_024;
+/// News of one batch.
+const MOST: usize = 1_024;
+/// How long one watch lasts, and so how long a connection may be dead without notice.
+const WATCH_SECONDS: u32 = 60;
+const RETRY_LEAST: Duration = Duration::from_millis(200);
+const RETRY_MOST: Duration = Duration::from_secs(5);
