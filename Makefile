@@ -63,7 +63,8 @@ OUTAGES := nothing_lost::soak delivery::soak tcp::soak faults::soak_a_black
 
 .PHONY: soak
 soak: deps-test ## The long outages, and tests/REPORT.md: every figure that the tests measure (root; 40 minutes; WEFT_SOAK_HOURS=8)
-	@$(CARGO) build --locked --release -p weft-proxy -p weft-control-plane -p weft-iptables -p weft-tests --bins
+	@programs='weft weft-controller weft-iptables weft-proxy weft-testapp'
+	$(CARGO) build --locked --release -p weft-proxy -p weft-control-plane -p weft-iptables -p weft-tests $${programs//weft/--bin weft}
 	mkdir -p target
 	commit=$$(git describe --always --dirty)
 	# Release programs under the tests' ordinary build: what is judged is optimized, what judges need not be.
