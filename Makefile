@@ -14,7 +14,8 @@ PROFILE ?= dev
 # The targets of tests/Cargo.toml, in two heaps: those that need root (elsewhere they skip, and say so) and the rest.
 TARGETS := $(shell sed -n '/^\[\[test\]\]/{n;s/^name = "\(.*\)"/\1/p}' tests/Cargo.toml)
 ROOT_TARGETS := $(filter redirect mesh,$(TARGETS))
-OTHER_TARGETS := $(filter-out tidy $(ROOT_TARGETS),$(TARGETS))
+# A cluster takes minutes to build and seconds to bring up: it has targets of its own.
+OTHER_TARGETS := $(filter-out tidy cluster $(ROOT_TARGETS),$(TARGETS))
 
 .PHONY: help
 help: ## What can be made
@@ -104,6 +105,43 @@ mutants: ## Changes identity and authorization piece by piece: each change must 
 	echo "figure: mutants of identity and authorization: $$(of missed) survived of $$(( $$(of missed) + $$(of caught) + $$(of timeout) )) (bound 0)"
 	exit $$status
 
+# Programs in images are static. dev is quick to build and slow to run; what is published is release.
+IMAGES := target/images
+.PHONY: images
+images: deps-cluster ## Images from scratch of the static programs, in target/images (PROFILE=release for real ones)
+	@RUSTC_WORKSPACE_WRAPPER=$(CURDIR)/tests/cluster/static.sh $(CARGO) build --locked --quiet --profile $(PROFILE) --workspace --bins
+	mkdir -p $(IMAGES)/programs
+	for program in weft-proxy weft-controller weft weft-iptables weft-echo; do
+	  strip -o $(IMAGES)/programs/$$program $(BUILT)/$(PROFILE:dev=debug)/$$program
+	done
+	$(BUILT)/$(PROFILE:dev=debug)/weft-cluster images --programs $(IMAGES)/programs --of bed
+	$(BUILT)/$(PROFILE:dev=debug)/weft-cluster images --programs $(IMAGES)/programs --out $(IMAGES)
+
+.PHONY: cluster-up
+cluster-up: images ## A real Kubernetes cluster on this machine (root, Go; NODES=1, DUAL=1); says how to use it
+	@exec $(BUILT)/$(PROFILE:dev=debug)/weft-cluster up --nodes $(or $(NODES),2) $(if $(DUAL),--dual)
+
+.PHONY: cluster-down
+cluster-down: ## End it, whatever state it is in, and leave nothing
+	@$(CARGO) build --locked --quiet --workspace --bin weft-cluster
+	exec $(BUILT)/debug/weft-cluster down
+
+.PHONY: test-cluster
+test-cluster: images ## Tests on a real cluster, which is brought up for them (root, Go; a cold build takes 10 minutes)
+	@up=0
+	$(BUILT)/$(PROFILE:dev=debug)/weft-cluster up --nodes 2 --dual || up=$$?
+	if [ $$up = 3 ] && [ "$${CI:-}" != true ]; then exit 0; fi
+	[ $$up = 0 ] || exit $$up
+	status=0
+	$(CARGO) test --locked -p weft-tests --test cluster -- --test-threads=1 $(ARGS) || status=$$?
+	$(BUILT)/$(PROFILE:dev=debug)/weft-cluster down
+	exit $$status
+
+.PHONY: conformance
+conformance: ## The official Gateway API mesh suite, unmodified, on the cluster that is up (ARGS="--run-test=MeshBasic")
+	@$(CARGO) build --locked --quiet --workspace --bin weft-cluster
+	exec $(BUILT)/debug/weft-cluster conformance -- $(ARGS)
+
 .PHONY: sbom
 sbom: ## What each program is made of: CycloneDX in target/sbom
 	@if ! $(CARGO) cyclonedx --version >/dev/null 2>&1; then
@@ -158,7 +196,7 @@ deny: ## Dependencies: versions with known holes, duplicates, licences, sources
 	fi
 	$(CARGO) deny --log-level error check advisories
 
-.PHONY: deps deps-demo deps-test deps-bench
+.PHONY: deps deps-demo deps-test deps-bench deps-cluster
 deps: deps-demo deps-test deps-bench ## Debian and Python packages that demo, test and bench need
-deps-demo deps-test deps-bench: deps-%:
+deps-demo deps-test deps-bench deps-cluster: deps-%:
 	@tests/deps.sh $*

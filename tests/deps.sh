@@ -5,7 +5,7 @@
 # them say that they were skipped, and why. Python packages go into target/venv, which needs no root.
 # In CI (CI=true) something missing is an error: a gate that skips its tests is no gate.
 #
-# Usage: tests/deps.sh demo|test|bench
+# Usage: tests/deps.sh demo|test|bench|cluster
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PATH=$PATH:/usr/sbin:/sbin
@@ -19,7 +19,8 @@ case "${1:-}" in
   demo) programs="$base $database" requirements="" ;;
   test) programs="$base $database $remote $load curl=curl strace=strace tcpdump=tcpdump nc=netcat-openbsd openssl=openssl apache2=apache2-bin haproxy=haproxy node=nodejs" requirements=tests/requirements.txt ;;
   bench) programs="$base $load valgrind=valgrind" requirements=tests/bench/requirements.txt ;;
-  *) echo "usage: $0 demo|test|bench" >&2; exit 2 ;;
+  cluster) programs="$base containerd=containerd runc=runc strip=binutils tcpdump=tcpdump /usr/lib/cni/ptp=containernetworking-plugins" requirements="" ;;
+  *) echo "usage: $0 demo|test|bench|cluster" >&2; exit 2 ;;
 esac
 
 missing() {
