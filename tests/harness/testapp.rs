@@ -358,6 +358,7 @@ impl App {
                 answer.headers_mut().insert("trailer", HeaderValue::from_static("x-sum"));
                 answer
             }
+            _ if parts.headers.contains_key("x-tell") => text(StatusCode::OK, describe(&parts)),
             _ => match path.strip_prefix("/status/") {
                 Some(status) => text(status.parse()?, "as asked"),
                 None => text(StatusCode::OK, "ok"),

@@ -5,11 +5,13 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
+mod conformance;
 mod defaults;
 mod delivery;
 mod established;
 mod fail_closed;
 mod faults;
+mod filters;
 mod floods;
 mod handshakes;
 mod hardening;
