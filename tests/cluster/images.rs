@@ -19,7 +19,7 @@ fn program(test: &str, name: &str) -> Option<PathBuf> {
 fn alone(root: &Path, program: &Path, args: &[&str]) -> Output {
     std::fs::create_dir_all(root.join("etc")).unwrap();
     std::fs::copy(program, root.join("program")).unwrap();
-    Command::new("chroot").arg(root).arg("/program").args(args).env_clear().output().unwrap()
+    Command::new("/usr/sbin/chroot").arg(root).arg("/program").args(args).env_clear().output().unwrap()
 }
 
 #[test]
