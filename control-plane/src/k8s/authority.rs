@@ -221,10 +221,11 @@ impl Authority {
         if let Some(there) = maps.get_opt(TRUST).await? {
             let said = crate::resources::lookup(&there.metadata.annotations, SEQUENCE);
             let newer = said.and_then(|text| text.parse().ok()).is_some_and(|there: u64| there > sequence);
-            let same =
-                there.data.as_ref().and_then(|data| data.get(ANCHORS)).is_some_and(|text| text == anchors);
-            // A replica that has not heard of a rotation yet must not take it back.
-            if newer || same {
+            let text = there.data.as_ref().and_then(|data| data.get(ANCHORS)).map_or("", String::as_str);
+            // A replica that has not heard of a rotation yet must not take it back. Anchors of which none is ours are
+            // those of another authority, one that is gone: they must not keep ours away.
+            let akin = anchors.split_inclusive(END).any(|anchor| text.contains(anchor));
+            if (newer && akin) || text == anchors {
                 return Ok(());
             }
         }
@@ -295,6 +296,8 @@ async fn owner(client: &Client, cluster_role: Option<&str>) -> Option<OwnerRefer
 pub const TRUST: &str = "weft-trust";
 /// See [`TRUST`].
 pub const ANCHORS: &str = "roots.pem";
+/// What ends each of them.
+const END: &str = "-----END CERTIFICATE-----\n";
 const SEQUENCE: &str = "weft.dev/trust-sequence";
 /// Of server-side apply.
 pub(crate) const MANAGER: &str = "weft";
