@@ -65,12 +65,6 @@ fn a_killed_backend_costs_only_what_it_had_in_flight_and_each_loss_has_a_reason(
     killed(Duration::from_secs(5));
 }
 
-#[test]
-#[ignore = "soak: asks for a quiet machine; `make soak`"]
-fn soak_a_killed_backend_is_ejected_within_a_second() {
-    killed(Duration::from_secs(1));
-}
-
 fn killed(bound: Duration) {
     let Some(mut three) = three("killed", &["--delay-ms", "20"]) else { return };
     retry_on_reset(&three);
