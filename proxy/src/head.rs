@@ -63,9 +63,10 @@ impl Outgoing {
     pub(crate) fn take(request: Request<Incoming>, mesh: bool) -> Result<(Self, Incoming), Error> {
         let version = app_version(&request, mesh);
         let (mut parts, body) = request.into_parts();
-        let absolute = match parts.headers.get(WEFT_HTTP) {
-            Some(form) if mesh => form.as_bytes().ends_with(ABSOLUTE),
-            _ => version != Version::HTTP_2 && parts.uri.scheme().is_some(),
+        let told = if mesh { parts.headers.get(WEFT_HTTP) } else { None };
+        let absolute = match told {
+            Some(form) => form.as_bytes().ends_with(ABSOLUTE),
+            None => version != Version::HTTP_2 && parts.uri.scheme().is_some(),
         };
         let extended = parts.extensions.remove::<Protocol>();
         let upgrade = match extended {
@@ -126,7 +127,7 @@ impl Outgoing {
 
     /// The host without its port, for matching.
     pub(crate) fn host(&self) -> &str {
-        self.authority.as_ref().map_or("", Authority::host)
+        self.authority.as_ref().map_or("", host_of)
     }
 
     /// What decides its rule.
@@ -212,24 +213,39 @@ impl Outgoing {
     }
 }
 
+/// The host without its port. Nearly always it is what stands before the first colon, or all; the library looks for
+/// users first.
+fn host_of(authority: &Authority) -> &str {
+    let text = authority.as_str();
+    match text.bytes().position(|byte| matches!(byte, b':' | b'@' | b'[')) {
+        None => text,
+        Some(at) if text[at..].strip_prefix(':').is_some_and(is_digits) => &text[..at],
+        Some(_) => authority.host(),
+    }
+}
+
 /// A host and perhaps a port. The library also takes users, and ports that are none.
 fn is_host(authority: &Authority) -> bool {
-    let rest = authority.as_str().strip_prefix(authority.host());
+    let rest = authority.as_str().strip_prefix(host_of(authority));
     rest.is_some_and(|rest| {
         let port = rest.strip_prefix(':');
-        rest.is_empty()
-            || port.is_some_and(|port| port.len() <= 5 && port.bytes().all(|b| b.is_ascii_digit()))
+        rest.is_empty() || port.is_some_and(|port| port.len() <= 5 && is_digits(port))
     })
+}
+
+fn is_digits(text: &str) -> bool {
+    text.bytes().all(|byte| byte.is_ascii_digit())
 }
 
 /// The HTTP version that the app spoke, or is to see: the caller's app's. Only a sidecar is believed about it.
 pub(crate) fn app_version<B>(request: &Request<B>, mesh: bool) -> Version {
-    match request.headers().get(WEFT_HTTP) {
-        Some(form) if mesh => match form.as_bytes().get(..3) {
+    let told = if mesh { request.headers().get(WEFT_HTTP) } else { None };
+    match told {
+        Some(form) => match form.as_bytes().get(..3) {
             Some(b"1.0") => Version::HTTP_10,
             _ => Version::HTTP_11,
         },
-        _ => request.version(),
+        None => request.version(),
     }
 }
 
@@ -273,9 +289,15 @@ fn asked_upgrade(method: &Method, headers: &HeaderMap) -> Option<Upgrade> {
 
 /// Removes what belongs to one connection (RFC 9110 §7.6.1) and what is ours alone (`weft-*`).
 pub(crate) fn remove_connection_headers(headers: &mut HeaderMap) {
-    let mut private = false;
+    // One look at each name: to search for those that are seldom there costs more than all the rest of this.
+    let (mut private, mut connection, mut hop, mut te) = (false, false, false, false);
     for name in headers.keys() {
-        private |= name.as_str().starts_with(PRIVATE);
+        match name.as_str() {
+            "connection" => connection = true,
+            "te" => te = true,
+            "keep-alive" | "proxy-connection" | "transfer-encoding" | "upgrade" => hop = true,
+            other => private |= other.starts_with(PRIVATE),
+        }
     }
     if private {
         let names: Vec<_> = headers.keys().filter(|n| n.as_str().starts_with(PRIVATE)).cloned().collect();
@@ -283,7 +305,7 @@ pub(crate) fn remove_connection_headers(headers: &mut HeaderMap) {
             headers.remove(name);
         }
     }
-    if headers.contains_key(header::CONNECTION) {
+    if connection {
         let listed: Vec<HeaderName> = headers
             .get_all(header::CONNECTION)
             .iter()
@@ -299,10 +321,13 @@ pub(crate) fn remove_connection_headers(headers: &mut HeaderMap) {
         }
         headers.remove(header::CONNECTION);
     }
-    for name in [KEEP_ALIVE, PROXY_CONNECTION, header::TRANSFER_ENCODING, header::UPGRADE] {
-        headers.remove(name);
+    if hop {
+        for name in [KEEP_ALIVE, PROXY_CONNECTION, header::TRANSFER_ENCODING, header::UPGRADE] {
+            headers.remove(name);
+        }
     }
-    if let Some(te) = headers.get(header::TE)
+    if te
+        && let Some(te) = headers.get(header::TE)
         && !te.as_bytes().eq_ignore_ascii_case(b"trailers")
     {
         let trailers =
@@ -320,6 +345,11 @@ pub(crate) fn hide_status(response: &mut http::response::Parts) {
     response.status = StatusCode::NOT_IMPLEMENTED;
 }
 
+/// Whether there is any header that is ours alone: most answers have none, and each is searched for otherwise.
+pub(crate) fn has_private(headers: &HeaderMap) -> bool {
+    headers.keys().any(|name| name.as_str().starts_with(PRIVATE))
+}
+
 /// Takes back what [`hide_status`] did; whether it did.
 pub(crate) fn restore_status<B>(response: &mut Response<B>) -> bool {
     let real = response.headers_mut().remove(WEFT_STATUS);
@@ -332,8 +362,7 @@ pub(crate) fn restore_status<B>(response: &mut Response<B>) -> bool {
 
 /// Makes `x-request-id` and `traceparent` (W3C Trace Context, not sampled) where they are missing.
 pub(crate) fn identify(headers: &mut HeaderMap, rng: &mut impl rand::RngCore) {
-    let has_id = headers.contains_key(X_REQUEST_ID);
-    let has_trace = headers.contains_key(TRACEPARENT);
+    let [has_id, has_trace] = mark_unique(headers);
     if has_id && has_trace {
         return;
     }
@@ -348,12 +377,26 @@ pub(crate) fn identify(headers: &mut HeaderMap, rng: &mut impl rand::RngCore) {
         text[at] = HEX[usize::from(byte >> 4)];
         text[at + 1] = HEX[usize::from(byte & 15)];
     }
-    if !has_id && let Ok(id) = HeaderValue::from_bytes(&text[3..35]) {
+    if !has_id && let Ok(mut id) = HeaderValue::from_bytes(&text[3..35]) {
+        id.set_sensitive(true);
         headers.insert(X_REQUEST_ID, id);
     }
-    if !has_trace && let Ok(trace) = HeaderValue::from_bytes(&text) {
+    if !has_trace && let Ok(mut trace) = HeaderValue::from_bytes(&text) {
+        trace.set_sensitive(true);
         headers.insert(TRACEPARENT, trace);
     }
+}
+
+/// Keeps what differs in each request out of HPACK's tables, where it would only push out what does not, and where the
+/// encoder compares each new value with all those before it. Whether `x-request-id` and `traceparent` are there.
+pub(crate) fn mark_unique(headers: &mut HeaderMap) -> [bool; 2] {
+    [X_REQUEST_ID, TRACEPARENT].map(|name| match headers.get_mut(name) {
+        Some(value) => {
+            value.set_sensitive(true);
+            true
+        }
+        None => false,
+    })
 }
 
 /// Appends the caller's address to `x-forwarded-for`, as a line of its own: whatever lines are there stay.
@@ -401,6 +444,41 @@ mod tests {
             (HeaderName::from_static(n), HeaderValue::from_static(v))
         };
         pairs.iter().map(pair).collect()
+    }
+
+    #[test]
+    fn the_host_is_the_librarys_and_users_and_ports_that_are_none_are_no_host() {
+        for (text, good) in [
+            ("a", true),
+            ("a.b-c:80", true),
+            ("10.96.0.10:8080", true),
+            ("[::1]", true),
+            ("[fd00::1]:8080", true),
+            ("a:", true),
+            ("a:123456", false),
+            ("a:8x", false),
+            ("user@a", false),
+            ("user@80", false),
+            ("user:80@a", false),
+            ("user:80@80", false),
+            ("80@a:80", false),
+        ] {
+            let Ok(authority) = Authority::try_from(text) else {
+                assert!(!good, "{text}");
+                continue;
+            };
+            assert_eq!(host_of(&authority), authority.host(), "{text}");
+            assert_eq!(is_host(&authority), good, "{text}");
+        }
+    }
+
+    #[test]
+    fn what_is_unique_is_marked_and_kept() {
+        let mut rng = rand::rngs::SmallRng::seed_from_u64(1);
+        let mut h = headers(&[("x-request-id", "mine")]);
+        identify(&mut h, &mut rng);
+        assert_eq!(h[X_REQUEST_ID], "mine");
+        assert!(h[X_REQUEST_ID].is_sensitive() && h[TRACEPARENT].is_sensitive());
     }
 
     #[test]

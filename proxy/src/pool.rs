@@ -171,8 +171,8 @@ impl SendError {
 pub(crate) struct Sent {
     pub(crate) response: Response<Incoming>,
     pub(crate) checkout: Checkout,
-    /// It comes from a sidecar: its private headers are to be believed.
-    pub(crate) mesh: bool,
+    /// It has private headers, and they are to be believed: it comes from a sidecar.
+    pub(crate) private: bool,
     /// 200 accepts an upgrade, as HTTP/2 has it; otherwise 101 does.
     pub(crate) upgrades_by_ok: bool,
 }
@@ -337,9 +337,9 @@ impl Pool {
             let sending = h2.sender.borrow_mut().try_send_request(request);
             match sending.await {
                 Ok(mut response) => {
-                    let mesh = matches!(peer, Peer::Mesh { .. });
-                    let declined = mesh && head::restore_status(&mut response);
-                    return Ok(Sent { response, checkout, mesh, upgrades_by_ok: !declined });
+                    let private = matches!(peer, Peer::Mesh { .. }) && head::has_private(response.headers());
+                    let declined = private && head::restore_status(&mut response);
+                    return Ok(Sent { response, checkout, private, upgrades_by_ok: !declined });
                 }
                 Err(mut error) => match error.take_message() {
                     Some(unsent) => {
@@ -395,7 +395,7 @@ impl Pool {
                     }
                     let upload = options.upload.cloned();
                     let checkout = Checkout(Use::H1 { peer: entry, connection: Some(connection), upload });
-                    return Ok(Sent { response, checkout, mesh: false, upgrades_by_ok: false });
+                    return Ok(Sent { response, checkout, private: false, upgrades_by_ok: false });
                 }
                 Err(mut error) => match error.take_message() {
                     Some(unsent) if reused => request = unsent,

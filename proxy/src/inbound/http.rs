@@ -304,6 +304,9 @@ impl Inner {
             outgoing.headers.insert(WEFT_CLIENT_ID, id.clone());
         }
         head::forwarded_for(&mut outgoing.headers, &self.address);
+        if mesh && outgoing.version == Version::HTTP_2 {
+            head::mark_unique(&mut outgoing.headers);
+        }
         let idempotent = retry::is_idempotent(&outgoing.method, &outgoing.headers);
         let replay = (!http_body::Body::is_end_stream(&body)).then(|| Replay::new(body, REPLAY));
         let sent = permission.hold(&outgoing, self.send(&outgoing, replay.as_ref(), idempotent)).await?;

@@ -447,7 +447,7 @@ impl Client {
             Err(error) => Outcome::Failure(error.failure),
             Ok(sent) => {
                 let head = &sent.response;
-                if sent.mesh && head.headers().contains_key(WEFT_UNSENT) {
+                if sent.private && head.headers().contains_key(WEFT_UNSENT) {
                     return Outcome::Failure(Failure::NotProcessed);
                 }
                 match classify::grpc_status(head.headers()) {
@@ -478,7 +478,7 @@ impl Client {
             replay.forget();
         }
         let (mut head, body) = sent.response.into_parts();
-        let reason = sent.mesh.then(|| head.headers.remove(WEFT_REASON)).flatten();
+        let reason = sent.private.then(|| head.headers.remove(WEFT_REASON)).flatten();
         let upgraded = sending.outgoing.upgrade.take().filter(|_| {
             head.status == StatusCode::SWITCHING_PROTOCOLS
                 || (sent.upgrades_by_ok && head.status == StatusCode::OK)
