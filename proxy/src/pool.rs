@@ -494,7 +494,10 @@ impl Pool {
                 // Fails only on a socket that is closed already.
                 let _ = socket2::SockRef::from(tls.get_ref().0).set_tcp_user_timeout(Some(USER_TIMEOUT));
                 let settings = self.first_bytes(&mut tls, *address, timeout).await?;
-                let handshake = builder.handshake(TokioIo::new(Prefixed::new(settings, tls))).await;
+                // Boxed: the library keeps a connection's task and its requests' tasks in one type, and moves each of
+                // those eight times.
+                let io = TokioIo::new(Box::new(Prefixed::new(settings, tls)));
+                let handshake = builder.handshake(io).await;
                 let (sender, connection) = handshake.map_err(|e| not_processed(&e))?;
                 let (h2, driver) = drive_h2(sender, connection, generation, &self.0.recorder);
                 tokio::task::spawn_local(self.clone().guard(*address, belief, h2.retired.clone(), driver));

@@ -5,6 +5,7 @@ use std::{
     collections::HashMap,
     convert::Infallible,
     net::SocketAddr,
+    pin::Pin,
     rc::Rc,
     sync::Arc,
     time::{Duration, Instant},
@@ -65,7 +66,7 @@ pub(super) async fn serve_mesh(
     let server = Server::new(worker.clone(), original, port, caller.clone(), client, open);
     let requests = Requests::default();
     let io = Front::h2(tls, Bytes::new(), requests.clone(), Component::Inbound, worker.config.head());
-    let service = service_fn(move |request| server.clone().handle(request, None));
+    let service = service_fn(move |request| server.clone().boxed(request));
     let connection = h2_builder(&worker, limits.streams_mesh, limits.header_list())
         .serve_connection(TokioIo::new(io), service);
     let ended = run(&worker, connection, &caller).await;
@@ -87,7 +88,7 @@ pub(super) async fn serve_plain(
     let (requests, head) = (Requests::default(), worker.config.head());
     let ended = if h2 {
         let io = Front::h2(stream, first, requests.clone(), Component::Inbound, head);
-        let service = service_fn(move |request| server.clone().handle(request, None));
+        let service = service_fn(move |request| server.clone().boxed(request));
         let header_list = u32::try_from(limits.header_bytes).unwrap_or(u32::MAX);
         let connection = h2_builder(&worker, limits.streams_outside, header_list)
             .serve_connection(TokioIo::new(io), service);
@@ -163,6 +164,8 @@ async fn run<C: Graceful>(worker: &Rc<Worker>, connection: C, caller: &Caller) -
 #[derive(Clone)]
 struct Server(Rc<Inner>);
 
+type Handled = Result<Response<Permitted>, Infallible>;
+
 pub(super) struct Inner {
     pub(super) worker: Rc<Worker>,
     original: SocketAddr,
@@ -211,12 +214,13 @@ impl Server {
         }))
     }
 
+    /// For HTTP/2: the library moves a stream's future eight times on the way to its task.
+    fn boxed(self, request: Request<Incoming>) -> Pin<Box<impl Future<Output = Handled>>> {
+        Box::pin(self.handle(request, None))
+    }
+
     /// `requests`: of an HTTP/1 connection.
-    async fn handle(
-        self,
-        request: Request<Incoming>,
-        requests: Option<&Requests>,
-    ) -> Result<Response<Permitted>, Infallible> {
+    async fn handle(self, request: Request<Incoming>, requests: Option<&Requests>) -> Handled {
         let inner = &self.0;
         let worker = &inner.worker;
         // Counted before the question whether to refuse, so that a drain waits for it or it sees the drain.

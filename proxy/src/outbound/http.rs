@@ -50,7 +50,8 @@ pub(super) async fn serve(
         let io = Front::h2(stream, first, requests.clone(), Component::Outbound, head);
         let service = service_fn(move |request| {
             let client = client.clone();
-            async move { Ok::<_, Infallible>(client.handle(request, None).await) }
+            // Boxed: the library moves it eight times on the way to its task.
+            Box::pin(async move { Ok::<_, Infallible>(client.handle(request, None).await) })
         });
         let mut builder = hyper::server::conn::http2::Builder::new(LocalExec);
         builder
