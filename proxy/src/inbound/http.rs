@@ -12,6 +12,7 @@ use std::{
 };
 
 use bytes::Bytes;
+use futures_util::stream::{FuturesUnordered, StreamExt as _};
 use http::{HeaderValue, Method, Request, Response, StatusCode, Version, header};
 use hyper::{body::Incoming, service::service_fn, upgrade::OnUpgrade};
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -136,10 +137,21 @@ fn h2_builder(
 /// Runs a connection until it ends, its caller is believed no more, or time is up.
 async fn run<C: Graceful>(worker: &Rc<Worker>, connection: C, caller: &Caller) -> hyper::Result<()> {
     let mut serving = worker.drain.serve(connection, Component::Inbound);
+    // Behind a waker of its own: it is looked at when it has something to say, not at each read of the connection.
+    let over = async {
+        tokio::select! {
+            why = caller.distrusted(worker) => Some(why.as_str()),
+            () = worker.drain.cut() => None,
+        }
+    };
+    let mut over: FuturesUnordered<_> = std::iter::once(over).collect();
     let ended = tokio::select! {
+        biased;
         ended = &mut serving => Ok(ended),
-        why = caller.distrusted(worker) => Err(why.as_str()),
-        () = worker.drain.cut() => return Ok(()),
+        Some(why) = over.next() => match why {
+            Some(why) => Err(why),
+            None => return Ok(()),
+        },
     };
     let ended = match ended {
         Ok(ended) => ended,
