@@ -11,8 +11,10 @@ use std::{
     error::Error as StdError,
     io,
     net::{IpAddr, Ipv4Addr, SocketAddr},
+    pin::Pin,
     rc::Rc,
     sync::Arc,
+    task::{Context, Poll, Waker},
     time::{Duration, Instant},
 };
 
@@ -30,9 +32,9 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use rand::Rng as _;
 use rustls_pki_types::ServerName;
 use tokio::{
-    io::AsyncReadExt as _,
+    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, ReadBuf},
     net::{TcpSocket, TcpStream},
-    sync::watch,
+    sync::{Notify, watch},
 };
 use tokio_rustls::{TlsConnector, client::TlsStream};
 use weft_core::{
@@ -48,7 +50,7 @@ use crate::{
     config::Config,
     front::{Back, BadAnswer, Due, Sifted},
     head,
-    tcp::Prefixed,
+    tcp::{Prefixed, write_to_inner},
     telemetry::{
         exchange::now,
         metrics::{Counter, Gauge, Recorder},
@@ -484,6 +486,9 @@ impl Pool {
             .initial_connection_window_size(CONNECTION_WINDOW)
             .max_send_buf_size(SEND_BUFFER)
             .max_header_list_size(self.0.config.limits.header_list())
+            // Until its SETTINGS nobody knows how many streams a peer takes; what is too much would wait within the
+            // library, perhaps behind streams that never end.
+            .initial_max_send_streams(0)
             .keep_alive_interval(PING_INTERVAL)
             .keep_alive_timeout(PING_TIMEOUT)
             .keep_alive_while_idle(true);
@@ -496,21 +501,41 @@ impl Pool {
                 let settings = self.first_bytes(&mut tls, *address, timeout).await?;
                 // Boxed: the library keeps a connection's task and its requests' tasks in one type, and moves each of
                 // those eight times.
-                let io = TokioIo::new(Box::new(Prefixed::new(settings, tls)));
-                let handshake = builder.handshake(io).await;
+                let heard = Rc::new(Heard::default());
+                let io = Hears { inner: Box::new(Prefixed::new(settings, tls)), heard: heard.clone() };
+                let handshake = builder.handshake(TokioIo::new(io)).await;
                 let (sender, connection) = handshake.map_err(|e| not_processed(&e))?;
-                let (h2, driver) = drive_h2(sender, connection, generation, &self.0.recorder);
+                let (h2, driver) = drive_h2(sender, connection, generation, &self.0.recorder, heard.clone());
                 tokio::task::spawn_local(self.clone().guard(*address, belief, h2.retired.clone(), driver));
+                self.streams_known(&heard, *address, timeout).await?;
                 Ok(h2)
             }
             Peer::Plain { address, .. } | Peer::App { address, .. } => {
                 let source = matches!(peer, Peer::App { .. });
                 let tcp = self.connect(*address, source, timeout).await?;
-                let handshake = builder.handshake(TokioIo::new(Sifted::new(tcp))).await;
+                let heard = Rc::new(Heard::default());
+                let io = Hears { inner: Sifted::new(tcp), heard: heard.clone() };
+                let handshake = builder.handshake(TokioIo::new(io)).await;
                 let (sender, connection) = handshake.map_err(|e| not_processed(&e))?;
-                Ok(drive_h2(sender, connection, 0, &self.0.recorder).0)
+                let (h2, _driver) = drive_h2(sender, connection, 0, &self.0.recorder, heard.clone());
+                self.streams_known(&heard, *address, timeout).await?;
+                Ok(h2)
             }
         }
+    }
+
+    /// Waits for the SETTINGS that say how many streams a peer takes, or for the connection's end. Any server sends them
+    /// first, unasked (RFC 9113 §3.4).
+    async fn streams_known(
+        &self,
+        heard: &Heard,
+        address: SocketAddr,
+        timeout: Duration,
+    ) -> Result<(), ConnectError> {
+        tokio::time::timeout(timeout, heard.told.notified()).await.map_err(|_| {
+            self.0.recorder.count(Counter::ConnectTimeouts);
+            ConnectError::remote(Failure::ConnectTimeout, format!("{address} takes no streams"))
+        })
     }
 
     /// Ends a connection whose peer is believed no more: it takes nothing new, and what is in flight has the time of
@@ -832,12 +857,50 @@ impl From<ConnectError> for SendError {
     }
 }
 
+/// What an HTTP/2 connection's driver waits for beside requests: the library reads SETTINGS in another task, and wakes
+/// nobody for them.
+#[derive(Default)]
+struct Heard {
+    /// Whether it still waits.
+    done: Cell<bool>,
+    driver: RefCell<Option<Waker>>,
+    /// Once, when it is done: the stream limit is known, or the connection has ended.
+    told: Notify,
+}
+
+/// A connection that wakes its driver when something came, as long as the stream limit is not known.
+struct Hears<S> {
+    inner: S,
+    heard: Rc<Heard>,
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Hears<S> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let polled = Pin::new(&mut self.inner).poll_read(cx, buf);
+        if !self.heard.done.get()
+            && polled.is_ready()
+            && let Some(driver) = &*self.heard.driver.borrow()
+        {
+            // It runs after the task that reads, which will have understood by then what it has read.
+            driver.wake_by_ref();
+        }
+        polled
+    }
+}
+
+write_to_inner!(Hears);
+
 /// Runs an HTTP/2 connection in a task, and keeps the peer's stream limit where the pool can read it.
 fn drive_h2<T>(
     sender: http2::SendRequest<Body>,
     connection: http2::Connection<T, Body, LocalExec>,
     generation: u64,
     recorder: &Recorder,
+    heard: Rc<Heard>,
 ) -> (H2, tokio::task::JoinHandle<()>)
 where
     T: hyper::rt::Read + hyper::rt::Write + Unpin + 'static,
@@ -849,7 +912,16 @@ where
     let driver = tokio::task::spawn_local(std::future::poll_fn(move |cx| {
         let _open = &open;
         let polled = connection.as_mut().poll(cx);
-        limit.set(connection.current_max_send_streams());
+        let now = connection.current_max_send_streams();
+        limit.set(now);
+        if !heard.done.get() {
+            if now > 0 || polled.is_ready() {
+                heard.done.set(true);
+                heard.told.notify_one();
+            } else {
+                *heard.driver.borrow_mut() = Some(cx.waker().clone());
+            }
+        }
         polled.map(|result| {
             if let Err(error) = result {
                 tracing::debug!(%error, "HTTP/2 connection ended");

@@ -237,6 +237,52 @@ fn a_reset_and_a_deadline_reach_the_backend_within_50_ms() {
 }
 
 #[test]
+fn streams_beyond_an_apps_limit_open_more_connections_and_none_waits() {
+    const STREAMS: usize = 150;
+    let together = Arc::new(tokio::sync::Barrier::new(STREAMS));
+    // The app takes no more than 20 streams on one connection; none is answered before all are there.
+    let Some(world) = world("many_streams", 20, move |request, mut respond| {
+        let together = together.clone();
+        async move {
+            if request.uri().path() == "/together" {
+                together.wait().await;
+            }
+            answer(&mut respond, 200, "ok")
+        }
+    }) else {
+        return;
+    };
+    let took = streams::run(async {
+        let began = Instant::now();
+        let (one, two) = (
+            connect(&world.client.pod, ECHO_ADDRESS).await?,
+            connect(&world.client.pod, ECHO_ADDRESS).await?,
+        );
+        let mut answers = Vec::new();
+        for n in 0..STREAMS {
+            answers.push(send(if n % 2 == 0 { &one } else { &two }, head("GET", "/together"), true).await?.0);
+        }
+        // Nothing queues behind them.
+        assert_eq!(ask(&one, head("GET", "/quick")).await?.body(), "ok");
+        for answered in answers {
+            let answered = tokio::time::timeout(Duration::from_secs(20), answered).await??;
+            assert_eq!(answered.status(), 200);
+        }
+        Ok(began.elapsed())
+    });
+    let connections =
+        [&world.client, &world.backend].map(|m| m.metric("weft_connects_total", &["result=\"ok\""]).unwrap());
+    println!(
+        "figure: {STREAMS} streams at once against a limit of 20: all answered over {} connections to the app, {} between \
+         the sidecars, {} ms",
+        connections[1],
+        connections[0],
+        took.as_millis()
+    );
+    assert!(connections[0] >= 2.0 && connections[1] >= 8.0, "{connections:?}");
+}
+
+#[test]
 fn an_answer_before_the_requests_end_reaches_the_client_while_it_uploads() {
     let Some(world) = world("early", 100, |request, mut respond| async move {
         if request.uri().path() == "/refuse" {
