@@ -400,6 +400,17 @@ impl Framing {
                     self.state = State::Version(0);
                 }
             }
+            // What nearly all say, at once; the states below say the same byte by byte.
+            State::Version(0) if piece.bytes[piece.at..].starts_with(b"HTTP/1.1\r\n") => {
+                self.head.http_10 = false;
+                piece.at += 10;
+                self.state = State::FieldStart;
+            }
+            State::StatusVersion(0) if piece.bytes[piece.at..].starts_with(b"HTTP/1.1 ") => {
+                self.head.http_10 = false;
+                piece.at += 9;
+                self.state = State::Status(0);
+            }
             State::Version(n) => {
                 piece.at += 1;
                 self.state = match n {
