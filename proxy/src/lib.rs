@@ -54,7 +54,7 @@ use crate::{
     limits::Limits,
     memory::Memory,
     telemetry::metrics::{self, Recorder, Shared},
-    worker::{Budgets, Parts, Worker},
+    worker::{Budgets, Caps, Parts, Worker},
 };
 
 /// Why the sidecar could not start.
@@ -110,6 +110,7 @@ pub async fn start(
         drain: drain.clone(),
         limits,
         budgets: Budgets::default(),
+        caps: Caps::default(),
     };
     let (started, bound) = std_mpsc::channel();
     for (n, asked) in answers.into_iter().enumerate() {

@@ -56,6 +56,7 @@ use crate::{
         metrics::{Counter, Gauge, Recorder},
     },
     tls::{self, Alpn, Material, Role},
+    worker::{InUse, Permit},
 };
 
 /// Exchanges that one connection between sidecars carries before another is opened.
@@ -143,11 +144,18 @@ pub(crate) struct ConnectError {
     pub(crate) detail: Arc<str>,
     /// It is this workload's own fault (no certificate): nothing is held against the endpoint.
     pub(crate) local: bool,
+    /// The service has as many connections as it may.
+    pub(crate) capped: bool,
 }
 
 impl ConnectError {
+    fn capped() -> Self {
+        let detail = "as many connections as there may be".into();
+        Self { failure: Failure::NotProcessed, detail, local: true, capped: true }
+    }
+
     fn remote(failure: Failure, detail: String) -> Self {
-        Self { failure, detail: detail.into(), local: false }
+        Self { failure, detail: detail.into(), local: false, capped: false }
     }
 }
 
@@ -160,12 +168,14 @@ pub(crate) struct SendError {
     pub(crate) reused: bool,
     /// See [`ConnectError::local`].
     pub(crate) local: bool,
+    /// See [`ConnectError::capped`].
+    pub(crate) capped: bool,
 }
 
 impl SendError {
     /// An error of the endpoint.
     pub(crate) fn new(failure: Failure, detail: &str) -> Self {
-        Self { failure, detail: detail.into(), reused: false, local: false }
+        Self { failure, detail: detail.into(), reused: false, local: false, capped: false }
     }
 }
 
@@ -214,11 +224,15 @@ struct H2 {
     retired: Rc<Cell<bool>>,
     last_used: Cell<Instant>,
     used: Cell<bool>,
+    /// Counted among the connections of the service that it was opened for.
+    _permit: Option<Permit>,
 }
 
 #[derive(Default)]
 struct H1Peer {
     idle: RefCell<Vec<H1>>,
+    /// Held by each connection, idle or in use.
+    open: Rc<()>,
 }
 
 struct H1 {
@@ -228,6 +242,9 @@ struct H1 {
     /// How long it may be idle: our own limit, or less where the app has said so.
     idle_limit: Duration,
     used: bool,
+    _open: Rc<()>,
+    /// As of an [`H2`].
+    _permit: Option<Permit>,
 }
 
 /// The use of one connection by one exchange.
@@ -272,8 +289,25 @@ pub(crate) struct SendOptions<'a> {
     pub(crate) upload: Option<&'a Replay>,
     /// Never an idle connection.
     pub(crate) fresh: bool,
+    /// How many connections the service may have; `None`: as many as are needed.
+    pub(crate) cap: Option<Cap<'a>>,
     /// Set once a connection is in hand: from then on the request may have been sent.
     pub(crate) connected: &'a Cell<bool>,
+}
+
+/// A service's connections, and how many there may be.
+#[derive(Clone, Copy)]
+pub(crate) struct Cap<'a> {
+    pub(crate) in_use: &'a Arc<InUse>,
+    pub(crate) max: u32,
+}
+
+/// Asks for one more. An endpoint's only connection is never refused: otherwise some endpoints of a service with more of
+/// them than connections could not be reached at all.
+fn one_more(cap: Option<Cap<'_>>, only: bool) -> Result<Option<Permit>, ConnectError> {
+    let Some(Cap { in_use, max }) = cap else { return Ok(None) };
+    let permit = if only { Permit::first_connection(in_use) } else { Permit::connection(in_use, max) };
+    permit.map(Some).ok_or_else(ConnectError::capped)
 }
 
 impl Pool {
@@ -314,7 +348,7 @@ impl Pool {
     pub(crate) async fn knock(&self, peer: &Peer, timeout: Duration) -> Result<(), ConnectError> {
         match peer {
             Peer::Mesh { .. } | Peer::Plain { h2: true, .. } | Peer::App { h2: true, .. } => {
-                self.h2(peer, timeout).await.map(drop)
+                self.h2(peer, None, timeout).await.map(drop)
             }
             Peer::Plain { address, h2: false } => self.connect(*address, false, timeout).await.map(drop),
             Peer::App { address, h2: false } => self.connect(*address, true, timeout).await.map(drop),
@@ -330,7 +364,7 @@ impl Pool {
         // A connection that closes before it takes the request gives it back; a second and a third is tried.
         let mut last = None;
         for _ in 0..3 {
-            let h2 = self.h2(peer, options.connect_timeout).await.map_err(SendError::from)?;
+            let h2 = self.h2(peer, options.cap, options.connect_timeout).await.map_err(SendError::from)?;
             options.connected.set(true);
             h2.in_flight.set(h2.in_flight.get() + 1);
             let reused = h2.used.replace(true);
@@ -355,13 +389,14 @@ impl Pool {
                             detail: describe(&error),
                             reused,
                             local: false,
+                            capped: false,
                         });
                     }
                 },
             }
         }
         let detail = last.map_or_else(|| "closed".into(), |e| describe(&e));
-        Err(SendError { failure: Failure::NotProcessed, detail, reused: true, local: false })
+        Err(SendError { failure: Failure::NotProcessed, detail, reused: true, local: false, capped: false })
     }
 
     async fn send_h1(
@@ -374,7 +409,19 @@ impl Pool {
         loop {
             let mut connection = match entry.take_idle(options) {
                 Some(idle) => idle,
-                None => self.open_h1(peer, options.connect_timeout).await.map_err(SendError::from)?,
+                None => {
+                    let mut permit = one_more(options.cap, Rc::strong_count(&entry.open) == 1);
+                    if permit.is_err()
+                        && let Some(idle) = entry.idle.borrow_mut().pop()
+                    {
+                        // Too old for this request, it gives way to it.
+                        drop(idle);
+                        permit = one_more(options.cap, false);
+                    }
+                    let permit = permit?;
+                    let opened = self.open_h1(peer, options.connect_timeout).await?;
+                    H1 { _permit: permit, _open: entry.open.clone(), ..opened }
+                }
             };
             options.connected.set(true);
             let reused = connection.used;
@@ -387,6 +434,7 @@ impl Pool {
                     detail: "closed at once".into(),
                     reused,
                     local: false,
+                    capped: false,
                 });
             }
             connection.due.to(request.method());
@@ -405,7 +453,13 @@ impl Pool {
                         let error = error.into_error();
                         let failure =
                             if unsent.is_some() { Failure::NotProcessed } else { failure_of(&error) };
-                        return Err(SendError { failure, detail: describe(&error), reused, local: false });
+                        return Err(SendError {
+                            failure,
+                            detail: describe(&error),
+                            reused,
+                            local: false,
+                            capped: false,
+                        });
                     }
                 },
             }
@@ -413,7 +467,7 @@ impl Pool {
     }
 
     /// An open connection with room, or a new one that all who need it wait for together.
-    async fn h2(&self, peer: &Peer, timeout: Duration) -> Result<Rc<H2>, ConnectError> {
+    async fn h2(&self, peer: &Peer, cap: Option<Cap<'_>>, timeout: Duration) -> Result<Rc<H2>, ConnectError> {
         let entry = {
             let mut peers = self.0.h2.borrow_mut();
             match peers.get(peer) {
@@ -434,7 +488,12 @@ impl Pool {
             let connecting = entry.connecting.borrow().clone();
             let connecting = match connecting {
                 Some(connecting) => connecting,
-                None => self.start_h2(peer, &entry, timeout),
+                None => {
+                    // Those of an older certificate end by themselves, and are nothing to send by.
+                    let only = !entry.open.borrow().iter().any(|c| c.is_current(generation));
+                    let permit = one_more(cap, only)?;
+                    self.start_h2(peer, &entry, permit, timeout)
+                }
             };
             let opened = connecting.await?;
             if opened.has_room(generation) {
@@ -449,15 +508,23 @@ impl Pool {
             failure: Failure::NotProcessed,
             detail: "each new connection was closed at once".into(),
             local: false,
+            capped: false,
         })
     }
 
     /// Opens a connection in a task of its own: whoever waits may go away.
-    fn start_h2(&self, peer: &Peer, entry: &Rc<H2Peer>, timeout: Duration) -> Connecting {
+    fn start_h2(
+        &self,
+        peer: &Peer,
+        entry: &Rc<H2Peer>,
+        permit: Option<Permit>,
+        timeout: Duration,
+    ) -> Connecting {
         let pool = self.clone();
         let (peer, entry_of_task) = (peer.clone(), entry.clone());
         let task = tokio::task::spawn_local(async move {
-            let result = pool.open_h2(&peer, timeout).await.map(Rc::new);
+            let opened = pool.open_h2(&peer, timeout).await;
+            let result = opened.map(|h2| Rc::new(H2 { _permit: permit, ..h2 }));
             entry_of_task.connecting.borrow_mut().take();
             if let Ok(open) = &result {
                 entry_of_task.open.borrow_mut().push(open.clone());
@@ -470,6 +537,7 @@ impl Pool {
                     failure: Failure::Unreachable,
                     detail: "the worker stopped".into(),
                     local: true,
+                    capped: false,
                 })
             })
         };
@@ -616,7 +684,15 @@ impl Pool {
                 tracing::debug!(%error, "HTTP/1.1 connection to the app ended");
             }
         });
-        Ok(H1 { sender, due, idle_since: now(), idle_limit: self.0.config.times.app_idle, used: false })
+        Ok(H1 {
+            sender,
+            due,
+            idle_since: now(),
+            idle_limit: self.0.config.times.app_idle,
+            used: false,
+            _open: Rc::default(),
+            _permit: None,
+        })
     }
 
     /// Opens a TCP connection; `as_inbound` makes it come from the address that capture lets pass. An app that
@@ -724,6 +800,7 @@ impl Pool {
             failure: Failure::Unreachable,
             detail: detail.into(),
             local: true,
+            capped: false,
         };
         let material = self.0.material.borrow().clone();
         let material = material.ok_or_else(|| own("this workload has no certificate yet".to_owned()))?;
@@ -821,10 +898,12 @@ impl H2 {
         // long streams.
         let peer = u32::try_from(self.max_streams.get()).unwrap_or(u32::MAX);
         let room = STREAMS_PER_CONNECTION.min((peer - peer / 5).max(1));
-        self.generation == generation
-            && !self.retired.get()
-            && self.in_flight.get() < room
-            && !self.sender.borrow().is_closed()
+        self.in_flight.get() < room && self.is_current(generation)
+    }
+
+    /// Whether it may take anything new at all.
+    fn is_current(&self, generation: u64) -> bool {
+        self.generation == generation && !self.retired.get() && !self.sender.borrow().is_closed()
     }
 }
 
@@ -853,7 +932,8 @@ impl H1Peer {
 
 impl From<ConnectError> for SendError {
     fn from(error: ConnectError) -> Self {
-        Self { failure: error.failure, detail: error.detail, reused: false, local: error.local }
+        let ConnectError { failure, detail, local, capped } = error;
+        Self { failure, detail, reused: false, local, capped }
     }
 }
 
@@ -936,6 +1016,7 @@ where
         retired: Rc::default(),
         last_used: Cell::new(now()),
         used: Cell::new(false),
+        _permit: None,
     };
     (h2, driver)
 }
@@ -979,7 +1060,7 @@ pub(crate) fn keep_alive(stream: &TcpStream) {
 }
 
 fn not_processed(error: &hyper::Error) -> ConnectError {
-    ConnectError { failure: Failure::NotProcessed, detail: describe(error), local: false }
+    ConnectError { failure: Failure::NotProcessed, detail: describe(error), local: false, capped: false }
 }
 
 /// What an error after sending says about the request: not processed, or perhaps processed.

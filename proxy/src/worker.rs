@@ -1,14 +1,17 @@
 //! What one data worker owns: its pools, balancers, destinations and telemetry, on one thread.
 //!
-//! Why nothing here is shared: a request takes no lock. What must hold for the pod as a whole (retry budgets)
-//! is an atomic in [`Budgets`]; policy arrives as immutable snapshots that are compared by pointer.
+//! Why nothing here is shared: a request takes no lock. What must hold for the pod as a whole (retry budgets, caps) is an
+//! atomic in [`Budgets`] and [`Caps`]; policy arrives as immutable snapshots that are compared by pointer.
 
 use std::{
     cell::{Cell, RefCell},
     collections::HashMap,
     net::SocketAddr,
     rc::Rc,
-    sync::{Arc, Mutex, PoisonError, Weak},
+    sync::{
+        Arc, Mutex, PoisonError, Weak,
+        atomic::{AtomicU32, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -57,6 +60,7 @@ pub(crate) struct Worker {
     destinations: RefCell<HashMap<SocketAddr, Rc<Destination>>>,
     backends: RefCell<HashMap<BackendKey, Rc<Backend>>>,
     budgets: Budgets,
+    caps: Caps,
 }
 
 /// A TLS configuration, and the certificate's generation and the policy that it was made of.
@@ -71,11 +75,23 @@ pub(crate) struct Parts {
     pub(crate) drain: Drain,
     pub(crate) limits: Arc<Limits>,
     pub(crate) budgets: Budgets,
+    pub(crate) caps: Caps,
 }
 
 /// Retry budgets of the pod, by destination: all workers draw from the same ones.
 #[derive(Clone, Default)]
 pub(crate) struct Budgets(Arc<Mutex<HashMap<BackendKey, Weak<Budget>>>>);
+
+/// What the pod has in use of each service, by whichever worker.
+#[derive(Clone, Default)]
+pub(crate) struct Caps(Arc<Mutex<HashMap<BackendKey, Weak<InUse>>>>);
+
+/// Of one service.
+#[derive(Default)]
+pub(crate) struct InUse {
+    requests: AtomicU32,
+    connections: AtomicU32,
+}
 
 /// One destination as this worker knows it.
 pub(crate) struct Destination {
@@ -101,7 +117,7 @@ pub(crate) struct Resolved {
 pub(crate) struct Backend {
     pub(crate) balancer: RefCell<Balancer>,
     pub(crate) name: Arc<str>,
-    pub(crate) in_flight: Cell<u32>,
+    pub(crate) in_use: Arc<InUse>,
     /// A request has waited in vain: the next ones fail at once, until there is an endpoint again.
     pub(crate) failfast: Cell<bool>,
     generation: Cell<Option<u64>>,
@@ -157,6 +173,7 @@ impl Worker {
             destinations: RefCell::default(),
             backends: RefCell::default(),
             budgets: parts.budgets,
+            caps: parts.caps,
         });
         let reported = Rc::downgrade(&worker);
         worker.recorder.endpoints(move || reported.upgrade().map_or_else(Vec::new, |w| w.report_endpoints()));
@@ -268,7 +285,7 @@ impl Worker {
                 Rc::new(Backend {
                     balancer: RefCell::new(Balancer::new(&service.load_balancing, &service.health)),
                     name: service.name.to_string().into(),
-                    in_flight: Cell::new(0),
+                    in_use: self.caps.of(service.key()),
                     failfast: Cell::new(false),
                     generation: Cell::new(None),
                 })
@@ -385,23 +402,66 @@ impl Resolved {
     }
 }
 
-/// Counts one request to a backend until it goes.
-pub(crate) struct Permit(Rc<Backend>);
+impl Caps {
+    fn of(&self, service: BackendKey) -> Arc<InUse> {
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = all.get(&service).and_then(Weak::upgrade) {
+            return known;
+        }
+        all.retain(|_, in_use| in_use.strong_count() > 0);
+        let in_use = Arc::<InUse>::default();
+        all.insert(service, Arc::downgrade(&in_use));
+        in_use
+    }
+}
+
+/// Counts one request or connection to a service until it goes.
+pub(crate) struct Permit {
+    of: Arc<InUse>,
+    what: Capped,
+}
+
+#[derive(Clone, Copy)]
+enum Capped {
+    Requests,
+    Connections,
+}
 
 impl Permit {
-    /// `None` when the backend has as many requests in flight as it may.
-    pub(crate) fn take(backend: &Rc<Backend>, limit: u32) -> Option<Self> {
-        let in_flight = backend.in_flight.get();
-        (in_flight < limit).then(|| {
-            backend.in_flight.set(in_flight + 1);
-            Self(backend.clone())
-        })
+    /// `None` when the pod has as many requests to the service in flight as it may.
+    pub(crate) fn request(of: &Arc<InUse>, limit: u32) -> Option<Self> {
+        Self::take(of, Capped::Requests, limit)
+    }
+
+    /// `None` when the pod has as many connections to the service as it may.
+    pub(crate) fn connection(of: &Arc<InUse>, limit: u32) -> Option<Self> {
+        Self::take(of, Capped::Connections, limit)
+    }
+
+    /// The same where another one is never refused.
+    pub(crate) fn first_connection(of: &Arc<InUse>) -> Option<Self> {
+        Self::take(of, Capped::Connections, u32::MAX)
+    }
+
+    fn take(of: &Arc<InUse>, what: Capped, limit: u32) -> Option<Self> {
+        let counted = of.counter(what);
+        counted.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| (n < limit).then_some(n + 1)).ok()?;
+        Some(Self { of: of.clone(), what })
     }
 }
 
 impl Drop for Permit {
     fn drop(&mut self) {
-        self.0.in_flight.set(self.0.in_flight.get() - 1);
+        self.of.counter(self.what).fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl InUse {
+    fn counter(&self, what: Capped) -> &AtomicU32 {
+        match what {
+            Capped::Requests => &self.requests,
+            Capped::Connections => &self.connections,
+        }
     }
 }
 

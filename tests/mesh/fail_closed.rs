@@ -163,6 +163,45 @@ fn overload_refuses_what_is_new_and_skips_no_rule() {
     .expect("room again");
 }
 
+#[test]
+fn caps_hold_for_the_whole_sidecar_however_many_workers_it_has() {
+    let mut options = Options::default();
+    options.sidecar_env.insert("WEFT_WORKERS".to_owned(), "4".to_owned());
+    let Some(pair) = pair_with("caps", options, &[]) else { return };
+    let client = &pair.client.pod;
+    let full: Vec<_> = (0..2).map(|_| streams(client, &[&format!("{ECHO}/forever")])).collect();
+    crate::policy(&pair.mesh, "echo", serde_json::json!({"limits": {"maxRequests": 2}}));
+    // Each comes by a connection of its own, so by any of the workers.
+    let refused = || Ok((0..16).all(|_| status(client, ECHO) == "503 outbound;overloaded"));
+    wait(Duration::from_secs(15), refused).expect("the cap is the pod's");
+    drop(full);
+    wait(Duration::from_secs(10), || Ok(status(client, ECHO) == "200")).expect("room again");
+}
+
+#[test]
+fn http_opens_no_more_connections_to_a_service_than_its_policy_allows() {
+    let Some(pair) = pair("max_connections", &[]) else { return };
+    let client = &pair.client.pod;
+    // Without a sidecar there: a connection carries one request at a time.
+    let legacy = pair.mesh.plain(&Workload::new("shop", "legacy-1")).unwrap();
+    let _app = start(
+        &mut testapp(&pair.mesh, &legacy, &["http", "--port", "8080", "--name", "legacy-1"]),
+        &legacy,
+        8080,
+    )
+    .unwrap();
+    // Before the service: what has no policy yet would leave connections that may be used again.
+    crate::policy(&pair.mesh, "legacy", serde_json::json!({"limits": {"maxConnections": 2}}));
+    service(&pair.mesh, "shop", "legacy", "10.96.0.2", &[("web", 80, 8080)]).unwrap();
+    let url = "http://10.96.0.2";
+    let full: Vec<_> = (0..2).map(|_| streams(client, &[&format!("{url}/forever")])).collect();
+    wait(Duration::from_secs(15), || Ok(status(client, url) == "503 outbound;overloaded"))
+        .expect("no third connection");
+    assert_eq!(status(client, ECHO), "200", "other services have their own");
+    drop(full);
+    wait(Duration::from_secs(10), || Ok(status(client, url) == "200")).expect("room again");
+}
+
 /// What a client hears that says `bytes`, with a pause before each piece, until the other side ends.
 fn hears(pod: &Pod, to: SocketAddr, pieces: &[&str], pause: Duration) -> String {
     pod.enter(|| {

@@ -226,7 +226,7 @@ pub struct SuccessRate {
 pub struct Limits {
     /// Requests in flight to one service from this sidecar; beyond it 503.
     pub max_requests: u32,
-    /// Connections to one service from this sidecar.
+    /// Connections to one service from this sidecar; beyond it 503, but for an endpoint's only one.
     pub max_connections: u32,
     /// How long a request may wait for an endpoint while all are unreachable.
     pub queue_wait: Duration,

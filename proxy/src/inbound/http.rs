@@ -398,6 +398,7 @@ impl Inner {
                 idempotent,
                 upload: replay,
                 fresh,
+                cap: None,
                 connected: &connected,
             };
             match self.worker.pool.send(&peer, request, options).await {

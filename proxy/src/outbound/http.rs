@@ -20,7 +20,7 @@ use crate::{
     front::{self, Front, Requests},
     head::{self, Outgoing, Upgrade},
     listener::{Accepted, Open},
-    pool::{self, LocalExec, Peer, SendError, SendOptions, Sent},
+    pool::{self, Cap, LocalExec, Peer, SendError, SendOptions, Sent},
     tcp,
     telemetry::{
         decision::Decision,
@@ -254,8 +254,8 @@ impl Client {
                 Some(edited)
             };
             let outgoing = edited.as_deref().unwrap_or(&sending.outgoing);
-            let permit =
-                Permit::take(backend, policy.service.limits.max_requests).ok_or(Error::Overloaded)?;
+            let permit = Permit::request(&backend.in_use, policy.service.limits.max_requests)
+                .ok_or(Error::Overloaded)?;
             let lease = self.pick(backend, policy.service.limits.queue_wait, &tried).await?;
             if lease.only_connects() {
                 let h2 = sending.outgoing.version == Version::HTTP_2;
@@ -283,7 +283,8 @@ impl Client {
             let outcome = self.outcome(&sending, &sent);
             let replayable = sending.replay.as_ref().is_none_or(Replay::is_replayable);
             let over = deadline.is_some_and(|deadline| deadline.into_std() <= now);
-            let next = if over {
+            let capped = sent.as_ref().is_err_and(|error| error.capped);
+            let next = if over || capped {
                 Next::Stop(Stop::NotRetryable)
             } else {
                 let mut rng = self.worker.rng.borrow_mut();
@@ -319,6 +320,9 @@ impl Client {
                             exchange.settled(lease.finish(blame, now));
                             if over {
                                 return Err(Error::Timeout);
+                            }
+                            if capped {
+                                return Err(Error::Overloaded);
                             }
                             if sending.replay.take().is_some_and(|r| r.source_failed()) {
                                 return Err(Error::UploadBroken);
@@ -412,9 +416,9 @@ impl Client {
         number: u32,
         connected: &Cell<bool>,
     ) -> Result<Sent, SendError> {
-        let mtls_required = sending.resolved.policy.backends[chosen.backend].service.mtls_required;
+        let service = &sending.resolved.policy.backends[chosen.backend].service;
         let h2 = sending.outgoing.version == Version::HTTP_2;
-        let peer = Peer::of(endpoint, h2, mtls_required)
+        let peer = Peer::of(endpoint, h2, service.mtls_required)
             .ok_or_else(|| SendError::new(Failure::Identity, "mTLS is required and the endpoint has none"))?;
         let body = match &sending.replay {
             None => Body::empty(),
@@ -423,11 +427,14 @@ impl Client {
         let request = outgoing
             .request(&peer, body, number)
             .map_err(|e| SendError::new(Failure::Unreachable, &e.to_string()))?;
+        let cap = sending.resolved.backends.get(chosen.backend);
+        let cap = cap.map(|backend| Cap { in_use: &backend.in_use, max: service.limits.max_connections });
         let options = SendOptions {
             connect_timeout: self.connect_timeout(sending.rule),
             idempotent: sending.idempotent,
             upload: sending.replay.as_ref(),
             fresh: number > 1,
+            cap,
             connected,
         };
         let mut sent = self.worker.pool.send(&peer, request, options).await;

@@ -174,7 +174,8 @@ async fn connect(
         if !policy.resolved {
             return Err(Error::BackendUnresolved);
         }
-        let permit = Permit::take(backend, policy.service.limits.max_connections).ok_or(Error::Overloaded)?;
+        let permit = Permit::connection(&backend.in_use, policy.service.limits.max_connections)
+            .ok_or(Error::Overloaded)?;
         let picked = {
             let mut rng = worker.rng.borrow_mut();
             backend.balancer.borrow_mut().pick(&tried, now(), &mut *rng)
@@ -201,6 +202,7 @@ async fn connect(
             }
             Some(peer) => worker.pool.connect(peer.address(), false, timeout).await.map(Server::Plain),
             None => Err(ConnectError {
+                capped: false,
                 failure: Failure::Identity,
                 detail: "mTLS is required and the endpoint has none".into(),
                 local: false,
