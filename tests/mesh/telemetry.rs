@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use weft_control_plane::cli::demo::mesh::wait;
-use weft_harness::apps::{load, output, rss_kib};
+use weft_harness::apps::{curl, load, output, rss_kib};
 
 use crate::{ECHO, pair};
 
@@ -31,6 +31,26 @@ fn weft_routes_counts_what_was_sent_and_measures_what_was_seen() {
     assert_eq!(row["success_rate"], 1.0);
     let text = output(&mut pair.mesh.weft(&["routes", "shop/echo"])).unwrap();
     assert!(text.contains("shop/echo"), "{text}");
+}
+
+#[test]
+fn who_calls_is_told_and_how_many_of_its_calls_failed() {
+    let Some(pair) = pair("edges", &[]) else { return };
+    for path in ["", "/status/404", "/status/500", "/status/503"] {
+        let url = format!("{ECHO}{path}");
+        curl(&pair.client.pod, &["-o", "/dev/null", &url]).unwrap();
+    }
+    let told = || {
+        let edges = pair.mesh.api("/api/v1/edges")?;
+        let of = |name: &str, what: &str| -> u64 {
+            let edges = edges.as_array().into_iter().flatten();
+            let own = edges.filter(|edge| edge["caller"].as_str().is_some_and(|who| who.ends_with(name)));
+            own.filter_map(|edge| edge[what].as_u64()).sum()
+        };
+        Ok::<_, anyhow::Error>((of("/sa/client", "count"), of("/sa/client", "errors")))
+    };
+    let counted = wait(Duration::from_secs(15), || Ok(told()? == (4, 2)));
+    counted.unwrap_or_else(|error| panic!("{error}: {:?}", told()));
 }
 
 #[test]

@@ -1,14 +1,13 @@
 //! One HTTP request to the app: authorize, forward, answer.
 
 use std::{
-    cell::{Cell, RefCell},
+    cell::{Cell, OnceCell, RefCell},
     collections::HashMap,
     convert::Infallible,
     net::SocketAddr,
     pin::Pin,
     rc::Rc,
     sync::Arc,
-    time::{Duration, Instant},
 };
 
 use bytes::Bytes;
@@ -41,17 +40,15 @@ use crate::{
     telemetry::{
         decision::Decision,
         exchange::{Exchange, now},
-        metrics::{Counter, Direction, EdgeKey, Series, SeriesKey},
+        metrics::{Counter, Direction, Edge, EdgeKey, Series, SeriesKey},
     },
     worker::{Spoken, Worker, port_policy},
 };
 
 /// What of one request is kept so that a connection which the app closed while it was idle can be replaced.
 const REPLAY: usize = 64 * 1024;
-/// gRPC methods that one connection's edges name; the rest counts under the empty method.
+/// gRPC methods that one connection remembers where to count.
 const METHODS: usize = 64;
-/// How long a connection keeps what it counted to itself.
-const SETTLE: Duration = Duration::from_secs(1);
 
 /// Serves a caller's sidecar.
 pub(super) async fn serve_mesh(
@@ -190,9 +187,9 @@ pub(super) struct Inner {
     /// The policy that `authorization` was taken from, so that a change is seen by one comparison.
     seen: RefCell<(Option<Arc<weft_core::policy::InboundPolicy>>, Arc<PortPolicy>)>,
     series: RefCell<[Option<Rc<Series>>; 3]>,
-    edges: RefCell<HashMap<Arc<str>, u64>>,
-    /// When edges were last handed on.
-    settled: Cell<Option<Instant>>,
+    edge: OnceCell<Rc<Edge>>,
+    /// Of gRPC methods.
+    edges: RefCell<HashMap<Box<str>, Rc<Edge>>>,
     /// Counted as open for as long as anything of it is.
     _open: Rc<Open>,
 }
@@ -220,8 +217,8 @@ impl Server {
             address,
             parent: original.port().to_string().into(),
             series: RefCell::default(),
+            edge: OnceCell::new(),
             edges: RefCell::default(),
-            settled: Cell::default(),
             _open: open,
         }))
     }
@@ -302,7 +299,7 @@ impl Inner {
             self.authorize(&port.authorization, &outgoing)
         };
         // Whoever is refused does not choose what is remembered of it.
-        self.edge(if grpc && permitted.is_ok() { path } else { "" }, exchange.started());
+        exchange.is_of(self.edge(if grpc && permitted.is_ok() { path } else { "" }));
         permitted?;
         let mut permission = Permission::new(self);
         if self.worker.drain.is_refusing() {
@@ -520,39 +517,30 @@ impl Inner {
         series.clone()
     }
 
-    /// Counts who calls what; handed to the recorder now and then, not with each request.
-    fn edge(&self, method: &str, at: Instant) {
+    /// Who calls what: `method` is empty but for gRPC.
+    fn edge(&self, method: &str) -> Rc<Edge> {
+        if method.is_empty() {
+            return self.edge.get_or_init(|| self.edge_to(method)).clone();
+        }
         let mut edges = self.edges.borrow_mut();
-        let full = edges.len() >= METHODS;
-        match edges.get_mut(method) {
-            Some(count) => *count += 1,
-            None => *edges.entry(if full { "" } else { method }.into()).or_default() += 1,
+        if let Some(known) = edges.get(method) {
+            return known.clone();
         }
-        // The first at once: a connection may stay open for long after its only request.
-        if self.settled.get().is_none_or(|last| at.saturating_duration_since(last) >= SETTLE) {
-            self.settled.set(Some(at));
-            drop(edges);
-            self.settle_edges();
+        if edges.len() >= METHODS {
+            // The recorder, which has its own bound, knows them again.
+            edges.clear();
         }
+        edges.entry(method.into()).or_insert_with(|| self.edge_to(method)).clone()
     }
 
-    fn settle_edges(&self) {
-        for (method, count) in self.edges.borrow_mut().drain() {
-            let key = EdgeKey {
-                caller: self.caller.identity.as_ref().map_or_else(|| "".into(), |id| id.as_str().into()),
-                caller_version: "".into(),
-                service: self.parent.clone(),
-                method,
-                mtls: self.caller.identity.is_some(),
-            };
-            self.worker.recorder.edges(&key, count, 0);
-        }
-    }
-}
-
-impl Drop for Inner {
-    fn drop(&mut self) {
-        self.settle_edges();
+    fn edge_to(&self, method: &str) -> Rc<Edge> {
+        self.worker.recorder.edge_of(&EdgeKey {
+            caller: self.caller.identity.as_ref().map_or_else(|| "".into(), |id| id.as_str().into()),
+            caller_version: "".into(),
+            service: self.parent.clone(),
+            method: method.into(),
+            mtls: self.caller.identity.is_some(),
+        })
     }
 }
 
@@ -568,7 +556,6 @@ struct Carried {
 
 impl Carried {
     async fn carry(self, client: OnUpgrade, server: OnUpgrade) {
-        self.inner.settle_edges();
         let Inner { worker, caller, original, .. } = &*self.inner;
         let permits = |port: &PortPolicy| {
             let Outgoing { method, headers, path, .. } = &self.outgoing;

@@ -10,7 +10,7 @@ use std::{
 
 use weft_core::{balance::Ejection, classify::Class};
 
-use super::metrics::{Counter, Recorder, Series};
+use super::metrics::{Counter, Edge, Recorder, Series};
 
 /// The clock of the data path: tokio's, so that a paused test clock also moves the core.
 pub(crate) fn now() -> Instant {
@@ -21,6 +21,8 @@ pub(crate) fn now() -> Instant {
 pub(crate) struct Exchange {
     recorder: Recorder,
     series: Option<Rc<Series>>,
+    /// Who calls whom.
+    edge: Option<Rc<Edge>>,
     started: Instant,
     first_byte: Option<Duration>,
     retries: u32,
@@ -33,6 +35,7 @@ impl Exchange {
         Self {
             recorder: recorder.clone(),
             series: None,
+            edge: None,
             started: now,
             first_byte: None,
             retries: 0,
@@ -51,6 +54,12 @@ impl Exchange {
 
     pub(crate) fn has_series(&self) -> bool {
         self.series.is_some()
+    }
+
+    /// Says whose call it is, and counts it.
+    pub(crate) fn is_of(&mut self, edge: Rc<Edge>) {
+        edge.request();
+        self.edge = Some(edge);
     }
 
     /// Moves the record on to whoever ends it; what stays behind records nothing.
@@ -93,6 +102,13 @@ impl Exchange {
         if let Some(series) = self.series.take() {
             let full = now.saturating_duration_since(self.started);
             series.record(class, self.first_byte, full, self.retries);
+        }
+        let failed = match class {
+            Class::Ok | Class::ClientError => false,
+            Class::ServerError | Class::Proxy => true,
+        };
+        if let Some(edge) = self.edge.take().filter(|_| failed) {
+            edge.error();
         }
     }
 }

@@ -328,7 +328,7 @@ struct Local {
     counters: [Cell<u64>; Counter::COUNT],
     gauges: [Cell<i64>; Gauge::COUNT],
     errors: RefCell<BTreeMap<&'static str, u64>>,
-    edges: RefCell<HashMap<EdgeKey, EdgeCount>>,
+    edges: RefCell<HashMap<EdgeKey, Rc<Edge>>>,
     decisions: RefCell<VecDeque<pb::DecisionRecord>>,
     dropped: Cell<u64>,
     endpoints: RefCell<Option<EndpointSource>>,
@@ -361,6 +361,29 @@ pub struct Sample {
     pub duration: Option<Histogram<u32>>,
     first_byte_sum: u64,
     duration_sum: u64,
+}
+
+/// Requests of one caller: resolve it once, keep it, count into it.
+#[derive(Default)]
+pub struct Edge {
+    count: Cell<u64>,
+    errors: Cell<u64>,
+}
+
+impl Edge {
+    /// Counts a request or connection.
+    pub fn request(&self) {
+        self.count.set(self.count.get() + 1);
+    }
+
+    /// Says of one that was counted that it failed, or was refused.
+    pub fn error(&self) {
+        self.errors.set(self.errors.get() + 1);
+    }
+
+    fn take(&self) -> EdgeCount {
+        EdgeCount { count: self.count.take(), errors: self.errors.take() }
+    }
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -447,20 +470,21 @@ impl Recorder {
 
     /// Counts one request from a caller to a service.
     pub fn edge(&self, key: &EdgeKey, error: bool) {
-        self.edges(key, 1, u64::from(error));
+        let edge = self.edge_of(key);
+        edge.request();
+        if error {
+            edge.error();
+        }
     }
 
-    /// Counts requests from a caller to a service.
-    pub fn edges(&self, key: &EdgeKey, requests: u64, errors: u64) {
+    /// Where requests from a caller to a service are counted.
+    pub fn edge_of(&self, key: &EdgeKey) -> Rc<Edge> {
         let mut edges = self.0.edges.borrow_mut();
-        let full = edges.len() >= MAX_EDGES;
-        let count = match edges.get_mut(key) {
-            Some(count) => count,
-            None if full => edges.entry(key.overflow()).or_default(),
-            None => edges.entry(key.clone()).or_default(),
-        };
-        count.count += requests;
-        count.errors += errors;
+        if let Some(known) = edges.get(key) {
+            return known.clone();
+        }
+        let key = if edges.len() >= MAX_EDGES { key.overflow() } else { key.clone() };
+        edges.entry(key).or_default().clone()
     }
 
     /// Keeps why one request went as it did; the oldest gives way.
@@ -515,12 +539,20 @@ impl Recorder {
             requests.insert(report.key(), so_far);
         }
         *before = requests;
+        let mut edges = HashMap::new();
+        self.0.edges.borrow_mut().retain(|key, edge| {
+            let count = edge.take();
+            if count.count > 0 || count.errors > 0 {
+                edges.insert(key.clone(), count);
+            }
+            Rc::strong_count(edge) > 1
+        });
         Delta {
             series,
             counters: self.0.counters.iter().map(Cell::take).collect(),
             gauges: self.0.gauges.iter().map(Cell::get).collect(),
             errors: self.0.errors.take(),
-            edges: self.0.edges.take(),
+            edges,
             decisions: self.0.decisions.take(),
             endpoints,
             dropped: self.0.dropped.take(),
@@ -541,11 +573,10 @@ impl Recorder {
         for (code, n) in delta.errors {
             *self.0.errors.borrow_mut().entry(code).or_default() += n;
         }
-        let mut edges = self.0.edges.borrow_mut();
         for (key, n) in delta.edges {
-            let count = edges.entry(key).or_default();
-            count.count += n.count;
-            count.errors += n.errors;
+            let edge = self.edge_of(&key);
+            edge.count.set(edge.count.get() + n.count);
+            edge.errors.set(edge.errors.get() + n.errors);
         }
         self.0.dropped.set(self.0.dropped.get() + delta.dropped);
         let mut decisions = self.0.decisions.borrow_mut();
@@ -1392,6 +1423,21 @@ mod tests {
         assert_eq!(delta.series[0].2.duration.as_ref().unwrap().len(), 2);
         assert_eq!(delta.counters[Counter::Denied as usize], 1);
         assert_eq!((delta.edges.len(), delta.decisions.len()), (1, 1));
+    }
+
+    #[test]
+    fn an_edge_is_kept_while_it_is_held_and_told_when_it_has_counted() {
+        let recorder = Recorder::new(10);
+        let held = recorder.edge_of(&edge("spiffe://x"));
+        held.request();
+        assert_eq!(recorder.take().edges.len(), 1);
+        assert!(recorder.take().edges.is_empty());
+        held.error();
+        let late = recorder.take();
+        assert_eq!(late.edges.values().map(|n| (n.count, n.errors)).collect::<Vec<_>>(), [(0, 1)]);
+        drop(held);
+        assert!(recorder.take().edges.is_empty());
+        assert!(recorder.0.edges.borrow().is_empty());
     }
 
     #[test]
