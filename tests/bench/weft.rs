@@ -40,6 +40,11 @@ pub(crate) async fn start(world: &World, sidecars: &Sidecars) -> Result<Running>
         fs::remove_dir_all(&dir)?;
     }
     let (source, state) = (dir.join("source"), dir.join("state"));
+    for old in fs::read_dir(&world.dir)?.flatten() {
+        if old.file_name().to_string_lossy().starts_with(&callgrind_file("")) {
+            fs::remove_file(old.path())?;
+        }
+    }
     fs::create_dir_all(&source)?;
     fs::create_dir_all(&state)?;
     fs::write(source.join("bench.yaml"), objects())?;
