@@ -390,9 +390,18 @@ pub(crate) fn identify(headers: &mut HeaderMap, rng: &mut impl rand::RngCore) {
 /// Keeps what differs in each request out of HPACK's tables, where it would only push out what does not, and where the
 /// encoder compares each new value with all those before it. Whether `x-request-id` and `traceparent` are there.
 pub(crate) fn mark_unique(headers: &mut HeaderMap) -> [bool; 2] {
+    set_unique(headers, true)
+}
+
+/// For the first request of a connection: names that stand in the table once are not spelled out any more.
+pub(crate) fn unmark_unique(headers: &mut HeaderMap) {
+    set_unique(headers, false);
+}
+
+fn set_unique(headers: &mut HeaderMap, unique: bool) -> [bool; 2] {
     [X_REQUEST_ID, TRACEPARENT].map(|name| match headers.get_mut(name) {
         Some(value) => {
-            value.set_sensitive(true);
+            value.set_sensitive(unique);
             true
         }
         None => false,

@@ -368,6 +368,9 @@ impl Pool {
             options.connected.set(true);
             h2.in_flight.set(h2.in_flight.get() + 1);
             let reused = h2.used.replace(true);
+            if !reused {
+                head::unmark_unique(request.headers_mut());
+            }
             h2.last_used.set(now());
             let checkout = Checkout(Use::H2(h2.clone()));
             let sending = h2.sender.borrow_mut().try_send_request(request);
