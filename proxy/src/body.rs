@@ -32,6 +32,8 @@ use weft_core::{
 
 use crate::{
     drain::RequestGuard,
+    expect::{Gate, Passage},
+    head,
     pool::Checkout,
     telemetry::exchange::{Exchange, now},
     worker::Permit,
@@ -60,6 +62,8 @@ pub(crate) enum BodyError {
     Hyper(hyper::Error),
     /// Another attempt has taken over.
     Superseded,
+    /// The request is answered, and its body was not asked for.
+    Unasked,
     /// The policy of now refuses the request.
     Revoked,
 }
@@ -69,6 +73,7 @@ impl fmt::Display for BodyError {
         match self {
             Self::Hyper(e) => e.fmt(f),
             Self::Superseded => f.write_str("another attempt took over"),
+            Self::Unasked => f.write_str("the body was not asked for"),
             Self::Revoked => f.write_str("policy refuses the request now"),
         }
     }
@@ -78,7 +83,7 @@ impl StdError for BodyError {
     fn source(&self) -> Option<&(dyn StdError + 'static)> {
         match self {
             Self::Hyper(e) => e.source(),
-            Self::Superseded | Self::Revoked => None,
+            Self::Superseded | Self::Unasked | Self::Revoked => None,
         }
     }
 }
@@ -207,6 +212,8 @@ struct Kept {
     /// The attempt that may read; older ones have lost.
     attempt: u32,
     waker: Option<Waker>,
+    /// Of a request that expects: nothing is read before it is open.
+    gate: Option<Gate>,
 }
 
 /// One attempt's view of a [`Replay`].
@@ -234,7 +241,19 @@ impl Replay {
             next: None,
             attempt: 0,
             waker: None,
+            gate: None,
         })))
+    }
+
+    /// Holds the body back until it is asked for.
+    pub(crate) fn behind(self, gate: Option<Gate>) -> Self {
+        self.0.borrow_mut().gate = gate;
+        self
+    }
+
+    /// What it is held back by, if it is.
+    pub(crate) fn gate(&self) -> Option<Gate> {
+        self.0.borrow().gate.clone()
     }
 
     /// A body for the next attempt; the one before stops.
@@ -282,6 +301,13 @@ impl AttemptBody {
         let kept = &mut *kept;
         if kept.attempt != self.attempt {
             return Poll::Ready(Some(Err(BodyError::Superseded)));
+        }
+        if let Some(gate) = &kept.gate {
+            match gate.poll(cx) {
+                Passage::Go => {}
+                Passage::Wait => return Poll::Pending,
+                Passage::Never => return Poll::Ready(Some(Err(BodyError::Unasked))),
+            }
         }
         loop {
             if !kept.keeping && self.next >= kept.pieces.len() {
@@ -341,6 +367,9 @@ impl AttemptBody {
                     }
                     Err(frame) => {
                         kept.trailers = frame.into_trailers().ok();
+                        if let Some(trailers) = &mut kept.trailers {
+                            head::clean_trailers(trailers);
+                        }
                         kept.ended = true;
                     }
                 },
@@ -434,7 +463,7 @@ impl Watched {
             {
                 tail.first_byte();
             }
-            let frame = match frame.into_data() {
+            let mut frame = match frame.into_data() {
                 Ok(data) => {
                     let (data, next) = gather(data, &mut self.inner, cx);
                     self.next = next;
@@ -445,7 +474,8 @@ impl Watched {
                 }
                 Err(frame) => frame,
             };
-            if let Some(trailers) = frame.trailers_ref() {
+            if let Some(trailers) = frame.trailers_mut() {
+                head::clean_trailers(trailers);
                 self.end(Some(trailers));
             } else if self.next.is_none() && self.inner.is_end_stream() {
                 self.end(None);

@@ -6,8 +6,12 @@
 //! the library never gets a message that has two readings, and this wrapper says why in its place, after the answers to
 //! what came before. A head that takes longer than it may from its first byte ends the connection; the library's own timer
 //! also runs on idle connections.
+//!
+//! Why a client's end is held back: the library takes an end amidst an answer for a client that has gone. One that has only
+//! ended its half waits, and `presence` tells them apart where it can be told.
 
 use std::{
+    future::Future,
     io,
     net::SocketAddr,
     pin::Pin,
@@ -37,6 +41,7 @@ use crate::{
     config,
     error::{Component, Error},
     listener::Accepted,
+    presence,
     tcp::write_to_inner,
     telemetry::metrics::Recorder,
     worker::Worker,
@@ -46,6 +51,12 @@ use crate::{
 /// and a reset may overtake the answer.
 const LINGER: Duration = Duration::from_secs(1);
 const LINGER_BYTES: usize = 256 * 1024;
+/// A client that has its answer while it still sends is read for so long, and for so long after its last byte: most look
+/// at their answer only when they have sent everything.
+const LINGER_UPLOAD: Duration = Duration::from_secs(30);
+const LINGER_UPLOAD_IDLE: Duration = Duration::from_secs(5);
+/// A client that has ended its half, and is told nothing for so long amidst its answer, is taken to have gone.
+const QUIET: Duration = Duration::from_secs(10);
 /// GOAWAY for what follows the highest stream: ENHANCE_YOUR_CALM.
 const CALM_DOWN: u32 = 0x0b;
 
@@ -57,6 +68,7 @@ pub(crate) struct Requests(Arc<Shared>);
 #[derive(Default)]
 struct Shared {
     begun: AtomicU64,
+    answered: AtomicU64,
     ended: AtomicU64,
     /// A request was answered with another protocol.
     switched: AtomicBool,
@@ -88,6 +100,7 @@ impl Requests {
 
     /// An answer that holds its request.
     pub(crate) fn answered<B>(in_progress: InProgress, response: Response<B>) -> Response<Answer<B>> {
+        in_progress.0.0.answered.fetch_add(1, Ordering::Relaxed);
         let in_progress = if response.status() == StatusCode::SWITCHING_PROTOCOLS {
             in_progress.for_ever();
             None
@@ -136,6 +149,11 @@ impl Requests {
 
     fn in_progress(&self) -> bool {
         self.begun() != self.0.ended.load(Ordering::Relaxed)
+    }
+
+    /// An answer has begun, and not ended.
+    fn amidst_an_answer(&self) -> bool {
+        self.in_progress() && self.begun() == self.0.answered.load(Ordering::Relaxed)
     }
 
     fn switched(&self) -> bool {
@@ -216,11 +234,36 @@ pub(crate) struct Front<S> {
     /// The last write was not taken: what the library has said is not all said.
     blocked: bool,
     over: Option<Over>,
+    /// What the library has said.
+    written: u64,
+    /// Both ends of a connection that begins in this pod.
+    of_this_pod: Option<(SocketAddr, SocketAddr)>,
+    /// The client has ended its half before its answer's end.
+    half_closed: Option<HalfClosed>,
+}
+
+/// A client that may wait for its answer, or have gone.
+struct HalfClosed {
+    /// Done when it has gone.
+    gone: Pin<Box<dyn Future<Output = ()> + Send>>,
+    /// What was written when it was last looked at, and when to look again.
+    written: u64,
+    look: Pin<Box<Sleep>>,
 }
 
 enum Follow {
     H1(Box<Framing>),
     H2 { frames: Frames, calm: Calm },
+}
+
+/// What a client that is read no more may still send.
+struct Lingering {
+    bytes: usize,
+    /// Until the end of the request under way, which is followed.
+    upload: bool,
+    until: Instant,
+    /// And no longer than this after a byte.
+    idle: Duration,
 }
 
 /// Nothing more of the client is handed on.
@@ -229,8 +272,8 @@ enum Over {
     Say(Bytes),
     /// The request under way is told by its body.
     Broken,
-    /// Read and thrown away, so many bytes more.
-    Linger(usize),
+    /// Read and thrown away.
+    Linger(Lingering),
     Done,
 }
 
@@ -266,7 +309,15 @@ impl<S> Front<S> {
             in_head: false,
             blocked: false,
             over: None,
+            written: 0,
+            of_this_pod: None,
+            half_closed: None,
         }
+    }
+
+    /// One that begins in this pod: its client's kernel can be asked.
+    pub(crate) fn of_this_pod(self, client: SocketAddr, destination: SocketAddr) -> Self {
+        Self { of_this_pod: Some((client, destination)), ..self }
     }
 }
 
@@ -342,6 +393,39 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Front<S> {
         timer.as_mut().poll(cx).is_pending()
     }
 
+    /// Whether a client that ends now has asked for something that it did not get yet.
+    fn waits_for_an_answer(&self) -> bool {
+        matches!(&self.follow, Follow::H1(framing) if framing.is_between() && self.requests.in_progress())
+    }
+
+    /// Keeps an end of a client to itself until its answer has ended.
+    fn poll_half_closed(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if !self.requests.in_progress() {
+            return Poll::Ready(Ok(()));
+        }
+        let half = self.half_closed.get_or_insert_with(|| HalfClosed {
+            gone: match self.of_this_pod {
+                Some((client, destination)) => Box::pin(presence::gone(client, destination)),
+                None => Box::pin(std::future::pending()),
+            },
+            written: self.written,
+            look: Box::pin(tokio::time::sleep(QUIET)),
+        });
+        let mut gone = half.gone.as_mut().poll(cx).is_ready();
+        while !gone && half.look.as_mut().poll(cx).is_ready() {
+            // Before an answer everything is quiet, and its first bytes find out.
+            gone = self.of_this_pod.is_none()
+                && half.written == self.written
+                && self.requests.amidst_an_answer();
+            half.written = self.written;
+            half.look.as_mut().reset(Instant::now() + QUIET);
+        }
+        if gone {
+            return Poll::Ready(Err(io::ErrorKind::ConnectionReset.into()));
+        }
+        self.requests.wait(cx)
+    }
+
     fn refuse(&mut self, refusal: Refusal) {
         self.requests.refuse(refusal, false);
         self.over = Some(match (&self.follow, Error::from(refusal)) {
@@ -383,27 +467,57 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Front<S> {
     }
 
     fn linger(&mut self) {
-        self.over = Some(Over::Linger(LINGER_BYTES));
-        self.timer = Some(Box::pin(tokio::time::sleep(LINGER)));
+        let until = Instant::now() + LINGER;
+        self.over = Some(Over::Linger(Lingering { bytes: LINGER_BYTES, upload: false, until, idle: LINGER }));
+        self.timer = Some(Box::pin(tokio::time::sleep_until(until)));
+    }
+
+    /// Whether the client has not sent all of a request that was answered.
+    fn is_amidst_a_request(&self) -> bool {
+        matches!(&self.follow, Follow::H1(framing) if !framing.is_between() && !framing.is_in_head())
+            && self.requests.begun() > 0
+            && !self.requests.switched()
+    }
+
+    fn linger_upload(&mut self) {
+        let (now, idle) = (Instant::now(), LINGER_UPLOAD_IDLE);
+        let lingering = Lingering { bytes: usize::MAX, upload: true, until: now + LINGER_UPLOAD, idle };
+        self.over = Some(Over::Linger(lingering));
+        self.timer = Some(Box::pin(tokio::time::sleep_until(now + idle)));
     }
 
     fn poll_linger(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         if ready!(Pin::new(&mut self.inner).poll_shutdown(cx)).is_err() {
             return Poll::Ready(());
         }
-        let Some(Over::Linger(left)) = &mut self.over else { return Poll::Ready(()) };
-        let mut thrown = [0; 4 * 1024];
-        while *left > 0 {
+        let Some(Over::Linger(lingering)) = &mut self.over else { return Poll::Ready(()) };
+        let timer = self.timer.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(lingering.until)));
+        let mut thrown = [0; 16 * 1024];
+        while lingering.bytes > 0 {
+            if timer.as_mut().poll(cx).is_ready() {
+                break;
+            }
             let mut buf = ReadBuf::new(&mut thrown);
-            match Pin::new(&mut self.inner).poll_read(cx, &mut buf) {
-                Poll::Ready(Ok(())) if !buf.filled().is_empty() => {
-                    *left = left.saturating_sub(buf.filled().len())
+            let read = Pin::new(&mut self.inner).poll_read(cx, &mut buf);
+            let read = ready!(read).is_ok().then_some(buf.filled()).filter(|read| !read.is_empty());
+            let Some(read) = read else { break };
+            lingering.bytes = lingering.bytes.saturating_sub(read.len());
+            if lingering.upload {
+                let now = Instant::now();
+                let over = match &mut self.follow {
+                    Follow::H1(framing) => framing.feed(read).is_err() || framing.is_between(),
+                    Follow::H2 { .. } => true,
+                };
+                if over {
+                    // It has sent everything, and is about to look.
+                    *lingering = Lingering {
+                        bytes: LINGER_BYTES,
+                        upload: false,
+                        until: lingering.until.min(now + LINGER),
+                        idle: LINGER,
+                    };
                 }
-                Poll::Ready(_) => return Poll::Ready(()),
-                Poll::Pending => {
-                    let timer = self.timer.get_or_insert_with(|| Box::pin(tokio::time::sleep(LINGER)));
-                    return timer.as_mut().poll(cx);
-                }
+                timer.as_mut().reset(lingering.until.min(now + lingering.idle));
             }
         }
         Poll::Ready(())
@@ -455,6 +569,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for Front<S> {
         if this.over.is_some() {
             return this.poll_over(cx).map(Err);
         }
+        if this.half_closed.is_some() {
+            return this.poll_half_closed(cx);
+        }
         if !ready!(this.paused(cx))? {
             return Poll::Ready(Ok(()));
         }
@@ -462,6 +579,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for Front<S> {
         let polled = loop {
             let polled = this.fill(cx, buf);
             if buf.filled().len() == before {
+                if matches!(polled, Poll::Ready(Ok(()))) && buf.remaining() > 0 && this.waits_for_an_answer()
+                {
+                    return this.poll_half_closed(cx);
+                }
                 break polled;
             }
             this.follow(buf, before);
@@ -489,6 +610,9 @@ impl<S: AsyncWrite + Unpin> Front<S> {
             cx.waker().wake_by_ref();
         }
         self.blocked = polled.is_pending();
+        if let Poll::Ready(Ok(n)) = &polled {
+            self.written += *n as u64;
+        }
         if let (Follow::H2 { calm, .. }, Poll::Ready(Ok(n))) = (&mut self.follow, &polled) {
             calm.said(*n);
         }
@@ -524,6 +648,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Front<S> {
         if matches!(this.over, Some(Over::Broken)) {
             // Its answer is written; the client may still be sending.
             this.linger();
+        } else if this.over.is_none() && this.is_amidst_a_request() {
+            this.linger_upload();
         }
         if matches!(this.over, Some(Over::Linger(_))) {
             ready!(this.poll_linger(cx));
@@ -629,6 +755,8 @@ pub(crate) struct Back<S> {
     framing: Box<Framing>,
     due: Due,
     bad: Option<BadAnswer>,
+    /// The app takes no more.
+    deaf: bool,
 }
 
 /// To what the next answer on a connection is due.
@@ -657,7 +785,7 @@ impl Due {
 
 impl<S> Back<S> {
     pub(crate) fn new(inner: S, due: Due, limits: Limits) -> Self {
-        Self { inner, framing: Box::new(Framing::new(Side::Responses, limits)), due, bad: None }
+        Self { inner, framing: Box::new(Framing::new(Side::Responses, limits)), due, bad: None, deaf: false }
     }
 }
 
@@ -701,7 +829,58 @@ impl<S: AsyncRead + Unpin> AsyncRead for Back<S> {
     }
 }
 
-write_to_inner!(Back);
+/// An app that answers and closes before it has read everything resets the connection: what it said is there to be read, and
+/// must not be lost to a write that fails. What it does not take is thrown away; reading tells how it ended.
+impl<S> Back<S> {
+    fn wrote(&mut self, all: usize, polled: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
+        match polled {
+            Poll::Ready(Err(error)) if is_their_end(&error) => {
+                self.deaf = true;
+                Poll::Ready(Ok(all))
+            }
+            polled @ (Poll::Ready(_) | Poll::Pending) => polled,
+        }
+    }
+}
+
+fn is_their_end(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset)
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Back<S> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        if self.deaf {
+            return Poll::Ready(Ok(buf.len()));
+        }
+        let polled = Pin::new(&mut self.inner).poll_write(cx, buf);
+        self.wrote(buf.len(), polled)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let all = bufs.iter().map(|buf| buf.len()).sum();
+        if self.deaf {
+            return Poll::Ready(Ok(all));
+        }
+        let polled = Pin::new(&mut self.inner).poll_write_vectored(cx, bufs);
+        self.wrote(all, polled)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.inner.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.inner).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.inner).poll_shutdown(cx)
+    }
+}
 
 /// All of them, for one byte between threads that are one.
 const REFUSALS: [Refusal; 17] = [

@@ -14,7 +14,7 @@ use hyper::{body::Incoming, ext::Protocol};
 
 use weft_core::{framing::Why, route::RequestHead};
 
-use crate::{body::Body, error::Error, pool::Peer};
+use crate::{body::Body, error::Error, expect::WEFT_EXPECT, pool::Peer};
 
 /// The app's HTTP version, and whether its target was in absolute form, for the far end to restore; absent: HTTP/2.
 const WEFT_HTTP: HeaderName = HeaderName::from_static("weft-http");
@@ -49,6 +49,8 @@ pub(crate) struct Outgoing {
     absolute: Option<Scheme>,
     /// Set when the app asks for another protocol (WebSocket).
     pub(crate) upgrade: Option<Upgrade>,
+    /// The body waits to be asked for; whoever holds it back says so.
+    pub(crate) expects: bool,
 }
 
 /// A change of protocol.
@@ -121,6 +123,7 @@ impl Outgoing {
             version,
             absolute: uri.scheme.filter(|_| absolute),
             upgrade,
+            expects: false,
         };
         Ok((outgoing, body))
     }
@@ -159,6 +162,9 @@ impl Outgoing {
             };
             if let Some(form) = form {
                 headers.insert(WEFT_HTTP, HeaderValue::from_static(form));
+            }
+            if self.expects {
+                headers.insert(WEFT_EXPECT, HeaderValue::from_static("1"));
             }
         }
         if attempt > 1 {
@@ -339,6 +345,17 @@ pub(crate) fn remove_connection_headers(headers: &mut HeaderMap) {
     }
 }
 
+/// Removes from trailers what only a head may say (RFC 9110 §6.5.1), and what is ours alone: some apps read both alike.
+pub(crate) fn clean_trailers(trailers: &mut HeaderMap) {
+    let of_a_head = |name: &HeaderName| OF_A_HEAD.contains(name) || name.as_str().starts_with(PRIVATE);
+    if trailers.keys().any(of_a_head) {
+        let names: Vec<_> = trailers.keys().filter(|name| of_a_head(name)).cloned().collect();
+        for name in names {
+            trailers.remove(name);
+        }
+    }
+}
+
 /// Hides the status of an answer that declines an upgrade, for the way between sidecars.
 pub(crate) fn hide_status(response: &mut http::response::Parts) {
     response.headers.insert(WEFT_STATUS, HeaderValue::from(response.status.as_u16()));
@@ -440,6 +457,19 @@ pub(crate) fn switching(response: &mut Response<Body>, upgrade: &Upgrade) {
     headers.insert(header::UPGRADE, upgrade.protocol.clone());
 }
 
+/// How a message is framed, where it goes and how it is carried.
+const OF_A_HEAD: [HeaderName; 9] = [
+    header::CONNECTION,
+    header::CONTENT_LENGTH,
+    header::HOST,
+    header::TE,
+    header::TRAILER,
+    header::TRANSFER_ENCODING,
+    header::UPGRADE,
+    KEEP_ALIVE,
+    PROXY_CONNECTION,
+];
+
 const HEX: &[u8; 16] = b"0123456789abcdef";
 
 #[cfg(test)]
@@ -505,6 +535,20 @@ mod tests {
         ]);
         remove_connection_headers(&mut h);
         assert_eq!(h, headers(&[("host", "a"), ("te", "trailers"), ("x-kept", "1")]));
+    }
+
+    #[test]
+    fn trailers_say_nothing_that_a_head_must_say() {
+        let mut h = headers(&[
+            ("x-sum", "1"),
+            ("content-length", "3"),
+            ("host", "b"),
+            ("transfer-encoding", "chunked"),
+            ("weft-client-id", "spiffe://spoofed"),
+            ("grpc-status", "0"),
+        ]);
+        clean_trailers(&mut h);
+        assert_eq!(h, headers(&[("x-sum", "1"), ("grpc-status", "0")]));
     }
 
     #[test]

@@ -48,6 +48,7 @@ use crate::{
     belief::Belief,
     body::{Body, Replay},
     config::Config,
+    expect::{self, WEFT_CONTINUE},
     front::{Back, BadAnswer, Due, Sifted},
     head,
     tcp::{Prefixed, write_to_inner},
@@ -274,8 +275,14 @@ impl Checkout {
 
 impl Drop for Checkout {
     fn drop(&mut self) {
-        if let Use::H2(h2) = &self.0 {
-            h2.in_flight.set(h2.in_flight.get() - 1);
+        match &self.0 {
+            Use::H2(h2) => h2.in_flight.set(h2.in_flight.get() - 1),
+            Use::H1 { upload, .. } => {
+                if let Some(gate) = upload.as_ref().and_then(Replay::gate) {
+                    // Its answer is whole or given up: a connection that waits for this body would wait for ever.
+                    gate.shut();
+                }
+            }
         }
     }
 }
@@ -361,6 +368,7 @@ impl Pool {
         mut request: Request<Body>,
         options: SendOptions<'_>,
     ) -> Result<Sent, SendError> {
+        let gate = options.upload.and_then(Replay::gate);
         // A connection that closes before it takes the request gives it back; a second and a third is tried.
         let mut last = None;
         for _ in 0..3 {
@@ -374,9 +382,28 @@ impl Pool {
             h2.last_used.set(now());
             let checkout = Checkout(Use::H2(h2.clone()));
             let sending = h2.sender.borrow_mut().try_send_request(request);
-            match sending.await {
+            let answered = match &gate {
+                None => sending.await,
+                Some(gate) => gate.patient(expect::PATIENCE_MESH, sending).await,
+            };
+            match answered {
                 Ok(mut response) => {
-                    let private = matches!(peer, Peer::Mesh { .. }) && head::has_private(response.headers());
+                    let mesh = matches!(peer, Peer::Mesh { .. });
+                    if let Some(gate) = gate.filter(|_| mesh)
+                        && response.headers().contains_key(WEFT_CONTINUE)
+                    {
+                        gate.open();
+                        let real = expect::read_head(response.body_mut()).await;
+                        let real = real.ok_or_else(|| SendError {
+                            failure: Failure::Reset,
+                            detail: "the answer broke off before its head".into(),
+                            reused,
+                            local: false,
+                            capped: false,
+                        })?;
+                        (*response.status_mut(), *response.headers_mut()) = real;
+                    }
+                    let private = mesh && head::has_private(response.headers());
                     let declined = private && head::restore_status(&mut response);
                     return Ok(Sent { response, checkout, private, upgrades_by_ok: !declined });
                 }
@@ -409,6 +436,10 @@ impl Pool {
         options: SendOptions<'_>,
     ) -> Result<Sent, SendError> {
         let entry = self.h1_peer(peer);
+        let gate = options.upload.and_then(Replay::gate);
+        if let Some(gate) = &gate {
+            gate.opens_at_100(&mut request);
+        }
         loop {
             let mut connection = match entry.take_idle(options) {
                 Some(idle) => idle,
@@ -441,7 +472,12 @@ impl Pool {
                 });
             }
             connection.due.to(request.method());
-            match connection.sender.try_send_request(request).await {
+            let sending = connection.sender.try_send_request(request);
+            let answered = match &gate {
+                None => sending.await,
+                Some(gate) => gate.patient(expect::PATIENCE, sending).await,
+            };
+            match answered {
                 Ok(response) => {
                     if let Some(announced) = head::keep_alive_timeout(response.headers()) {
                         connection.idle_limit = announced.min(self.0.config.times.app_idle);

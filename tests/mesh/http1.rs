@@ -277,6 +277,110 @@ fn expect_100_continue_is_not_answered_before_there_is_an_endpoint() {
     );
 }
 
+/// A backend that has its say before the body of a request that expects: by path, it refuses, asks, or asks for nothing.
+/// What it saw of the body goes to `saw`.
+fn with_a_say(saw: mpsc::Sender<String>) -> impl Fn(Wire, usize) -> Result<()> + Send + Sync + 'static {
+    let saw = Mutex::new(saw);
+    move |mut wire, _| {
+        while let Ok(head) = wire.head() {
+            let mut request = Message { head, ..Message::default() };
+            let path = request.head.split(' ').nth(1).unwrap_or_default().to_owned();
+            assert_eq!(request.header("expect"), Some("100-continue"), "{}", request.head);
+            if let Ok(status) = path[1..].parse::<u16>() {
+                wire.say(format!("HTTP/1.1 {status} No\r\nX-Mine: 1\r\nContent-Length: 2\r\n\r\nno"))?;
+                let rest = wire.gone()?;
+                saw.lock().unwrap().send(format!("{} bytes of a body", rest.len()))?;
+                return Ok(());
+            }
+            if path != "/silent" {
+                let early = !wire.is_silent_for(Duration::from_millis(200))?;
+                saw.lock().unwrap().send(format!("early: {early}"))?;
+                wire.say("HTTP/1.1 102 Processing\r\n\r\nHTTP/1.1 100 Continue\r\n\r\n")?;
+            }
+            wire.body_of(&mut request)?;
+            let head = "HTTP/1.1 200 OK\r\nX-Mine: 1\r\nX-Mine: 2\r\nTrailer: X-Sum\r\nTransfer-Encoding: chunked\r\n\r\n";
+            let text = request.text();
+            wire.say(format!("{head}{:x}\r\n{text}\r\n0\r\nX-Sum: 1\r\n\r\n", text.len()))?;
+        }
+        Ok(())
+    }
+}
+
+#[test]
+fn a_backend_has_its_say_before_the_body_of_a_request_that_expects() {
+    let (tell, told) = mpsc::channel();
+    let Some(world) = scripted("expect", with_a_say(tell.clone())) else { return };
+    // The same through one sidecar alone, either one.
+    let legacy = world.mesh.plain(&Workload::new("shop", "legacy-1")).unwrap();
+    let _plain = Backend::start(&legacy, 8080, with_a_say(tell)).unwrap();
+    let (server, outside) = (format!("{}:8080", world.server.pod.ip), format!("{}:8080", legacy.ip));
+    let patience = Duration::from_secs(20);
+    let ways = [(&world.client.pod, ECHO_ADDRESS), (&legacy, &*server), (&world.client.pod, &*outside)];
+    for (pod, address) in ways {
+        for (framing, body) in
+            [("Content-Length: 5", "hello"), ("Transfer-Encoding: chunked", "5\r\nhello\r\n0\r\n\r\n")]
+        {
+            let mut client = Wire::dial(pod, address).unwrap();
+            // Two on one connection: what is between them stays in step.
+            for _ in 0..2 {
+                let asked = expecting(&mut client, "/go", &format!("TE: trailers\r\n{framing}"));
+                assert_eq!(asked.status(), 100, "{address}: {}", asked.head);
+                assert_eq!(told.recv_timeout(patience).unwrap(), "early: false");
+                let answer = client.ask(body).unwrap();
+                assert_eq!((answer.status(), answer.text().as_str()), (200, "hello"), "{}", answer.head);
+                assert_eq!((answer.all("x-mine"), answer.trailers.as_str()), (vec!["1", "2"], "x-sum: 1\n"));
+            }
+            // One that never asks gets the body none the less, and its client is asked for it.
+            let began = Instant::now();
+            let asked = expecting(&mut client, "/silent", framing);
+            assert_eq!(asked.status(), 100, "{address}: {}", asked.head);
+            println!(
+                "figure: a backend that never asks: its client is asked after {} ms",
+                began.elapsed().as_millis()
+            );
+            assert_eq!(client.ask(body).unwrap().text(), "hello");
+            for status in [413, 401, 417] {
+                let mut client = Wire::dial(pod, address).unwrap();
+                let mut answer = expecting(&mut client, &format!("/{status}"), framing);
+                client.body_of(&mut answer).unwrap();
+                assert_eq!((answer.status(), answer.text().as_str()), (status, "no"), "{address}");
+                assert_eq!(
+                    (answer.header("x-mine"), answer.header("connection")),
+                    (Some("1"), Some("close"))
+                );
+                assert_eq!(told.recv_timeout(patience).unwrap(), "0 bytes of a body");
+                // A client that sends it none the less is not misread.
+                client.say([body, "GET /after HTTP/1.1\r\nHost: a\r\n\r\n"].concat()).unwrap();
+                assert!(client.gone().unwrap().is_empty(), "{address}: nothing follows");
+            }
+            // A body that was sent unasked, and one that came with its head.
+            let mut client = Wire::dial(pod, address).unwrap();
+            client
+                .say(format!(
+                    "POST /go HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\n{framing}\r\n\r\n{body}"
+                ))
+                .unwrap();
+            assert_eq!(client.message().unwrap().status(), 100);
+            assert_eq!(told.recv_timeout(patience).unwrap(), "early: false");
+            assert_eq!(client.message().unwrap().text(), "hello");
+        }
+    }
+    // curl sends not a byte of its file to whom it is refused.
+    let refused = output(world.client.pod.command("curl").args([
+        "-sS",
+        "-o",
+        "/dev/null",
+        "-w",
+        "%{http_code} %{size_upload}",
+        "-H",
+        "Expect: 100-continue",
+        "-T",
+        "/proc/self/exe",
+        &format!("{ECHO}/413"),
+    ]));
+    assert_eq!(refused.unwrap(), "413 0");
+}
+
 #[test]
 fn informational_answers_but_100_are_dropped() {
     let Some(world) = scripted("informational", |mut wire, _| {

@@ -184,3 +184,67 @@ fn real_servers_that_close_idle_connections_cost_no_request() {
     let asked = world.servers.len() as u64 * rounds * clients;
     println!("figure: {} close what is idle: {asked} requests, two thirds POSTs, 0 failed", world.names());
 }
+
+/// Those that count what they read, and refuse before they read.
+const COUNTING: [&str; 4] = ["node", "gunicorn", "uvicorn", "go"];
+
+#[test]
+fn real_servers_have_their_say_before_an_upload_and_real_clients_hear_it() {
+    let Some(world) = world("real_uploads") else { return };
+    let counting: Vec<_> = world.servers.iter().filter(|server| COUNTING.contains(&server.name)).collect();
+    let addresses: Vec<_> = counting.iter().map(|server| format!("10.96.0.1:{}", server.port)).collect();
+    std::thread::scope(|scope| {
+        for server in &world.servers {
+            let pod = &world.client.pod;
+            scope.spawn(move || {
+                let upload = |path: &str, expect: &str| {
+                    let url = format!("http://10.96.0.1:{}{path}", server.port);
+                    let curl = format!(
+                        "head -c 3000000 /dev/zero | curl -sS -w ' %{{http_code}} %{{size_upload}}' \
+                         -X POST -H 'Expect: {expect}' -T - {url}"
+                    );
+                    output(pod.command("bash").args(["-c", &curl])).unwrap()
+                };
+                for expect in ["100-continue", ""] {
+                    let taken = upload("/ok", expect);
+                    let status = server.ok.to_string();
+                    assert_eq!(
+                        taken.split(' ').rev().nth(1),
+                        Some(&*status),
+                        "{}: {taken:.200}",
+                        server.name
+                    );
+                    if COUNTING.contains(&server.name) {
+                        assert!(taken.starts_with("ok 3000000 200 "), "{}: {taken}", server.name);
+                        let refused = upload("/refuse", expect);
+                        assert!(refused.starts_with("no"), "{}: {refused}", server.name);
+                        assert_eq!(
+                            refused.split_whitespace().nth(1),
+                            Some("413"),
+                            "{}: {refused}",
+                            server.name
+                        );
+                        let unasked = refused.ends_with(" 413 0");
+                        assert!(
+                            unasked || expect.is_empty(),
+                            "{}: it asked for the body: {refused}",
+                            server.name
+                        );
+                    }
+                }
+            });
+        }
+        for (program, name) in [(python(), "uploads.py"), (Some("node".into()), "uploads.mjs")] {
+            let Some(program) = program.filter(|program| is_there(&program.display().to_string())) else {
+                continue;
+            };
+            let (addresses, pod) = (&addresses, &world.client.pod);
+            scope.spawn(move || {
+                let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("mesh/clients").join(name);
+                let said = output(pod.command(&program).arg(script).args(addresses));
+                assert_eq!(said.unwrap_or_else(|e| panic!("{name}: {e:#}")), "all well", "{name}");
+            });
+        }
+    });
+    println!("figure: uploads with and without Expect to {}: 0 surprises", world.names());
+}

@@ -269,12 +269,13 @@ impl Framing {
 
     /// Whether the next byte begins a message.
     pub fn is_between(&self) -> bool {
-        self.state == State::Start
+        matches!(self.state, State::Start | State::StartLine)
     }
 
-    /// Whether a message's head has begun and not ended.
+    /// Whether a message's head has begun and not ended. An empty line before it, which old clients send behind a body,
+    /// begins none.
     pub fn is_in_head(&self) -> bool {
-        self.is_bounded() && !self.is_in_body()
+        self.is_bounded() && !self.is_in_body() && !matches!(self.state, State::StartLf | State::StartLine)
     }
 
     /// How many heads have been followed to their end and handed on.
@@ -989,6 +990,17 @@ mod tests {
         ] {
             assert_eq!(why(requests(), &format!("{chunked}{body}")), Some(want), "{body}");
         }
+    }
+
+    #[test]
+    fn an_empty_line_begins_no_head() {
+        let mut framing = requests();
+        framing.feed(b"\r").unwrap();
+        assert!(!framing.is_in_head());
+        framing.feed(b"\n").unwrap();
+        assert!(!framing.is_in_head() && framing.is_between());
+        framing.feed(b"G").unwrap();
+        assert!(framing.is_in_head() && !framing.is_between());
     }
 
     #[test]

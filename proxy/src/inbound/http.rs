@@ -5,7 +5,6 @@ use std::{
     collections::HashMap,
     convert::Infallible,
     net::SocketAddr,
-    pin::Pin,
     rc::Rc,
     sync::Arc,
 };
@@ -32,6 +31,7 @@ use crate::{
     body::{Body, Held, Replay, Tail},
     drain::{Graceful, RequestGuard},
     error::{Component, Error, is_grpc},
+    expect::{self, Gate},
     front::{self, Front, Requests},
     head::{self, Outgoing, WEFT_ATTEMPT, WEFT_CLIENT_ID},
     listener::{Accepted, Open},
@@ -64,7 +64,8 @@ pub(super) async fn serve_mesh(
     let server = Server::new(worker.clone(), original, port, caller.clone(), client, open);
     let requests = Requests::default();
     let io = Front::h2(tls, Bytes::new(), requests.clone(), Component::Inbound, worker.config.head());
-    let service = service_fn(move |request| server.clone().boxed(request));
+    // Boxed: the library moves a stream's future eight times on the way to its task.
+    let service = service_fn(move |request| Box::pin(server.clone().handle_mesh(request)));
     let connection = h2_builder(&worker, limits.streams_mesh, limits.header_list())
         .serve_connection(TokioIo::new(io), service);
     let ended = run(&worker, connection, &caller).await;
@@ -86,7 +87,10 @@ pub(super) async fn serve_plain(
     let (requests, head) = (Requests::default(), worker.config.head());
     let ended = if h2 {
         let io = Front::h2(stream, first, requests.clone(), Component::Inbound, head);
-        let service = service_fn(move |request| server.clone().boxed(request));
+        let service = service_fn(move |request| {
+            let server = server.clone();
+            Box::pin(async move { server.handle(request, None).await })
+        });
         let header_list = u32::try_from(limits.header_bytes).unwrap_or(u32::MAX);
         let connection = h2_builder(&worker, limits.streams_outside, header_list)
             .serve_connection(TokioIo::new(io), service);
@@ -223,13 +227,38 @@ impl Server {
         }))
     }
 
-    /// For HTTP/2: the library moves a stream's future eight times on the way to its task.
-    fn boxed(self, request: Request<Incoming>) -> Pin<Box<impl Future<Output = Handled>>> {
-        Box::pin(self.handle(request, None))
+    /// A request of a sidecar.
+    async fn handle_mesh(self, request: Request<Incoming>) -> Handled {
+        let Some(gate) = expect::gate(&request, true) else {
+            return Ok(self.answer(request, None, None).await);
+        };
+        // The app may ask for the body before it answers.
+        let opened = gate.clone();
+        let mut answer = Box::pin(async move { self.answer(request, None, Some(gate)).await });
+        tokio::select! {
+            biased;
+            response = &mut answer => Ok(response),
+            () = opened.opened() => Ok(Permitted::coming(answer)),
+        }
     }
 
-    /// `requests`: of an HTTP/1 connection.
+    /// A request of a caller without a sidecar; `requests`: of an HTTP/1 connection.
     async fn handle(self, request: Request<Incoming>, requests: Option<&Requests>) -> Handled {
+        let gate = expect::gate(&request, false);
+        let mut response = self.answer(request, requests, gate.clone()).await;
+        if gate.is_some_and(|gate| !gate.is_open()) {
+            // Whether the body follows none the less is the client's choice: only the end tells the next request from it.
+            response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+        }
+        Ok(response)
+    }
+
+    async fn answer(
+        self,
+        request: Request<Incoming>,
+        requests: Option<&Requests>,
+        gate: Option<Gate>,
+    ) -> Response<Permitted> {
         let inner = &self.0;
         let worker = &inner.worker;
         // Counted before the question whether to refuse, so that a drain waits for it or it sees the drain.
@@ -239,8 +268,8 @@ impl Server {
         let (spoken, h2) = (inner.spoken(&request, grpc), request.version() == Version::HTTP_2);
         exchange.belongs_to(inner.series(spoken));
         let mut decision = Decision::default();
-        let handled = inner.forward(request, grpc, guard, &mut exchange, &mut decision).await;
-        Ok(handled.unwrap_or_else(|error| {
+        let handled = inner.forward(request, gate, grpc, guard, &mut exchange, &mut decision).await;
+        handled.unwrap_or_else(|error| {
             let error = front::behind(error, requests);
             let mut response = inner.answer(&error, grpc, exchange, decision);
             if error.ends_connection() && !h2 {
@@ -248,7 +277,7 @@ impl Server {
                 response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
             }
             Permitted::of(response)
-        }))
+        })
     }
 }
 
@@ -274,6 +303,7 @@ impl Inner {
     async fn forward(
         self: &Rc<Self>,
         mut request: Request<Incoming>,
+        gate: Option<Gate>,
         grpc: bool,
         guard: RequestGuard,
         exchange: &mut Exchange,
@@ -285,6 +315,7 @@ impl Inner {
         let mesh = self.caller.identity.is_some();
         let attempt = request.headers().get(WEFT_ATTEMPT).filter(|_| mesh).cloned();
         let (mut outgoing, body) = Outgoing::take(request, mesh)?;
+        outgoing.expects = gate.is_some();
         if outgoing.upgrade.is_some() && outgoing.version != Version::HTTP_2 {
             // Between sidecars an upgrade is an extended CONNECT; what the app will see is what is authorized.
             outgoing.method = Method::GET;
@@ -321,7 +352,7 @@ impl Inner {
             head::mark_unique(&mut outgoing.headers);
         }
         let idempotent = retry::is_idempotent(&outgoing.method, &outgoing.headers);
-        let replay = (!http_body::Body::is_end_stream(&body)).then(|| Replay::new(body, REPLAY));
+        let replay = (!http_body::Body::is_end_stream(&body)).then(|| Replay::new(body, REPLAY).behind(gate));
         let sent = permission.hold(&outgoing, self.send(&outgoing, replay.as_ref(), idempotent)).await?;
         let now = now();
         let outcome = match classify::grpc_status(sent.response.headers()) {

@@ -9,11 +9,12 @@ use std::{
     future::{Future, poll_fn},
     pin::{Pin, pin},
     rc::Rc,
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
 };
 
 use bytes::Bytes;
-use http::Response;
+use futures_util::future::LocalBoxFuture;
+use http::{HeaderValue, Response};
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use tokio::time::Sleep;
 
@@ -21,6 +22,7 @@ use super::http::Inner;
 use crate::{
     body::{Body, BodyError},
     error::Error,
+    expect::{self, WEFT_CONTINUE},
     head::Outgoing,
     telemetry::metrics::Counter,
     wakers::Place,
@@ -91,12 +93,14 @@ pub(super) struct Permitted {
     body: Body,
     /// Of an answer that did not end with its head: its request must stay permitted.
     held: Option<(Permission, Outgoing)>,
+    /// The app has asked for the request's body, and this is its answer.
+    coming: Option<LocalBoxFuture<'static, Response<Self>>>,
 }
 
 impl Permitted {
     /// One that is whole, or that the sidecar made.
     pub(super) fn of(response: Response<Body>) -> Response<Self> {
-        response.map(|body| Self { body, held: None })
+        response.map(|body| Self { body, held: None, coming: None })
     }
 
     /// One that may last.
@@ -106,7 +110,14 @@ impl Permitted {
         outgoing: Outgoing,
     ) -> Response<Self> {
         let lasts = !response.body().is_end_stream();
-        response.map(|body| Self { body, held: lasts.then_some((permission, outgoing)) })
+        response.map(|body| Self { body, held: lasts.then_some((permission, outgoing)), coming: None })
+    }
+
+    /// Asks a caller's sidecar for the request's body; the answer follows, its head first.
+    pub(super) fn coming(answer: LocalBoxFuture<'static, Response<Self>>) -> Response<Self> {
+        let mut response = Response::new(Self { body: Body::empty(), held: None, coming: Some(answer) });
+        response.headers_mut().insert(WEFT_CONTINUE, HeaderValue::from_static("1"));
+        response
     }
 
     fn break_off(&mut self) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
@@ -125,6 +136,11 @@ impl HttpBody for Permitted {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         let this = &mut *self;
+        if let Some(coming) = &mut this.coming {
+            let (head, body) = ready!(coming.as_mut().poll(cx)).into_parts();
+            *this = body;
+            return Poll::Ready(Some(Ok(Frame::data(expect::write_head(&head)))));
+        }
         // Before the body: one that always has more would never be asked.
         if let Some((permission, outgoing)) = &mut this.held
             && permission.is_stale()
@@ -142,10 +158,10 @@ impl HttpBody for Permitted {
     }
 
     fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
+        self.coming.is_none() && self.body.is_end_stream()
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
+        if self.coming.is_some() { SizeHint::default() } else { self.body.size_hint() }
     }
 }

@@ -17,6 +17,7 @@ use weft_core::{
 use crate::{
     body::{Body, Held, Replay, Tail},
     error::{Component, Error, WEFT_REASON, WEFT_UNSENT, is_grpc},
+    expect::{self, Gate},
     front::{self, Front, Requests},
     head::{self, Outgoing, Upgrade},
     listener::{Accepted, Open},
@@ -66,7 +67,8 @@ pub(super) async fn serve(
         let connection = builder.serve_connection(TokioIo::new(io), service);
         worker.drain.serve(connection, Component::Outbound).await
     } else {
-        let io = Front::h1(stream, first, requests.clone(), Component::Outbound, head);
+        let io = Front::h1(stream, first, requests.clone(), Component::Outbound, head)
+            .of_this_pod(address, original);
         let of_service = requests.clone();
         let service = service_fn(move |request| {
             let (client, requests, in_progress) = (client.clone(), of_service.clone(), of_service.begin());
@@ -116,10 +118,12 @@ impl Client {
         let mut exchange = Exchange::start(&self.worker.recorder, now());
         let grpc = is_grpc(request.headers());
         let (spoken, h2) = (Spoken::of(request.version(), grpc), request.version() == Version::HTTP_2);
+        let gate = expect::gate(&request, false);
         let resolved = self.destination.resolved(&self.worker);
         let mut decision = Decision::default();
-        let handled = self.route(request, &resolved, grpc, spoken, &mut exchange, &mut decision).await;
-        handled.unwrap_or_else(|error| {
+        let handled =
+            self.route(request, gate.clone(), &resolved, grpc, spoken, &mut exchange, &mut decision).await;
+        let mut response = handled.unwrap_or_else(|error| {
             let error = front::behind(error, requests);
             if !exchange.has_series() {
                 exchange.belongs_to(resolved.series(&self.worker.recorder, None, None, spoken));
@@ -130,7 +134,12 @@ impl Client {
                 response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
             }
             response
-        })
+        });
+        if gate.is_some_and(|gate| !gate.is_open()) {
+            // Whether the body follows none the less is the client's choice: only the end tells the next request from it.
+            response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+        }
+        response
     }
 
     /// Every exit by error: recorded, logged, told.
@@ -155,9 +164,11 @@ impl Client {
         error.response(Component::Outbound, grpc)
     }
 
+    #[expect(clippy::too_many_arguments, reason = "what a request is, and what becomes known of it")]
     async fn route(
         &self,
         mut request: Request<Incoming>,
+        gate: Option<Gate>,
         resolved: &Resolved,
         grpc: bool,
         spoken: Spoken,
@@ -168,6 +179,7 @@ impl Client {
             request.headers().contains_key(header::UPGRADE) || request.method() == http::Method::CONNECT;
         let upgrade = wants_upgrade.then(|| hyper::upgrade::on(&mut request));
         let (mut outgoing, body) = Outgoing::take(request, false)?;
+        outgoing.expects = gate.is_some();
         head::identify(&mut outgoing.headers, &mut *self.worker.rng.borrow_mut());
         decision.request(&outgoing.headers, &outgoing.path);
         let idempotent = retry::is_idempotent(&outgoing.method, &outgoing.headers);
@@ -188,7 +200,7 @@ impl Client {
             apply_filters(&rule.filters, &mut outgoing, prefix)?;
         }
         let replay = (!http_body::Body::is_end_stream(&body))
-            .then(|| Replay::new(body, rule.retry.max_body.max(pool::UPLOAD_WINDOW as usize)));
+            .then(|| Replay::new(body, rule.retry.max_body.max(pool::UPLOAD_WINDOW as usize)).behind(gate));
         let sending = Sending {
             resolved,
             rule,

@@ -1,0 +1,214 @@
+//! How HTTP/1.1 connections end while something is under way: by the client's half, by an app that does not read on, by
+//! an app that says nothing.
+
+use std::{
+    sync::{Arc, Mutex, mpsc},
+    time::{Duration, Instant},
+};
+
+use weft_control_plane::cli::demo::mesh::Workload;
+use weft_harness::{
+    apps::output,
+    wire::{Backend, Message, Wire, ok},
+};
+
+use crate::{ECHO, ECHO_ADDRESS, scripted};
+
+const PATIENCE: Duration = Duration::from_secs(20);
+/// More than all buffers on the way hold.
+const UPLOAD: usize = 16 << 20;
+
+#[test]
+fn a_client_that_half_closes_still_gets_its_answer() {
+    const LARGE: usize = 4 << 20;
+    let Some(world) = scripted("half_closed", |mut wire, _| {
+        while let Ok(request) = wire.message() {
+            match request.head.split(' ').nth(1).unwrap_or_default() {
+                "/slow" => {
+                    std::thread::sleep(Duration::from_secs(2));
+                    wire.say(ok("slow"))?;
+                }
+                "/large" => wire.say(ok(&"x".repeat(LARGE)))?,
+                "/chunks" => {
+                    wire.say("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")?;
+                    for _ in 0..3 {
+                        std::thread::sleep(Duration::from_millis(300));
+                        wire.say("1\r\nc\r\n")?;
+                    }
+                    wire.say("0\r\n\r\n")?;
+                }
+                _ => wire.say(ok(&request.text()))?,
+            }
+        }
+        Ok(())
+    }) else {
+        return;
+    };
+    let legacy = world.mesh.plain(&Workload::new("shop", "legacy-1")).unwrap();
+    let server = format!("{}:8080", world.server.pod.ip);
+    std::thread::scope(|scope| {
+        for (pod, address) in [(&world.client.pod, ECHO_ADDRESS), (&legacy, &*server)] {
+            for (requests, answers) in [
+                (vec![("GET /slow", "")], vec!["slow".to_owned()]),
+                (vec![("GET /large", "")], vec!["x".repeat(LARGE)]),
+                (vec![("GET /chunks", "")], vec!["ccc".to_owned()]),
+                (vec![("POST /post", "hello")], vec!["hello".to_owned()]),
+                (
+                    vec![("POST /one", "1"), ("GET /slow", ""), ("POST /three", "3")],
+                    vec!["1".to_owned(), "slow".to_owned(), "3".to_owned()],
+                ),
+            ] {
+                scope.spawn(move || {
+                    let mut client = Wire::dial(pod, address).unwrap();
+                    let texts = requests.iter().map(|(line, body)| {
+                        format!("{line} HTTP/1.1\r\nHost: a\r\nContent-Length: {}\r\n\r\n{body}", body.len())
+                    });
+                    client.say(texts.collect::<String>()).unwrap();
+                    client.finish().unwrap();
+                    for expected in answers {
+                        let answer = client.message().unwrap();
+                        assert!(answer.text() == expected, "{requests:?} at {address}: {}", answer.head);
+                    }
+                    assert!(client.rest().unwrap().is_empty(), "the connection ends with its last answer");
+                });
+            }
+        }
+    });
+}
+
+#[test]
+fn a_client_that_half_closes_and_goes_later_is_noticed_too() {
+    let (tell, told) = mpsc::channel();
+    let tell = Mutex::new(tell);
+    let Some(world) = scripted("half_gone", move |mut wire, _| {
+        let request = wire.message()?;
+        let events = request.head.contains("/events");
+        if events {
+            wire.say("HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\ndata: 1\n\n")?;
+        }
+        tell.lock().unwrap().send("begun")?;
+        wire.gone()?;
+        tell.lock().unwrap().send("ended")?;
+        Ok(())
+    }) else {
+        return;
+    };
+    for path in ["/quiet", "/events"] {
+        let mut client = Wire::dial(&world.client.pod, ECHO_ADDRESS).unwrap();
+        client.say(format!("GET {path} HTTP/1.1\r\nHost: a\r\n\r\n")).unwrap();
+        client.finish().unwrap();
+        assert_eq!(told.recv_timeout(PATIENCE).unwrap(), "begun");
+        if path == "/events" {
+            client.until("data: 1\n\n").unwrap();
+        }
+        assert!(told.recv_timeout(Duration::from_millis(300)).is_err(), "it still waits: {path}");
+        drop(client);
+        let began = Instant::now();
+        assert_eq!(told.recv_timeout(PATIENCE).unwrap(), "ended");
+        println!(
+            "figure: gone after a half-close {path}: its backend knew after {} ms",
+            began.elapsed().as_millis()
+        );
+    }
+}
+
+/// Sends an upload of [`UPLOAD`] and does not look at the answer before all of it is sent.
+fn blind(client: &mut Wire, path: &str, chunked: bool) -> Message {
+    let framing =
+        if chunked { "Transfer-Encoding: chunked".to_owned() } else { format!("Content-Length: {UPLOAD}") };
+    client.say(format!("POST {path} HTTP/1.1\r\nHost: a\r\n{framing}\r\n\r\n")).unwrap();
+    let piece = "x".repeat(64 << 10);
+    let piece = if chunked { format!("{:x}\r\n{piece}\r\n", piece.len()) } else { piece };
+    for _ in 0..UPLOAD / (64 << 10) {
+        client
+            .say(&piece)
+            .unwrap_or_else(|e| panic!("{path} chunked {chunked}: cut off while it sends: {e:#}"));
+    }
+    if chunked {
+        client.say("0\r\n\r\n").unwrap();
+    }
+    client.message().unwrap_or_else(|e| panic!("{path} chunked {chunked}: {e:#}"))
+}
+
+#[test]
+fn an_answer_of_an_app_that_reads_no_further_reaches_even_a_client_that_looks_late() {
+    let seen = Arc::new(Mutex::new(0));
+    let count = seen.clone();
+    let script = move |mut wire: Wire, _| {
+        let head = wire.head()?;
+        *count.lock().unwrap() += 1;
+        wire.exactly(1_000)?;
+        let close = if head.contains("/stay") { "" } else { "Connection: close\r\n" };
+        wire.say(format!("HTTP/1.1 413 Too Large\r\n{close}Content-Length: 8\r\n\r\ntoo much"))?;
+        if head.contains("/stay") {
+            std::thread::sleep(Duration::from_millis(300));
+        }
+        // Closed with bytes unread: the kernel of the app sends a reset behind the answer.
+        Ok(())
+    };
+    let Some(world) = scripted("early_reset", script.clone()) else { return };
+    let legacy = world.mesh.plain(&Workload::new("shop", "legacy-1")).unwrap();
+    let _plain = Backend::start(&legacy, 8080, script).unwrap();
+    let (server, outside) = (format!("{}:8080", world.server.pod.ip), format!("{}:8080", legacy.ip));
+    let mut asked = 0;
+    for (pod, address) in
+        [(&world.client.pod, ECHO_ADDRESS), (&legacy, &*server), (&world.client.pod, &*outside)]
+    {
+        for (path, chunked) in [("/reset", false), ("/reset", true), ("/stay", false), ("/stay", true)] {
+            let answer = blind(&mut Wire::dial(pod, address).unwrap(), path, chunked);
+            assert_eq!((answer.status(), answer.text().as_str()), (413, "too much"), "{path} at {address}");
+            asked += 1;
+        }
+    }
+    let size = output(world.client.pod.command("bash").args([
+        "-c",
+        &format!("head -c {UPLOAD} /dev/zero | curl -sS -o /dev/null -w '%{{http_code}}' -H Expect: -T - {ECHO}/reset"),
+    ]));
+    assert_eq!(size.unwrap(), "413");
+    assert_eq!(*seen.lock().unwrap(), asked + 1, "each was sent once");
+}
+
+#[test]
+fn an_app_that_closes_without_a_word_costs_a_502_with_a_reason_and_no_post_is_sent_twice() {
+    let seen = Arc::new(Mutex::new(Vec::new()));
+    let saw = seen.clone();
+    let Some(world) = scripted("no_word", move |mut wire, _| {
+        while let Ok(head) = wire.head() {
+            let mut request = Message { head, ..Message::default() };
+            let path = request.head.split(' ').nth(1).unwrap_or_default().to_owned();
+            saw.lock().unwrap().push(path.clone());
+            match &*path {
+                "/at-head" => return Ok(()),
+                "/reset" => return wire.reset(),
+                _ => wire.body_of(&mut request)?,
+            }
+            match &*path {
+                "/ok" => wire.say(ok("ok"))?,
+                "/half-a-head" => return wire.say("HTTP/1.1 200 OK\r\nContent-Le"),
+                "/after-100" => return wire.say("HTTP/1.1 100 Continue\r\n\r\n"),
+                _ => return Ok(()),
+            }
+        }
+        Ok(())
+    }) else {
+        return;
+    };
+    let mut client = Wire::dial(&world.client.pod, ECHO_ADDRESS).unwrap();
+    let post = |path: &str| format!("POST {path} HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\nhello");
+    for path in ["/at-head", "/reset", "/at-body", "/half-a-head", "/after-100"] {
+        // Over a connection that has served, and over a fresh one.
+        for warm in [true, false] {
+            if warm {
+                assert_eq!(client.ask(post("/ok")).unwrap().text(), "ok");
+            }
+            seen.lock().unwrap().clear();
+            let answer = client.ask(post(path)).unwrap();
+            let reason = answer.header("weft-reason").unwrap_or_default();
+            assert_eq!(answer.status(), 502, "{path}: {}", answer.head);
+            assert!(reason.starts_with("inbound;"), "{path}: {}", answer.head);
+            assert_eq!(*seen.lock().unwrap(), [path], "once");
+        }
+    }
+    // The client's own connection is as good as before.
+    assert_eq!(client.ask(post("/ok")).unwrap().text(), "ok");
+}
