@@ -117,7 +117,9 @@ mod tests {
             assert_eq!(find(address, server).unwrap(), Found::Held);
             drop(client);
             assert_ne!(find(address, server).unwrap(), Found::Held);
-            assert_eq!(find(server, server).unwrap(), Found::Nothing);
+            // Asked for a port that listens, the kernel names the listener.
+            let nobody = SocketAddr::new(server.ip(), 1);
+            assert_eq!(find(nobody, nobody).unwrap(), Found::Nothing);
         }
     }
 }
