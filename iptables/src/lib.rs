@@ -15,5 +15,8 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 pub mod apply;
+pub mod cni;
 pub mod config;
+pub mod install;
+pub mod probe;
 pub mod rules;

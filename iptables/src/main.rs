@@ -1,4 +1,5 @@
-//! `weft-iptables`: captures the connections of one pod, or shows how, or lets them go again.
+//! `weft-iptables`: captures the connections of one pod, or shows how, or lets them go again. Called by a container
+//! runtime it is a CNI plugin (see [`weft_iptables::cni`]).
 //!
 //! It runs once, before the app, in the pod's network namespace and with `NET_ADMIN`; then it exits. The
 //! sidecar itself needs no privilege because this program had it. Running it twice, or after a crash, or
@@ -7,17 +8,26 @@
 #![forbid(unsafe_code)]
 
 use std::process::ExitCode;
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering},
+};
 
-use clap::{Parser, ValueEnum};
+use clap::{Parser, Subcommand, ValueEnum};
+use nix::sys::signal::{SigSet, Signal};
 use serde_json::json;
 use weft_iptables::apply::{self, Backend};
 use weft_iptables::config::{Config, Options};
-use weft_iptables::rules;
+use weft_iptables::install::{self, InstallOptions};
+use weft_iptables::{cni, probe, rules};
 
 /// Redirects the TCP connections of this network namespace to weft-proxy.
 #[derive(Parser)]
 #[command(name = "weft-iptables", version, after_help = EXAMPLE)]
+#[command(args_conflicts_with_subcommands = true)]
 struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
     #[command(flatten)]
     options: Options,
     /// Which iptables to write; else the one that holds rules already, or works
@@ -32,6 +42,20 @@ struct Cli {
     /// How to print the result
     #[arg(short, long, value_enum, value_name = "FORMAT", default_value_t = Format::Text)]
     output: Format,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Look whether this pod is captured, before there is a sidecar; needs no capability
+    Check {
+        /// The proxy's listener for connections that the app opens
+        #[arg(long, value_name = "PORT", default_value_t = weft_core::ports::OUTBOUND)]
+        outbound_port: u16,
+    },
+    /// Put the CNI plugin on this node, keep it there, and take it away at the end
+    CniInstall(InstallOptions),
+    /// Look whether the CNI plugin stands on this node
+    CniReady(InstallOptions),
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -50,7 +74,20 @@ Undo:
 Exit status: 0 done (or nothing to do), 1 the rules could not be applied, 2 the options cannot be enforced.";
 
 fn main() -> ExitCode {
+    if std::env::var_os("CNI_COMMAND").is_some() {
+        let (answer, well) = cni::run(|name| std::env::var(name).ok(), std::io::stdin());
+        if !answer.is_null() {
+            println!("{answer}");
+        }
+        return if well { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+    }
     let cli = Cli::parse();
+    match &cli.command {
+        Some(Command::Check { outbound_port }) => return ended(probe::captured(*outbound_port)),
+        Some(Command::CniInstall(options)) => return ended(keep_installed(options)),
+        Some(Command::CniReady(options)) => return ended(install::stands(options)),
+        None => {}
+    }
     let config = match cli.options.validate() {
         Ok(config) => config,
         Err(invalid) => {
@@ -66,6 +103,31 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+fn ended<E: std::fmt::Display>(result: Result<(), E>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("weft-iptables: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Until SIGTERM or SIGINT.
+fn keep_installed(options: &InstallOptions) -> std::io::Result<()> {
+    let stop = Arc::new(AtomicBool::new(false));
+    // Blocked here and in what is started from here: they wait for whoever asks, also where this is process 1.
+    let signals = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT]);
+    signals.thread_block()?;
+    let told = stop.clone();
+    std::thread::spawn(move || {
+        // It fails for a set that holds no signal.
+        let _ = signals.wait();
+        told.store(true, Ordering::Relaxed);
+    });
+    install::keep(options, &stop)
 }
 
 fn run(cli: &Cli, config: &Config) -> Result<(), apply::Error> {

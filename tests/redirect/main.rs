@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use socket2::{Domain, SockAddr, SockRef, Socket, Type};
 use weft_core::ports;
-use weft_harness::netns::{Pod, World, world_or_skip};
+use weft_harness::netns::{Pod, Process, World, world_or_skip};
 use weft_iptables::apply::{self, Action, Backend};
 use weft_iptables::config::{Config, Families, Options};
 
@@ -595,6 +595,44 @@ fn the_program_shows_applies_and_removes() -> Result<()> {
     run(&["--cleanup"])?;
     assert_eq!(dial(&outside.pod, APP, None, to)?, format!("app from {}", outside.pod.ip));
     assert!(run(&["--cleanup"])?.contains("nothing to remove"));
+    Ok(())
+}
+
+/// What a container runtime does with a pod, and what the pod's own init container sees of it.
+#[test]
+fn a_cni_plugin_captures_from_outside_and_the_pod_can_tell() -> Result<()> {
+    let Some(world) = world_or_skip("a_cni_plugin_captures_from_outside_and_the_pod_can_tell") else {
+        return Ok(());
+    };
+    let program = program("weft-iptables")?;
+    let pod = world.pod("a")?;
+    let nobody = 65_532;
+    let check = || pod.command_as(nobody, nobody, &program).arg("check").output();
+    let before = check()?;
+    let said = String::from_utf8_lossy(&before.stderr);
+    assert!(!before.status.success() && said.contains("Delete the pod to try again"), "{said}");
+
+    let holder = Process::spawn(pod.command("sleep").arg("60"))?;
+    let mut plugin = Command::new(&program)
+        .envs([("CNI_COMMAND", "ADD"), ("CNI_CONTAINERID", "c"), ("CNI_IFNAME", "eth0")])
+        .env("CNI_NETNS", format!("/proc/{}/ns/net", holder.id()))
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()?;
+    let request = serde_json::json!({
+        "cniVersion": "1.0.0", "name": "net", "type": "weft-cni",
+        "runtimeConfig": { "io.kubernetes.cri.pod-annotations": {
+            "weft.dev/injected": "true", "weft.dev/skip-outbound-ports": "25" } },
+        "prevResult": { "cniVersion": "1.0.0", "ips": [] },
+    });
+    plugin.stdin.take().context("no input")?.write_all(request.to_string().as_bytes())?;
+    let output = plugin.wait_with_output()?;
+    let answer: serde_json::Value = serde_json::from_slice(&output.stdout)?;
+    assert!(output.status.success(), "{answer}");
+    assert_eq!(answer, request["prevResult"], "what the plugin before it made is handed on");
+    assert!(tables(&pod)?.contains("--dport 25 -j RETURN"), "{}", tables(&pod)?);
+    let after = check()?;
+    assert!(after.status.success(), "{}", String::from_utf8_lossy(&after.stderr));
     Ok(())
 }
 
