@@ -355,12 +355,15 @@ fn authorization() -> impl Strategy<Value = Authorization> {
 
 fn workload_value() -> impl Strategy<Value = WorkloadResource> {
     let mode = prop::sample::select(vec![MtlsMode::Permissive, MtlsMode::Strict]);
-    let port_value = (protocol(), ms(), mode, uid(), any::<u16>())
-        .prop_map(|(protocol, detect_timeout, mtls, uid, port)| PortResource {
+    let probe =
+        prop_oneof!["/[a-z?=/]{0,9}".prop_map(|path| Probe::Get(path.into())), Just(Probe::GrpcHealth)];
+    let port_value = (protocol(), ms(), mode, uid(), any::<u16>(), vec(probe, 0..3))
+        .prop_map(|(protocol, detect_timeout, mtls, uid, port, probes)| PortResource {
             protocol,
             detect_timeout,
             mtls,
             authorization: Name::Authorization(uid, port).to_string().into(),
+            probes,
         })
         .boxed();
     let egress = prop::sample::select(vec![Egress::Allow, Egress::Deny]);
@@ -808,6 +811,18 @@ fn a_workload_names_the_field_that_is_wrong() {
         assert_eq!(refused(&good_workload(), workload::parse, change), want);
     };
     check(|w| w.egress = 0, "WorkloadConfig.egress: is unspecified; say EGRESS_ALLOW or EGRESS_DENY");
+    check(
+        |w| {
+            let kind = Some(v1::inbound_port::probe::Kind::Get("live".to_owned()));
+            w.ports[0].probes = vec![v1::inbound_port::Probe { kind }];
+        },
+        "WorkloadConfig.ports[0].probes[0].get: \"live\" has characters that may not be there; start it with /, \
+         without spaces and fragments",
+    );
+    check(
+        |w| w.ports[0].probes = vec![v1::inbound_port::Probe { kind: None }],
+        "WorkloadConfig.ports[0].probes[0]: is missing; set it",
+    );
     check(
         |w| w.ports[0].mtls = 0,
         "WorkloadConfig.ports[0].mtls: is unspecified; say MTLS_MODE_PERMISSIVE or MTLS_MODE_STRICT",

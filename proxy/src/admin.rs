@@ -1,4 +1,4 @@
-//! What operators and probes ask. Three questions are open on the pod's address; everything else is on a
+//! What operators and probes ask. Four questions are open on the pod's address; everything else is on a
 //! Unix socket that only the sidecar's own user opens.
 //!
 //! Why a socket: the app shares the pod's network. An admin port on loopback is one that every process of
@@ -35,6 +35,7 @@ use crate::{
     control::Control,
     discovery::Target,
     drain::{Drain, Phase},
+    pool,
     telemetry::{log::LogHandle, metrics::Shared},
 };
 
@@ -173,6 +174,7 @@ impl Admin {
                 ("/live", _) => (Method::GET, None),
                 ("/ready", _) => (Method::GET, None),
                 ("/metrics", _) => (Method::GET, None),
+                (path, _) if path.starts_with(PROBE) => (Method::GET, None),
                 ("/config" | "/explain", Door::Socket) => (Method::GET, None),
                 ("/loglevel" | "/drain", Door::Socket) => (Method::POST, None),
                 _ => (Method::GET, Some(text(StatusCode::NOT_FOUND, "no such page\n"))),
@@ -194,6 +196,7 @@ impl Admin {
                 "/config" => self.config().await,
                 "/explain" => self.explain(&query).await,
                 "/loglevel" => self.log_level(&query),
+                path if path.starts_with(PROBE) => self.probe(&path[PROBE.len()..]).await,
                 _ => self.drain().await,
             }
         })
@@ -208,6 +211,27 @@ impl Admin {
             return text(StatusCode::OK, "ready\n");
         }
         text(StatusCode::SERVICE_UNAVAILABLE, format!("not ready: {}\n", lacks.join(", ")))
+    }
+
+    /// Whether the app accepts connections at a port that the pod's own spec probes so. Why here: a captured port
+    /// accepts every connection, whether there is an app behind it or not.
+    async fn probe(&self, port: &str) -> Answer {
+        let Some(port) = port.parse().ok().filter(|port| self.config.tcp_probes.contains(port)) else {
+            return text(StatusCode::NOT_FOUND, "no such probe\n");
+        };
+        let pod_ips = self.config.pod_ips.iter().copied();
+        let addresses =
+            pod_ips.chain([IpAddr::V4(Ipv4Addr::LOCALHOST)]).take(self.config.pod_ips.len().max(1));
+        let mut refused = String::new();
+        for address in addresses.map(|ip| SocketAddr::new(ip, port)) {
+            let connecting = async { pool::socket(address, true)?.connect(address).await };
+            match timeout(self.config.times.connect, connecting).await {
+                Ok(Ok(_)) => return text(StatusCode::OK, "accepts\n"),
+                Ok(Err(error)) => refused = format!("{address}: {error}\n"),
+                Err(_) => refused = format!("{address}: does not accept\n"),
+            }
+        }
+        text(StatusCode::SERVICE_UNAVAILABLE, refused)
     }
 
     async fn metrics(&self) -> Answer {
@@ -425,6 +449,8 @@ async fn pause(error: &io::Error) {
     sleep(ACCEPT_PAUSE).await;
 }
 
+/// What follows is a port of the app.
+const PROBE: &str = "/probe/";
 /// Probes and scrapes at a time, at each door.
 const MAX_CONNECTIONS: usize = 64;
 /// … of which one address may have so many at the open one.

@@ -59,6 +59,8 @@ pub struct Config {
     pub admin_addr: SocketAddr,
     /// `WEFT_ADMIN_SOCKET`: everything else.
     pub admin_socket: PathBuf,
+    /// `WEFT_TCP_PROBES`: ports of the app that `/probe/<port>` of the open admin port tries.
+    pub tcp_probes: Vec<u16>,
     /// `WEFT_WORKERS`
     pub workers: usize,
     /// `WEFT_LOG`: a filter such as `info,weft_proxy=debug`.
@@ -258,6 +260,14 @@ impl Config {
             ));
         }
 
+        let tcp_probes = env.with("WEFT_TCP_PROBES", "", |text| {
+            let items = text.split(',').map(str::trim).filter(|item| !item.is_empty());
+            let port = |item: &str| item.parse::<u16>().ok().filter(|port| *port > 0);
+            items
+                .map(|item| port(item).ok_or_else(|| format!("{item:?} is not a port")))
+                .collect::<Result<Vec<_>, _>>()
+        });
+
         let workers = env.number("WEFT_WORKERS", 1, 1..=256);
         let log = env.or("WEFT_LOG", "info");
         if let Err(e) = log.parse::<tracing_subscriber::filter::Targets>() {
@@ -289,6 +299,7 @@ impl Config {
                 inbound_port: inbound_port?,
                 admin_addr: admin_addr?,
                 admin_socket,
+                tcp_probes: tcp_probes?,
                 workers: workers?,
                 log,
                 log_format: log_format?,

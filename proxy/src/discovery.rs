@@ -350,6 +350,7 @@ mod tests {
                 detect_timeout: DETECT_TIMEOUT,
                 mtls: MtlsMode::Strict,
                 authorization,
+                probes: Vec::new(),
             }),
             mesh_ranges: vec!["10.0.0.0/8".parse().unwrap()],
             egress,

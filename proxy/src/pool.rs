@@ -89,6 +89,27 @@ const MAX_OPENED: usize = 3;
 /// The source address by which inbound reaches its app: capture rules let it pass.
 const INBOUND_SOURCE: IpAddr = IpAddr::V4(Ipv4Addr::new(127, 0, 0, 6));
 
+/// A socket that is about to be connected; `as_inbound`: to this pod's own app, which capture lets pass.
+pub(crate) fn socket(address: SocketAddr, as_inbound: bool) -> io::Result<TcpSocket> {
+    let socket = match address {
+        SocketAddr::V4(_) => TcpSocket::new_v4()?,
+        SocketAddr::V6(_) => TcpSocket::new_v6()?,
+    };
+    socket.set_nodelay(true)?;
+    // Otherwise a read skips an urgent byte, and the app gets a stream with a hole.
+    socket2::SockRef::from(&socket).set_out_of_band_inline(true)?;
+    if as_inbound {
+        // Without this a source address has only the 28,000 ephemeral ports for all destinations.
+        let _ = nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::IpBindAddressNoPort, &true);
+        let source = match address {
+            SocketAddr::V4(_) => INBOUND_SOURCE,
+            SocketAddr::V6(_) => IpAddr::V6(std::net::Ipv6Addr::LOCALHOST),
+        };
+        socket.bind(SocketAddr::new(source, 0))?;
+    }
+    Ok(socket)
+}
+
 /// Where to send.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Peer {
@@ -767,29 +788,7 @@ impl Pool {
         as_inbound: bool,
         timeout: Duration,
     ) -> Result<TcpStream, ConnectError> {
-        let connecting = async {
-            let socket = match address {
-                SocketAddr::V4(_) => TcpSocket::new_v4()?,
-                SocketAddr::V6(_) => TcpSocket::new_v6()?,
-            };
-            socket.set_nodelay(true)?;
-            // Otherwise a read skips an urgent byte, and the app gets a stream with a hole.
-            socket2::SockRef::from(&socket).set_out_of_band_inline(true)?;
-            if as_inbound {
-                // Without this a source address has only the 28,000 ephemeral ports for all destinations.
-                let _ = nix::sys::socket::setsockopt(
-                    &socket,
-                    nix::sys::socket::sockopt::IpBindAddressNoPort,
-                    &true,
-                );
-                let source = match address {
-                    SocketAddr::V4(_) => INBOUND_SOURCE,
-                    SocketAddr::V6(_) => IpAddr::V6(std::net::Ipv6Addr::LOCALHOST),
-                };
-                socket.bind(SocketAddr::new(source, 0))?;
-            }
-            socket.connect(address).await
-        };
+        let connecting = async { socket(address, as_inbound)?.connect(address).await };
         let stream = match tokio::time::timeout(timeout, connecting).await {
             Ok(Ok(stream)) => stream,
             Ok(Err(error)) => return Err(self.connect_failed(address, &error)),

@@ -25,6 +25,7 @@ mod http2_odd;
 mod identity;
 mod inbound;
 mod nothing_lost;
+mod probes;
 mod resources;
 mod routing;
 mod secrecy;

@@ -44,6 +44,7 @@ impl Index {
                 numbers.extend(ports);
             }
         }
+        numbers.extend(pod.probes.keys());
         numbers.remove(&0);
         let port_policy = |port: Option<u16>| {
             Arc::new(PortPolicy {
@@ -51,6 +52,7 @@ impl Index {
                 detect_timeout: DETECT_TIMEOUT,
                 mtls: mtls(&policies, port, mesh.mtls),
                 authorization: Arc::new(self.authorization(name, pod, &policies, port, mesh.authorization)),
+                probes: port.and_then(|port| pod.probes.get(&port)).cloned().unwrap_or_default(),
             })
         };
         let mut trust_domains = vec![self.trust_domain.clone()];

@@ -23,7 +23,7 @@ use k8s_openapi::{
 };
 use weft_core::{
     identity::{PodUid, SpiffeId, TrustDomain},
-    policy::{EndpointHealth, Protocol, ServiceName},
+    policy::{EndpointHealth, Probe, Protocol, ServiceName},
 };
 
 use crate::{
@@ -32,6 +32,7 @@ use crate::{
         gateway::{GrpcRouteSpec, HttpRouteSpec, ParentRef},
         lookup,
         policy::{AuthorizationPolicySpec, MeshConfigSpec, TargetRef, TrafficPolicySpec},
+        probes,
     },
     source::Origin,
 };
@@ -200,6 +201,8 @@ pub(crate) struct PodEntry {
     pub(crate) health: EndpointHealth,
     /// Its containers' ports by name.
     pub(crate) ports: Vec<(String, u16)>,
+    /// What its kubelet asks of them.
+    pub(crate) probes: BTreeMap<u16, Vec<Probe>>,
 }
 
 #[derive(Clone, Debug)]
@@ -843,6 +846,7 @@ impl PodEntry {
                     Some((p.name.clone().unwrap_or_default(), u16::try_from(p.container_port).ok()?))
                 })
                 .collect(),
+            probes: spec.map(probes::admitted).unwrap_or_default(),
         })
     }
 }

@@ -5,8 +5,8 @@ use std::collections::BTreeSet;
 use weft_core::{
     identity::{PodUid, TrustDomain},
     policy::{
-        Action, Algorithm, EndpointHealth, Filter, MtlsMode, PathMatch, Protocol, ServiceName, StringMatch,
-        Tunnel,
+        Action, Algorithm, EndpointHealth, Filter, MtlsMode, PathMatch, Probe, Protocol, ServiceName,
+        StringMatch, Tunnel,
     },
 };
 
@@ -770,6 +770,28 @@ fn backends_that_do_not_resolve_say_why() {
         assert!(accepted.status, "{accepted:?}");
         assert_eq!((resolved.status, resolved.reason), (reason == "ResolvedRefs", reason), "{backend}");
     }
+}
+
+#[test]
+fn a_pods_own_probes_are_part_of_its_policy() {
+    let index = index(
+        "\
+apiVersion: v1
+kind: Pod
+metadata: {name: web-1, namespace: shop, uid: uid-1, annotations: {weft.dev/injected: 'true'}}
+spec:
+  containers:
+    - name: web
+      ports: [{name: http, containerPort: 8080}]
+      livenessProbe: {httpGet: {path: /live, port: http}}
+      readinessProbe: {grpc: {port: 9090}}
+status: {podIP: 10.0.0.1}
+",
+    );
+    let (policy, _) = index.workload(&PodUid::new("uid-1").unwrap()).unwrap();
+    assert_eq!(policy.ports[&8080].probes, [Probe::Get("/live".into())]);
+    assert_eq!(policy.ports[&9090].probes, [Probe::GrpcHealth]);
+    assert!(policy.default_port.probes.is_empty());
 }
 
 #[test]

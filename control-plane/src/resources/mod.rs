@@ -16,8 +16,10 @@ use k8s_openapi::{
 };
 use serde::{Deserialize, Deserializer, Serialize};
 
+pub mod crd;
 pub mod gateway;
 pub mod policy;
+pub mod probes;
 pub mod values;
 
 pub use gateway::{GrpcRoute, HttpRoute};
@@ -280,3 +282,14 @@ pub const INJECTED: &str = "weft.dev/injected";
 pub const SKIP_INBOUND_PORTS: &str = "weft.dev/skip-inbound-ports";
 /// A pod's relative weight among the endpoints of its services; 1 unless given.
 pub const WEIGHT: &str = "weft.dev/weight";
+
+/// Label of a namespace (`enabled`), or of a pod (`enabled`, `disabled`): who gets a sidecar.
+pub const INJECT: &str = "weft.dev/inject";
+/// The ConfigMap that the controller keeps in each namespace with sidecars: what they trust the controller by.
+pub const TRUST_CONFIG_MAP: &str = "weft-trust";
+/// Its one key: PEM.
+pub const TRUST_KEY: &str = "roots.pem";
+/// Audience of the service account token that a sidecar shows for its certificate.
+pub const TOKEN_AUDIENCE: &str = "weft";
+/// Where the control plane lives. Sidecars take nobody else for it.
+pub const CONTROL_NAMESPACE: &str = "weft";

@@ -13,7 +13,7 @@ use std::{
 use ipnet::IpNet;
 use weft_core::{
     identity::{PodUid, SpiffeId, TrustDomain},
-    policy::{Authorization, DETECT_TIMEOUT, Egress, InboundPolicy, MtlsMode, PortPolicy, Protocol},
+    policy::{Authorization, DETECT_TIMEOUT, Egress, InboundPolicy, MtlsMode, PortPolicy, Probe, Protocol},
 };
 
 use super::{
@@ -26,11 +26,17 @@ use super::{
 };
 use crate::{
     names::{Name, NameError},
-    pb::v1::{self, inbound_port::MtlsMode as PbMtls, workload_config::Egress as PbEgress},
+    pb::v1::{
+        self,
+        inbound_port::{MtlsMode as PbMtls, probe::Kind as PbProbe},
+        workload_config::Egress as PbEgress,
+    },
 };
 
 /// Address ranges of a mesh: a large cluster has one range a node.
 const MAX_RANGES: usize = 16_384;
+/// Of one port: a pod has a few containers with three probes each.
+const MAX_PROBES: usize = 64;
 
 /// A workload's settings, with its authorization policies by name.
 #[derive(Clone, Debug, PartialEq)]
@@ -60,6 +66,8 @@ pub struct PortResource {
     pub mtls: MtlsMode,
     /// Resource name of its authorization: what to subscribe next.
     pub authorization: Arc<str>,
+    /// What is admitted without identity.
+    pub probes: Vec<Probe>,
 }
 
 /// Reads a workload's settings.
@@ -81,6 +89,7 @@ pub fn split(policy: &InboundPolicy, uid: &PodUid) -> (WorkloadResource, Vec<(St
             detect_timeout: port.detect_timeout,
             mtls: port.mtls,
             authorization: name.into(),
+            probes: port.probes.clone(),
         }
     };
     let resource = WorkloadResource {
@@ -112,6 +121,7 @@ impl WorkloadResource {
                 detect_timeout: port.detect_timeout,
                 mtls: port.mtls,
                 authorization: authorization(&port.authorization)?,
+                probes: port.probes.clone(),
             }))
         };
         Some(InboundPolicy {
@@ -210,7 +220,19 @@ fn port_resource(at: &At<'_>, port: &v1::InboundPort) -> Result<PortResource, In
             .unwrap_or(DETECT_TIMEOUT),
         mtls,
         authorization: port.authz.as_str().into(),
+        probes: at.each("probes", &port.probes, MAX_PROBES, probe)?,
     })
+}
+
+fn probe(at: &At<'_>, probe: &v1::inbound_port::Probe) -> Result<Probe, Invalid> {
+    match &probe.kind {
+        Some(PbProbe::Get(path)) if Probe::is_path(path) => Ok(Probe::Get(path.as_str().into())),
+        Some(PbProbe::Get(path)) => Err(at
+            .field("get")
+            .bad(Problem::Text(cut(path), "start it with /, without spaces and fragments"))),
+        Some(PbProbe::GrpcHealth(true)) => Ok(Probe::GrpcHealth),
+        Some(PbProbe::GrpcHealth(false)) | None => Err(at.bad(Problem::Missing)),
+    }
 }
 
 fn to_port(number: u16, port: &PortResource) -> v1::InboundPort {
@@ -224,5 +246,14 @@ fn to_port(number: u16, port: &PortResource) -> v1::InboundPort {
         mtls: mtls.into(),
         authz: port.authorization.to_string(),
         detect_timeout_ms: Some(to_millis(port.detect_timeout)),
+        probes: port.probes.iter().map(to_probe).collect(),
     }
+}
+
+fn to_probe(probe: &Probe) -> v1::inbound_port::Probe {
+    let kind = match probe {
+        Probe::Get(path) => PbProbe::Get(path.to_string()),
+        Probe::GrpcHealth => PbProbe::GrpcHealth(true),
+    };
+    v1::inbound_port::Probe { kind: Some(kind) }
 }

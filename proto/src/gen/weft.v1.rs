@@ -732,9 +732,29 @@ pub struct InboundPort {
     pub authz: ::prost::alloc::string::String,
     #[prost(uint32, optional, tag = "5")]
     pub detect_timeout_ms: ::core::option::Option<u32>,
+    /// admitted without identity: exactly these
+    #[prost(message, repeated, tag = "6")]
+    pub probes: ::prost::alloc::vec::Vec<inbound_port::Probe>,
 }
 /// Nested message and enum types in `InboundPort`.
 pub mod inbound_port {
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+    pub struct Probe {
+        #[prost(oneof = "probe::Kind", tags = "1, 2")]
+        pub kind: ::core::option::Option<probe::Kind>,
+    }
+    /// Nested message and enum types in `Probe`.
+    pub mod probe {
+        #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+        pub enum Kind {
+            /// path and query
+            #[prost(string, tag = "1")]
+            Get(::prost::alloc::string::String),
+            /// grpc.health.v1.Health/Check; true
+            #[prost(bool, tag = "2")]
+            GrpcHealth(bool),
+        }
+    }
     #[derive(
         Clone,
         Copy,

@@ -14,7 +14,7 @@ use http::{HeaderMap, HeaderName, Method};
 use crate::{
     identity::SpiffeId,
     path::{NotCanonical, canonical_path, ends_with_ignore_case, percent_decode},
-    policy::{Action, Authorization, AuthzRule, HttpMatch, SourceMatch, StringMatch},
+    policy::{Action, Authorization, AuthzRule, HttpMatch, Probe, SourceMatch, StringMatch},
 };
 
 /// Who asks.
@@ -42,6 +42,15 @@ pub enum Ask<'a> {
     },
     /// A connection whose content is not understood.
     Opaque,
+}
+
+/// Whether a request is one that the pod's own spec asks of its app. It must be no upgrade: what follows one is not
+/// looked at.
+pub fn is_probe(probes: &[Probe], method: &Method, path_and_query: &str) -> bool {
+    probes.iter().any(|probe| match probe {
+        Probe::Get(path) => method == Method::GET && **path == *path_and_query,
+        Probe::GrpcHealth => method == Method::POST && path_and_query == GRPC_HEALTH,
+    })
 }
 
 /// The decision.
@@ -229,6 +238,9 @@ fn header_is(name: &HeaderName, want: &StringMatch, headers: &HeaderMap, action:
         Action::Deny => values.any(|value| want.is_match_bytes(value)),
     }
 }
+
+/// Of the gRPC health checking protocol.
+const GRPC_HEALTH: &str = "/grpc.health.v1.Health/Check";
 
 #[cfg(test)]
 mod tests {
@@ -515,5 +527,28 @@ mod tests {
             let call = get(&(spelled + &tail));
             prop_assert!(!ask(&p, None, &call).is_permit());
         }
+    }
+
+    #[test]
+    fn a_probe_is_exactly_what_the_pods_spec_asks() {
+        let probes = [Probe::Get("/healthz?full=1".into()), Probe::GrpcHealth];
+        assert!(is_probe(&probes, &Method::GET, "/healthz?full=1"));
+        assert!(is_probe(&probes, &Method::POST, "/grpc.health.v1.Health/Check"));
+        for (method, path) in [
+            (Method::GET, "/healthz"),
+            (Method::GET, "/healthz?full=1&x"),
+            (Method::GET, "/healthz?full=1/.."),
+            (Method::GET, "//healthz?full=1"),
+            (Method::GET, "/%68ealthz?full=1"),
+            (Method::GET, "/Healthz?full=1"),
+            (Method::POST, "/healthz?full=1"),
+            (Method::HEAD, "/healthz?full=1"),
+            (Method::GET, "/grpc.health.v1.Health/Check"),
+            (Method::POST, "/grpc.health.v1.Health/Watch"),
+            (Method::POST, "/grpc.health.v1.Health/Check?"),
+        ] {
+            assert!(!is_probe(&probes, &method, path), "{method} {path}");
+        }
+        assert!(!is_probe(&[], &Method::GET, "/"));
     }
 }

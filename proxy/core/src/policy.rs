@@ -467,6 +467,27 @@ pub struct PortPolicy {
     pub mtls: MtlsMode,
     /// Who may call.
     pub authorization: Arc<Authorization>,
+    /// What the pod's kubelet asks there. Exactly this is admitted without identity; that a caller seems to be the
+    /// node means nothing, since whatever is routed through a node may come with its address.
+    pub probes: Vec<Probe>,
+}
+
+/// One question of the pod's own spec.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Probe {
+    /// GET of this path and query, as sent.
+    Get(Arc<str>),
+    /// `grpc.health.v1.Health/Check`.
+    GrpcHealth,
+}
+
+impl Probe {
+    /// Whether a text can be a path and query of a request.
+    pub fn is_path(text: &str) -> bool {
+        text.starts_with('/')
+            && text.len() <= 2_048
+            && text.bytes().all(|b| b.is_ascii_graphic() && b != b'#')
+    }
 }
 
 /// Whether plaintext is admitted.

@@ -323,7 +323,9 @@ impl Inner {
         decision.request(&outgoing.headers, &outgoing.path);
         let path = outgoing.path.path();
         let port = self.port();
-        let permitted = if self.caller.must_not_speak_plaintext(&port) {
+        let permitted = if self.is_probe(&port, &outgoing) {
+            Ok(())
+        } else if self.caller.must_not_speak_plaintext(&port) {
             self.worker.recorder.count(Counter::PlaintextRefused);
             Err(Error::PlaintextRefused)
         } else {
@@ -368,8 +370,16 @@ impl Inner {
     /// Whether the policy of this moment permits it: asked again about what is under way.
     pub(super) fn permits(&self, outgoing: &Outgoing) -> bool {
         let port = self.port();
-        !self.caller.must_not_speak_plaintext(&port)
-            && self.verdict(&port.authorization, outgoing).is_permit()
+        let admitted = !self.caller.must_not_speak_plaintext(&port)
+            && self.verdict(&port.authorization, outgoing).is_permit();
+        admitted || self.is_probe(&port, outgoing)
+    }
+
+    /// Whether it is the kubelet's question, whoever asks it.
+    fn is_probe(&self, port: &PortPolicy, outgoing: &Outgoing) -> bool {
+        self.caller.identity.is_none()
+            && outgoing.upgrade.is_none()
+            && authz::is_probe(&port.probes, &outgoing.method, outgoing.path.as_str())
     }
 
     fn verdict<'a>(&self, policy: &'a Authorization, outgoing: &Outgoing) -> Verdict<'a> {

@@ -74,6 +74,8 @@ pub struct Workload {
     /// What this sidecar is started under, as root, beside what all are: with other limits, in a control group, with
     /// another standard output. It must become the program.
     pub under: Vec<String>,
+    /// What the kubelet would ask of its one container: `livenessProbe` and so on.
+    pub probes: serde_json::Value,
 }
 
 /// A pod with a sidecar.
@@ -155,6 +157,7 @@ impl Workload {
             capture_args: Vec::new(),
             env: BTreeMap::new(),
             under: Vec::new(),
+            probes: serde_json::Value::Null,
         }
     }
 
@@ -586,6 +589,11 @@ fn pod_yaml_in(
             "conditions": [{ "type": "Ready", "status": if ready { "True" } else { "False" } }],
         },
     });
+    if let Some(probes) = workload.probes.as_object() {
+        for (name, probe) in probes {
+            object["spec"]["containers"][0][name] = probe.clone();
+        }
+    }
     if terminating {
         object["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z".into();
     }
