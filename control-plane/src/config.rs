@@ -4,6 +4,7 @@
 use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr},
     path::PathBuf,
+    sync::Arc,
     time::{Duration, SystemTime},
 };
 
@@ -14,7 +15,7 @@ use weft_core::{
     ports,
 };
 
-use crate::resources::values::GatewayDuration;
+use crate::{injector::Values, resources::values::GatewayDuration, webhook};
 
 /// Weft's controller: reads the mesh's objects, tells every sidecar its policy, issues its certificate.
 #[derive(Clone, Debug, Parser)]
@@ -65,6 +66,12 @@ pub struct ServeArgs {
     /// Kubernetes: this replica's pod.
     #[arg(long, value_name = "NAME", env = "WEFT_POD_NAME", default_value = "")]
     pub pod_name: String,
+    /// Kubernetes: port of the admission webhooks, which the API server calls.
+    #[arg(long, value_name = "PORT", env = "WEFT_WEBHOOK_PORT", default_value_t = webhook::PORT)]
+    pub webhook_port: u16,
+    /// Kubernetes: what sidecars are like, as `weft inject --values` takes it; the defaults unless given.
+    #[arg(long, value_name = "FILE", env = "WEFT_WEBHOOK_VALUES")]
+    pub webhook_values: Option<PathBuf>,
     /// Address of readiness and metrics alone, for those who are not on this machine.
     #[arg(long, value_name = "ADDRESS", env = "WEFT_PROBE_LISTEN")]
     pub probe_listen: Option<SocketAddr>,
@@ -157,7 +164,7 @@ pub struct Config {
 }
 
 /// Where objects are.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum Source {
     /// In a folder.
     Folder(PathBuf),
@@ -166,7 +173,7 @@ pub enum Source {
 }
 
 /// What the controller is to its cluster.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Cluster {
     /// The API server, if it is not the one of the service account or the kubeconfig.
     pub server: Option<http::Uri>,
@@ -180,6 +187,10 @@ pub struct Cluster {
     pub cluster_role: Option<String>,
     /// This replica.
     pub pod: String,
+    /// Where the API server asks for admission. Port 0 takes a free one.
+    pub webhook: SocketAddr,
+    /// What sidecars are like.
+    pub values: Arc<Values>,
 }
 
 impl Cluster {
@@ -240,6 +251,18 @@ impl Config {
                 audience: args.token_audience.clone(),
                 cluster_role: args.cluster_role.clone().filter(|name| !name.is_empty()),
                 pod: args.pod_name.clone(),
+                webhook: (args.listen, args.webhook_port).into(),
+                values: match args
+                    .webhook_values
+                    .as_deref()
+                    .map_or_else(|| Ok(Values::default()), Values::read)
+                {
+                    Ok(values) => Arc::new(values),
+                    Err(error) => {
+                        errors.push(format!("--webhook-values: {error:#}"));
+                        Arc::default()
+                    }
+                },
             }),
             [kind, path] if kind == "dir" => {
                 let path = PathBuf::from(path);

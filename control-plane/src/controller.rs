@@ -47,6 +47,7 @@ use crate::{
     },
     source::{Batch, Problem, dir},
     telemetry::Store,
+    webhook::Webhook,
 };
 
 /// A running controller.
@@ -173,9 +174,11 @@ impl Controller {
         if let Some(port) = probe_port {
             tasks.spawn(dashboard::serve(port, api_server.clone(), true, closing_seen.clone()));
         }
+        let webhook_closing = closing_seen.clone();
         tasks.spawn(dashboard::serve(api_port, api_server.clone(), false, closing_seen));
 
         let (batches, batches_seen) = mpsc::channel(1);
+        let in_cluster = cluster.is_some();
         let last_good = match (&config.source, cluster) {
             (Source::Folder(folder), _) => {
                 let kept = config.state_dir.join(LAST_GOOD_OBJECTS);
@@ -186,6 +189,8 @@ impl Controller {
                 let (injected, injected_seen) = watch::channel(BTreeSet::new());
                 let statuses = Statuses::default();
                 let (leads, leads_seen) = watch::channel(false);
+                let webhook = Webhook::new(listen(settings.webhook).await?, settings.values.clone());
+                tasks.spawn(webhook.run(client.clone(), webhook_closing));
                 tasks.spawn(k8s::watch::watch(client.clone(), statuses.clone(), injected, batches));
                 let Cluster { namespace, pod, .. } = settings;
                 let ask = move || api_server.clone().whole_status();
@@ -207,7 +212,7 @@ impl Controller {
         });
         tracing::info!(%discovery, %identity, %api, trust_domain = %config.trust_domain,
             source = %config.source, "listening");
-        let servers = SERVERS + usize::from(config.probes.is_some());
+        let servers = SERVERS + usize::from(config.probes.is_some()) + usize::from(in_cluster);
         Ok(Self { discovery, identity, api, ca, authority, published, closing, servers, tasks })
     }
 

@@ -18,11 +18,13 @@ pub mod cli;
 pub mod config;
 pub mod controller;
 pub mod index;
+pub mod injector;
 pub mod k8s;
 pub mod metrics;
 pub mod resources;
 pub mod serve;
 pub mod source;
 pub mod telemetry;
+pub mod webhook;
 
 pub use controller::{Controller, run};

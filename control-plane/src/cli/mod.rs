@@ -18,6 +18,8 @@ mod client;
 mod cluster;
 pub mod demo;
 mod endpoints;
+mod inject;
+mod install;
 mod output;
 mod routes;
 mod status;
@@ -58,6 +60,10 @@ enum Command {
     Trust(trust::TrustArgs),
     /// Make a join token for a workload outside Kubernetes
     Token(token::TokenArgs),
+    /// Add sidecars to manifests, as the cluster's injector would
+    Inject(inject::InjectArgs),
+    /// What an installation consists of, as YAML
+    Install(install::InstallArgs),
     /// The demo's app servers
     #[command(hide = true)]
     DemoApp(demo::AppArgs),
@@ -101,6 +107,8 @@ pub fn main() -> ExitCode {
         Command::Demo(args) => demo::main(&args),
         Command::DemoApp(args) => demo::app(&args),
         Command::Token(args) => token::main(&args),
+        Command::Inject(args) => inject::main(&args),
+        Command::Install(args) => install::main(&args),
         Command::Routes(args) => asking(routes::main(&args)),
         Command::Status(args) => asking(status::main(&args)),
         Command::Wait(args) => asking(wait::main(&args)),

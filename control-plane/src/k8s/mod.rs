@@ -89,6 +89,19 @@ pub const CLUSTER_GRANTS: &[Grant] = &[
         names: &["weft-controller"],
         verbs: &["get"],
     },
+    // webhook/certificate.rs
+    Grant {
+        group: "admissionregistration.k8s.io",
+        resources: &["mutatingwebhookconfigurations"],
+        names: &["weft-injector"],
+        verbs: &["get", "patch"],
+    },
+    Grant {
+        group: "admissionregistration.k8s.io",
+        resources: &["validatingwebhookconfigurations"],
+        names: &["weft-validator"],
+        verbs: &["get", "patch"],
+    },
 ];
 
 /// In the controller's own namespace (Role).
@@ -109,6 +122,8 @@ pub const OWN_GRANTS: &[Grant] = &[
         names: &["weft-issuer"],
         verbs: &["get", "list", "watch", "update"],
     },
+    // webhook/certificate.rs
+    Grant { group: "", resources: &["secrets"], names: &["weft-webhook"], verbs: &["get", "update"] },
 ];
 
 const READ: &[&str] = &["get", "list", "watch"];

@@ -348,6 +348,7 @@ fn pod(pod: Pod) -> Option<Seen> {
         liveness_probe: container.liveness_probe,
         readiness_probe: container.readiness_probe,
         startup_probe: container.startup_probe,
+        lifecycle: container.lifecycle,
         restart_policy: container.restart_policy,
         ..Container::default()
     };

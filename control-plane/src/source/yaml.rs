@@ -79,6 +79,11 @@ struct Part<'a> {
     text: &'a str,
 }
 
+/// The documents of a text, each with its first line.
+pub(crate) fn documents(text: &str) -> impl Iterator<Item = (u32, &str)> {
+    split(text).into_iter().map(|part| (part.first_line(), part.text))
+}
+
 /// Splits at lines that begin with `---`.
 fn split(text: &str) -> Vec<Part<'_>> {
     let mut parts = Vec::new();

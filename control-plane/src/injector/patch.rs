@@ -1,0 +1,442 @@
+//! Pod + values → JSON patch, or why not. Pure.
+//!
+//! # What is added
+//! - `weft-init`: root with NET_ADMIN and NET_RAW and nothing else, and gone when the app starts; where a CNI plugin
+//!   captures, `weft-check`, which can do nothing and only looks whether it did;
+//! - `weft-proxy`, a native sidecar (an init container that is restarted always): started before everything of the
+//!   app, its own init containers included, and stopped after all of it. So the app's first request and its last one
+//!   find a mesh, and a Job ends.
+//!
+//! Both come first: what stands after them has a network, what would stand before them would have none.
+//!
+//! # What is changed
+//! TCP probes. A captured port accepts every connection (the kernel does, before the sidecar hears of it), so a TCP
+//! probe would always pass. The sidecar tries the app's port in its place: the probe asks its admin port. Probes by
+//! HTTP and gRPC stay as they are; the controller reads their ports and paths from the pod and admits exactly these.
+//!
+//! # What is refused
+//! A pod that would be only half in the mesh: a container that runs as the sidecar's user is not captured, a container
+//! that listens on the sidecar's ports is not reached. A pod that shares its node's network is left alone instead, and
+//! says so in an annotation: capture would capture the node.
+
+use std::fmt;
+
+use json_patch::{AddOperation, Patch, PatchOperation, RemoveOperation, jsonptr::PointerBuf};
+use k8s_openapi::api::core::v1::{Container, Pod, PodSpec};
+use serde_json::{Value, json};
+use weft_core::ports;
+
+use super::{
+    Values,
+    annotations::{Annotations, PRESTOP_SLEEP, Wrong},
+};
+use crate::resources::{INJECT, INJECTED, TOKEN_AUDIENCE, TRUST_CONFIG_MAP, TRUST_KEY, probes};
+
+/// Why a pod that asked for a sidecar has none.
+pub const NOT_INJECTED: &str = "weft.dev/not-injected";
+/// Which version wrote the sidecar into the pod.
+pub const VERSION: &str = "weft.dev/version";
+
+/// What becomes of a pod.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Outcome {
+    /// It gets a sidecar.
+    Inject(Patch),
+    /// It asked for one and cannot have one: the reason, and the patch that writes it down.
+    Skip(&'static str, Patch),
+    /// Nothing to do: it does not want one, or has one already.
+    Leave(&'static str),
+}
+
+/// Why a pod cannot be admitted as it is: everything that is wrong with it.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub struct Refused(pub Vec<String>);
+
+impl fmt::Display for Refused {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0.join("; "))
+    }
+}
+
+impl From<Vec<Wrong>> for Refused {
+    fn from(wrong: Vec<Wrong>) -> Self {
+        Self(wrong.iter().map(ToString::to_string).collect())
+    }
+}
+
+/// Decides about one pod. `by_default`: whether its namespace asks for sidecars.
+///
+/// # Errors
+/// The pod must not be admitted as it is.
+pub fn inject(pod: &Pod, by_default: bool, values: &Values) -> Result<Outcome, Refused> {
+    let meta = &pod.metadata;
+    let Some(spec) = &pod.spec else { return Ok(Outcome::Leave("it has no spec")) };
+    let asks = Annotations::read(meta.labels.as_ref(), meta.annotations.as_ref());
+    let asked = match &asks {
+        Ok(asks) => asks.inject,
+        // Whoever wants no sidecar need not write its annotations well.
+        Err(_) => [&meta.labels, &meta.annotations]
+            .into_iter()
+            .find_map(|map| crate::resources::lookup(map, INJECT))
+            .and_then(|text| (text == "disabled").then_some(false)),
+    };
+    if !asked.unwrap_or(by_default) {
+        return Ok(Outcome::Leave("it asks for no sidecar"));
+    }
+    if spec.init_containers.iter().flatten().any(|container| container.name == PROXY) {
+        return Ok(Outcome::Leave("it has a sidecar already"));
+    }
+    if let Some(reason) = cannot_be_captured(pod, spec) {
+        return Ok(Outcome::Skip(reason, Patch(annotate(pod, &[(NOT_INJECTED, reason)]))));
+    }
+    let asks = asks?;
+    let wrong = conflicts(spec);
+    if !wrong.is_empty() {
+        return Err(Refused(wrong));
+    }
+    let rewritten = TcpProbes::of(spec);
+    let mut patch = annotate(pod, &[(INJECTED, "true"), (VERSION, env!("CARGO_PKG_VERSION"))]);
+    patch.extend(add_all("/spec/volumes", spec.volumes.is_some(), volumes(), false));
+    patch.extend(rewritten.patch());
+    // Before the containers in front of them are added: positions are those of the pod as it came.
+    if let Some(seconds) = asks.prestop_sleep {
+        patch.extend(prestop_sleep(spec, seconds)?);
+    }
+    let first = if values.cni { check(values) } else { capture(&asks, values) };
+    let mut containers = vec![first];
+    containers.push(sidecar(spec, &asks, values, &rewritten.ports())?);
+    patch.extend(add_all("/spec/initContainers", spec.init_containers.is_some(), containers, true));
+    Ok(Outcome::Inject(Patch(patch)))
+}
+
+/// Pods in which there is nothing to capture, or more than the pod.
+fn cannot_be_captured(pod: &Pod, spec: &PodSpec) -> Option<&'static str> {
+    if spec.host_network == Some(true) {
+        return Some("hostNetwork: the pod shares its node's network, which cannot be captured for one pod");
+    }
+    if spec.os.as_ref().is_some_and(|os| os.name == "windows") {
+        return Some("os: a Windows pod cannot be captured");
+    }
+    if crate::resources::lookup(&pod.metadata.annotations, MIRROR).is_some() {
+        return Some("a static pod is its kubelet's, and cannot be changed");
+    }
+    None
+}
+
+/// What would leave the pod half in the mesh.
+fn conflicts(spec: &PodSpec) -> Vec<String> {
+    let mut wrong = Vec::new();
+    let uid = i64::from(ports::PROXY_UID);
+    let bypasses = "the sidecar's own user, whose connections are not captured: use another runAsUser";
+    if spec.security_context.as_ref().is_some_and(|context| context.run_as_user == Some(uid)) {
+        wrong.push(format!("spec.securityContext.runAsUser: {uid} is {bypasses}"));
+    }
+    for (path, container) in containers(spec) {
+        if container.security_context.as_ref().is_some_and(|context| context.run_as_user == Some(uid)) {
+            wrong.push(format!("{path}.securityContext.runAsUser ({}): {uid} is {bypasses}", container.name));
+        }
+        if [INIT, CHECK, PROXY].contains(&container.name.as_str()) {
+            wrong.push(format!("{path}.name: {:?} is the name of a container that is added", container.name));
+        }
+        for (position, port) in container.ports.iter().flatten().enumerate() {
+            let own = [ports::OUTBOUND, ports::INBOUND, ports::ADMIN].map(i32::from);
+            if own.contains(&port.container_port) {
+                wrong.push(format!(
+                    "{path}.ports[{position}].containerPort ({}): {} is a port of the sidecar: use another one",
+                    container.name, port.container_port
+                ));
+            }
+        }
+    }
+    for (position, volume) in spec.volumes.iter().flatten().enumerate() {
+        if [IDENTITY, SOCKET].contains(&volume.name.as_str()) {
+            wrong.push(format!(
+                "spec.volumes[{position}].name: {:?} is the name of a volume that is added",
+                volume.name
+            ));
+        }
+    }
+    wrong
+}
+
+/// Every container with its field path.
+fn containers(spec: &PodSpec) -> impl Iterator<Item = (String, &Container)> {
+    let init = spec.init_containers.iter().flatten().enumerate();
+    let app = spec.containers.iter().enumerate();
+    init.map(|(i, c)| (format!("spec.initContainers[{i}]"), c))
+        .chain(app.map(|(i, c)| (format!("spec.containers[{i}]"), c)))
+}
+
+/// The init container that captures.
+fn capture(asks: &Annotations, values: &Values) -> Value {
+    let joined = |of_all: &str, of_pod: &Option<String>| {
+        let parts = [of_all, of_pod.as_deref().unwrap_or_default()];
+        parts.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join(",")
+    };
+    let settings = [
+        ("WEFT_EXCLUDE_INBOUND_PORTS", asks.skip_inbound_ports.clone().unwrap_or_default()),
+        ("WEFT_EXCLUDE_OUTBOUND_PORTS", joined(&values.skip_outbound_ports, &asks.skip_outbound_ports)),
+        ("WEFT_EXCLUDE_OUTBOUND_CIDRS", joined(&values.skip_outbound_cidrs, &asks.skip_outbound_cidrs)),
+    ];
+    let env: Vec<Value> = settings
+        .into_iter()
+        .filter(|(_, value)| !value.is_empty())
+        .map(|(name, value)| json!({ "name": name, "value": value }))
+        .collect();
+    let mut container = json!({
+        "name": INIT,
+        "image": values.init_image,
+        "imagePullPolicy": values.image_pull_policy,
+        "env": env,
+        // A few milliseconds of work: what it asks for must not decide where a pod fits.
+        "resources": { "requests": { "cpu": "1m", "memory": "8Mi" }, "limits": { "memory": "64Mi" } },
+        "securityContext": {
+            "runAsUser": 0,
+            "runAsGroup": 0,
+            "runAsNonRoot": false,
+            "privileged": false,
+            "allowPrivilegeEscalation": false,
+            "readOnlyRootFilesystem": true,
+            "capabilities": { "drop": ["ALL"], "add": ["NET_ADMIN", "NET_RAW"] },
+            "seccompProfile": { "type": "RuntimeDefault" },
+        },
+        // What it says when it fails is the pod's message.
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+    });
+    if env.is_empty()
+        && let Some(container) = container.as_object_mut()
+    {
+        container.remove("env");
+    }
+    container
+}
+
+/// Where a CNI plugin captures: an init container that looks whether it did. A pod that was started while the plugin
+/// was not there must not speak plaintext for the rest of its life.
+fn check(values: &Values) -> Value {
+    json!({
+        "name": CHECK,
+        "image": values.init_image,
+        "imagePullPolicy": values.image_pull_policy,
+        "args": ["check"],
+        "resources": { "requests": { "cpu": "1m", "memory": "8Mi" }, "limits": { "memory": "64Mi" } },
+        "securityContext": {
+            // Anybody but the sidecar's user, whose connections are not captured.
+            "runAsUser": 65_532,
+            "runAsGroup": 65_532,
+            "runAsNonRoot": true,
+            "privileged": false,
+            "allowPrivilegeEscalation": false,
+            "readOnlyRootFilesystem": true,
+            "capabilities": { "drop": ["ALL"] },
+            "seccompProfile": { "type": "RuntimeDefault" },
+        },
+        // What it says is the pod's message.
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+    })
+}
+
+/// The sidecar.
+fn sidecar(
+    spec: &PodSpec,
+    asks: &Annotations,
+    values: &Values,
+    tcp_probes: &[u16],
+) -> Result<Value, Refused> {
+    let field =
+        |name: &str, path: &str| json!({ "name": name, "valueFrom": { "fieldRef": { "fieldPath": path } } });
+    let mut env = vec![
+        field("WEFT_POD_NAME", "metadata.name"),
+        field("WEFT_POD_UID", "metadata.uid"),
+        field("WEFT_POD_IPS", "status.podIPs"),
+        field("WEFT_NAMESPACE", "metadata.namespace"),
+        field("WEFT_SERVICE_ACCOUNT", "spec.serviceAccountName"),
+    ];
+    let grace = spec.termination_grace_period_seconds.unwrap_or(DEFAULT_GRACE);
+    // A drain that outlives the grace period would be cut off by SIGKILL, and with it what it waits for.
+    let drain = grace.saturating_sub(GRACE_LEFT).clamp(1, 86_400);
+    let probes: Vec<String> = tcp_probes.iter().map(ToString::to_string).collect();
+    let settings = [
+        ("WEFT_TRUST_DOMAIN", values.trust_domain.clone()),
+        ("WEFT_TRUST_ANCHORS", format!("{IDENTITY_PATH}/{TRUST_KEY}")),
+        ("WEFT_TOKEN_FILE", format!("{IDENTITY_PATH}/{TOKEN_FILE}")),
+        ("WEFT_CONTROLLER", values.controller.clone()),
+        ("WEFT_CONTROLLER_IDENTITY", values.controller_identity.clone()),
+        ("WEFT_LOG", asks.log.clone().unwrap_or_else(|| values.log.clone())),
+        ("WEFT_LOG_FORMAT", values.log_format.clone()),
+        ("WEFT_DRAIN_TIMEOUT", if grace == DEFAULT_GRACE { String::new() } else { format!("{drain}s") }),
+        ("WEFT_TCP_PROBES", probes.join(",")),
+    ];
+    let settings = settings.into_iter().filter(|(_, value)| !value.is_empty());
+    env.extend(settings.map(|(name, value)| json!({ "name": name, "value": value })));
+    env.extend(values.env.iter().map(|setting| json!({ "name": setting.name, "value": setting.value })));
+    let probe = |path: &str| json!({ "path": path, "port": ports::ADMIN });
+    Ok(json!({
+        "name": PROXY,
+        "image": values.proxy_image,
+        "imagePullPolicy": values.image_pull_policy,
+        "restartPolicy": "Always",
+        "env": env,
+        "ports": [{ "name": "weft-admin", "containerPort": ports::ADMIN, "protocol": "TCP" }],
+        // Captured, certified and configured: what starts after this is in the mesh from its first packet.
+        "startupProbe": { "httpGet": probe("/ready"), "periodSeconds": 1, "timeoutSeconds": 2, "failureThreshold": 120 },
+        "livenessProbe": { "httpGet": probe("/live"), "periodSeconds": 10, "timeoutSeconds": 5, "failureThreshold": 6 },
+        "readinessProbe": { "httpGet": probe("/ready"), "periodSeconds": 10, "timeoutSeconds": 5, "failureThreshold": 3 },
+        // Kubernetes runs this at once, while SIGTERM comes only after the app has gone.
+        "lifecycle": { "preStop": { "exec": { "command": ["/usr/local/bin/weft-proxy", "drain"] } } },
+        "resources": resources(asks, values)?,
+        "securityContext": {
+            "runAsUser": ports::PROXY_UID,
+            "runAsGroup": ports::PROXY_UID,
+            "runAsNonRoot": true,
+            "privileged": false,
+            "allowPrivilegeEscalation": false,
+            "readOnlyRootFilesystem": true,
+            "capabilities": { "drop": ["ALL"] },
+            "seccompProfile": { "type": "RuntimeDefault" },
+        },
+        "volumeMounts": [
+            { "name": IDENTITY, "mountPath": IDENTITY_PATH, "readOnly": true },
+            { "name": SOCKET, "mountPath": "/var/run/weft" },
+        ],
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+    }))
+}
+
+fn resources(asks: &Annotations, values: &Values) -> Result<Value, Refused> {
+    let mut resources = serde_json::to_value(&values.resources)
+        .map_err(|error| Refused(vec![format!("the installation's resources: {error}")]))?;
+    for ((kind, name), quantity) in &asks.resources {
+        resources[*kind][*name] = quantity.as_str().into();
+    }
+    Ok(resources)
+}
+
+fn volumes() -> Vec<Value> {
+    vec![
+        // One volume for what a sidecar proves itself by and what it believes: half of it is of no use.
+        json!({ "name": IDENTITY, "projected": { "sources": [
+            { "serviceAccountToken": { "audience": TOKEN_AUDIENCE, "expirationSeconds": 3_600, "path": TOKEN_FILE } },
+            { "configMap": { "name": TRUST_CONFIG_MAP, "items": [{ "key": TRUST_KEY, "path": TRUST_KEY }] } },
+        ] } }),
+        json!({ "name": SOCKET, "emptyDir": { "medium": "Memory", "sizeLimit": "1Mi" } }),
+    ]
+}
+
+/// Keeps containers that end at once on SIGTERM from hearing it for a while: what has been sent to them arrives.
+fn prestop_sleep(spec: &PodSpec, seconds: u64) -> Result<Vec<PatchOperation>, Refused> {
+    let grace = u64::try_from(spec.termination_grace_period_seconds.unwrap_or(DEFAULT_GRACE)).unwrap_or(0);
+    if seconds >= grace {
+        return Err(Refused(vec![format!(
+            "annotation {PRESTOP_SLEEP}: {seconds}s leaves nothing of the {grace}s of \
+             spec.terminationGracePeriodSeconds: write less, or raise it"
+        )]));
+    }
+    let mut patch = Vec::new();
+    for (position, container) in spec.containers.iter().enumerate() {
+        let hook = json!({ "sleep": { "seconds": seconds } });
+        match &container.lifecycle {
+            // What the pod's owner wrote there is what is meant.
+            Some(lifecycle) if lifecycle.pre_stop.is_some() => {}
+            Some(_) => patch.push(add(&format!("/spec/containers/{position}/lifecycle/preStop"), hook)),
+            None => {
+                patch.push(add(&format!("/spec/containers/{position}/lifecycle"), json!({ "preStop": hook })))
+            }
+        }
+    }
+    Ok(patch)
+}
+
+/// Probes that only connect, with where they stand.
+struct TcpProbes(Vec<(String, u16)>);
+
+impl TcpProbes {
+    fn of(spec: &PodSpec) -> Self {
+        let mut found = Vec::new();
+        for (list, containers) in
+            [("containers", Some(&spec.containers)), ("initContainers", spec.init_containers.as_ref())]
+        {
+            for (position, container) in containers.into_iter().flatten().enumerate() {
+                for (name, probe) in probes::of(container) {
+                    let Some(tcp) = probe.tcp_socket.as_ref().filter(|tcp| tcp.host.is_none()) else {
+                        continue;
+                    };
+                    if let Some(port) = probes::port_number(container, &tcp.port) {
+                        found.push((format!("/spec/{list}/{position}/{name}"), port));
+                    }
+                }
+            }
+        }
+        Self(found)
+    }
+
+    fn ports(&self) -> Vec<u16> {
+        let mut ports: Vec<u16> = self.0.iter().map(|(_, port)| *port).collect();
+        ports.sort_unstable();
+        ports.dedup();
+        ports
+    }
+
+    fn patch(&self) -> Vec<PatchOperation> {
+        let rewrite = |(path, port): &(String, u16)| {
+            let ask = json!({ "path": format!("/probe/{port}"), "port": ports::ADMIN });
+            [
+                PatchOperation::Remove(RemoveOperation { path: pointer(&format!("{path}/tcpSocket")) }),
+                add(&format!("{path}/httpGet"), ask),
+            ]
+        };
+        self.0.iter().flat_map(rewrite).collect()
+    }
+}
+
+fn annotate(pod: &Pod, annotations: &[(&str, &str)]) -> Vec<PatchOperation> {
+    let mut patch = Vec::new();
+    if pod.metadata.annotations.is_none() {
+        patch.push(add("/metadata/annotations", json!({})));
+    }
+    let escaped = |name: &str| name.replace('~', "~0").replace('/', "~1");
+    patch.extend(
+        annotations
+            .iter()
+            .map(|(name, value)| add(&format!("/metadata/annotations/{}", escaped(name)), json!(value))),
+    );
+    patch
+}
+
+/// Adds to a list, at its front or its end; makes it if it is not there.
+fn add_all(list: &str, exists: bool, items: Vec<Value>, front: bool) -> Vec<PatchOperation> {
+    if !exists {
+        return vec![add(list, Value::Array(items))];
+    }
+    let place = |position: usize| if front { position.to_string() } else { "-".to_owned() };
+    items
+        .into_iter()
+        .enumerate()
+        .map(|(position, item)| add(&format!("{list}/{}", place(position)), item))
+        .collect()
+}
+
+fn add(path: &str, value: Value) -> PatchOperation {
+    PatchOperation::Add(AddOperation { path: pointer(path), value })
+}
+
+/// Paths here are written by us, with their names escaped.
+fn pointer(path: &str) -> PointerBuf {
+    PointerBuf::parse(path).unwrap_or_default()
+}
+
+/// The init container that captures.
+pub const INIT: &str = "weft-init";
+/// The init container that looks whether a CNI plugin did.
+pub const CHECK: &str = "weft-check";
+/// The sidecar.
+pub const PROXY: &str = "weft-proxy";
+const IDENTITY: &str = "weft-identity";
+const IDENTITY_PATH: &str = "/var/run/secrets/weft";
+const TOKEN_FILE: &str = "token";
+const SOCKET: &str = "weft-socket";
+const MIRROR: &str = "kubernetes.io/config.mirror";
+/// Kubernetes' own.
+const DEFAULT_GRACE: i64 = 30;
+/// For the app to end in, after its requests have.
+const GRACE_LEFT: i64 = 5;

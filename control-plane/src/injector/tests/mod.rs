@@ -1,0 +1,206 @@
+//! What a pod's owner sees: the pod that comes out, or the reason. The pods themselves are golden files, because a
+//! reviewer of a change to the sidecar should read the sidecar.
+//!
+//! `WEFT_BLESS=1 cargo test -p weft-control-plane injector` writes the files anew.
+
+use std::path::Path;
+
+use k8s_openapi::api::core::v1::Pod;
+use serde_json::{Value, json};
+
+use super::{Outcome, Refused, Values, inject, values::Setting};
+
+fn pod(value: &Value) -> Pod {
+    serde_json::from_value(value.clone()).unwrap()
+}
+
+fn injected(value: &Value, values: &Values) -> Value {
+    match inject(&pod(value), true, values) {
+        Ok(Outcome::Inject(patch)) => {
+            let mut value = value.clone();
+            json_patch::patch(&mut value, &patch).unwrap();
+            value
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+fn refused(value: &Value) -> String {
+    match inject(&pod(value), true, &Values::default()) {
+        Err(Refused(reasons)) => reasons.join("\n"),
+        other => panic!("{other:?}"),
+    }
+}
+
+fn check(name: &str, pod: &Value) {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/injector/tests/golden").join(name);
+    let text = serde_saphyr::to_string(pod).unwrap();
+    if std::env::var_os("WEFT_BLESS").is_some() {
+        std::fs::write(&path, &text).unwrap();
+    }
+    let golden = std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    assert_eq!(text, golden, "{name} differs; WEFT_BLESS=1 writes it anew");
+}
+
+fn plain() -> Value {
+    json!({
+        "apiVersion": "v1", "kind": "Pod", "metadata": { "name": "web" },
+        "spec": { "containers": [{ "name": "web", "image": "web:1", "ports": [{ "containerPort": 8080 }] }] },
+    })
+}
+
+fn everything() -> Value {
+    json!({
+        "apiVersion": "v1", "kind": "Pod",
+        "metadata": { "name": "web", "labels": { "app": "web" }, "annotations": {
+            "team": "shop",
+            "weft.dev/skip-inbound-ports": "22, 9100-9110",
+            "weft.dev/skip-outbound-ports": "25",
+            "weft.dev/skip-outbound-cidrs": "10.9.0.0/16,fd00:9::/64",
+            "weft.dev/log": "debug",
+            "weft.dev/proxy-cpu-request": "50m",
+            "weft.dev/proxy-memory-limit": "512Mi",
+            "weft.dev/prestop-sleep": "5s",
+        } },
+        "spec": {
+            "terminationGracePeriodSeconds": 90,
+            "initContainers": [{ "name": "migrate", "image": "migrate:1" }],
+            "containers": [
+                { "name": "web", "image": "web:1",
+                  "ports": [{ "name": "http", "containerPort": 8080 }, { "name": "db", "containerPort": 5432 }],
+                  "startupProbe": { "tcpSocket": { "port": "db" }, "periodSeconds": 1 },
+                  "livenessProbe": { "httpGet": { "path": "/live", "port": "http" } },
+                  "readinessProbe": { "grpc": { "port": 8080 } },
+                  "lifecycle": { "postStart": { "exec": { "command": ["true"] } } } },
+                { "name": "logs", "image": "logs:1",
+                  "readinessProbe": { "tcpSocket": { "port": 24224 } },
+                  "lifecycle": { "preStop": { "exec": { "command": ["flush"] } } } },
+            ],
+            "volumes": [{ "name": "data", "emptyDir": {} }],
+        },
+    })
+}
+
+#[test]
+fn a_pod_gets_capture_and_a_native_sidecar_first() {
+    check("plain.yaml", &injected(&plain(), &Values::default()));
+}
+
+#[test]
+fn a_pod_says_what_its_own_sidecar_is_like() {
+    let values = Values {
+        skip_outbound_ports: "53".to_owned(),
+        env: vec![Setting { name: "WEFT_WORKERS".to_owned(), value: "2".to_owned() }],
+        ..Values::default()
+    };
+    check("everything.yaml", &injected(&everything(), &values));
+}
+
+#[test]
+fn with_a_cni_plugin_a_pod_needs_no_capability() {
+    let values = Values { cni: true, ..Values::default() };
+    let pod = injected(&plain(), &values);
+    assert!(!pod.to_string().contains("NET_ADMIN"), "{pod}");
+    check("cni.yaml", &pod);
+}
+
+#[test]
+fn injecting_twice_changes_nothing() {
+    for pod_value in [plain(), everything()] {
+        let once = injected(&pod_value, &Values::default());
+        let twice = inject(&pod(&once), true, &Values::default()).unwrap();
+        assert!(matches!(twice, Outcome::Leave(_)), "{twice:?}");
+    }
+}
+
+#[test]
+fn a_pod_opts_in_and_out_by_label_or_annotation() {
+    let decide = |place: &str, text: &str, by_default: bool| {
+        let mut value = plain();
+        value["metadata"][place] = json!({ "weft.dev/inject": text });
+        matches!(inject(&pod(&value), by_default, &Values::default()), Ok(Outcome::Inject(_)))
+    };
+    for place in ["labels", "annotations"] {
+        assert!(decide(place, "enabled", false), "{place}");
+        assert!(!decide(place, "disabled", true), "{place}");
+    }
+    assert!(!matches!(inject(&pod(&plain()), false, &Values::default()), Ok(Outcome::Inject(_))));
+    let mut value = plain();
+    value["metadata"]["labels"] = json!({ "weft.dev/inject": "yes" });
+    assert_eq!(
+        refused(&value),
+        "annotation weft.dev/inject (label): \"yes\" is neither \"enabled\" nor \"disabled\""
+    );
+    // Whoever wants no sidecar is not held up by what it says about one.
+    value["metadata"]["labels"] = json!({ "weft.dev/inject": "disabled", "weft.dev/log": "%" });
+    assert!(matches!(inject(&pod(&value), true, &Values::default()), Ok(Outcome::Leave(_))));
+}
+
+#[test]
+fn a_pod_on_its_nodes_network_is_left_alone_and_says_so() {
+    let mut value = plain();
+    value["spec"]["hostNetwork"] = json!(true);
+    let Ok(Outcome::Skip(reason, patch)) = inject(&pod(&value), true, &Values::default()) else { panic!() };
+    assert!(reason.starts_with("hostNetwork"), "{reason}");
+    json_patch::patch(&mut value, &patch).unwrap();
+    assert_eq!(value["metadata"]["annotations"]["weft.dev/not-injected"], reason);
+    assert!(value["metadata"]["annotations"]["weft.dev/injected"].is_null());
+    assert!(value["spec"]["initContainers"].is_null());
+}
+
+#[test]
+fn a_container_that_runs_as_the_proxys_user_is_refused() {
+    let mut value = plain();
+    value["spec"]["securityContext"] = json!({ "runAsUser": 2102 });
+    assert!(refused(&value).starts_with("spec.securityContext.runAsUser: 2102"), "{}", refused(&value));
+    for list in ["containers", "initContainers"] {
+        let mut value = plain();
+        value["spec"][list] =
+            json!([{ "name": "x", "image": "x", "securityContext": { "runAsUser": 2102 } }]);
+        let text = refused(&value);
+        assert!(text.starts_with(&format!("spec.{list}[0].securityContext.runAsUser (x): 2102")), "{text}");
+    }
+}
+
+#[test]
+fn everything_that_is_wrong_with_a_pod_is_said_at_once_with_the_fix() {
+    let mut value = plain();
+    value["metadata"]["annotations"] = json!({
+        "weft.dev/skip-inbound-ports": "80,eighty",
+        "weft.dev/skip-outbound-ports": "14000-14010",
+        "weft.dev/skip-outbound-cidrs": "10.0.0.1/8",
+        "weft.dev/log": "weft=loud",
+        "weft.dev/proxy-cpu-limit": "lots",
+        "weft.dev/prestop-sleep": "5",
+        "weft.dev/skip-ports": "80",
+    });
+    let text = refused(&value);
+    for part in [
+        "weft.dev/skip-inbound-ports: \"eighty\" is not a port or a range of ports: write",
+        "weft.dev/skip-outbound-ports: 14001 is a port of the sidecar itself",
+        "weft.dev/skip-outbound-cidrs: \"10.0.0.1/8\" has host bits set: write 10.0.0.0/8",
+        "weft.dev/log: \"weft=loud\" is not a log filter",
+        "weft.dev/proxy-cpu-limit: \"lots\" is not a quantity: write 50m",
+        "weft.dev/prestop-sleep: \"5\" is not a duration: write 5s",
+        "weft.dev/skip-ports: there is no such annotation: known are weft.dev/inject,",
+    ] {
+        assert!(text.contains(part), "{part}\nis missing in\n{text}");
+    }
+    assert_eq!(text.lines().count(), 7, "{text}");
+    let mut value = plain();
+    value["spec"]["containers"][0]["ports"] = json!([{ "containerPort": 14006 }]);
+    value["spec"]["volumes"] = json!([{ "name": "weft-socket", "emptyDir": {} }]);
+    let text = refused(&value);
+    assert!(
+        text.contains("spec.containers[0].ports[0].containerPort (web): 14006 is a port of the sidecar"),
+        "{text}"
+    );
+    assert!(text.contains("spec.volumes[0].name: \"weft-socket\""), "{text}");
+}
+
+#[test]
+fn a_sleep_that_outlives_the_pod_is_refused() {
+    let mut value = plain();
+    value["metadata"]["annotations"] = json!({ "weft.dev/prestop-sleep": "30s" });
+    assert!(refused(&value).contains("raise it"), "{}", refused(&value));
+}

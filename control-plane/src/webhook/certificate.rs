@@ -1,0 +1,302 @@
+//! The certificate that the API server knows the webhooks by: made here, shared by replicas, renewed in time.
+//!
+//! Why the controller makes it: a certificate that an installer makes is one that somebody forgets to renew, and every
+//! upgrade of the chart would make another. Why an authority in a Secret and not a certificate: each replica signs its
+//! own, short-lived ones in memory, and what the API server is told changes once in half a year.
+//!
+//! Order is what makes a renewal harmless: the new authority is first *believed* (written into the webhooks'
+//! `caBundle`, beside the old one), and only then signs.
+
+use std::{
+    collections::BTreeMap,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use anyhow::{Context as _, anyhow};
+use arc_swap::ArcSwap;
+use k8s_openapi::{
+    ByteString,
+    api::{
+        admissionregistration::v1::{MutatingWebhookConfiguration, ValidatingWebhookConfiguration},
+        core::v1::Secret,
+    },
+    apimachinery::pkg::apis::meta::v1::ObjectMeta,
+};
+use kube::{
+    Api, Client, Resource,
+    api::{Patch, PatchParams, PostParams},
+};
+use rcgen::{
+    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer,
+    KeyPair, KeyUsagePurpose, SanType,
+};
+use rustls::{ServerConfig, server::NoServerSessionStorage, version::TLS13};
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject as _};
+use serde::{Serialize, de::DeserializeOwned};
+use serde_json::json;
+use weft_core::identity::Validity;
+use x509_parser::prelude::{FromDer as _, X509Certificate};
+use zeroize::Zeroizing;
+
+use crate::{resources::CONTROL_NAMESPACE, serve::tls::provider};
+
+/// Keeps the certificate of both webhooks, for ever. The first one is there when `first` is told.
+pub(super) async fn keep(client: Client, first: tokio::sync::oneshot::Sender<Arc<ArcSwap<ServerConfig>>>) {
+    let mut first = Some(first);
+    let mut serving: Option<(Arc<ArcSwap<ServerConfig>>, Leaf)> = None;
+    loop {
+        let wait = match refresh(&client, serving.as_ref().map(|(_, leaf)| leaf)).await {
+            Ok(None) => LOOK_EVERY,
+            Ok(Some(leaf)) => {
+                if let Some((config, kept)) = &mut serving {
+                    config.store(leaf.config.clone());
+                    *kept = leaf;
+                } else {
+                    let config = Arc::new(ArcSwap::new(leaf.config.clone()));
+                    // Nobody waits any more: the controller is about to end.
+                    let _ = first.take().map(|first| first.send(config.clone()));
+                    serving = Some((config, leaf));
+                }
+                LOOK_EVERY
+            }
+            Err(error) => {
+                tracing::warn!(
+                    error = format!("{error:#}"),
+                    "the webhooks' certificate could not be looked after"
+                );
+                RETRY
+            }
+        };
+        tokio::time::sleep(wait).await;
+    }
+}
+
+/// What the API server believes; a new certificate if the one that is served should be replaced.
+async fn refresh(client: &Client, leaf: Option<&Leaf>) -> anyhow::Result<Option<Leaf>> {
+    let authority = authority(client).await?;
+    let bundle = authority.bundle();
+    believe::<MutatingWebhookConfiguration>(client, MUTATING, &bundle).await?;
+    believe::<ValidatingWebhookConfiguration>(client, VALIDATING, &bundle).await?;
+    let now = SystemTime::now();
+    let good = leaf.is_some_and(|leaf| leaf.signed_by == authority.certificates[0] && now < leaf.renew_at);
+    if good { Ok(None) } else { authority.sign(now).map(Some) }
+}
+
+/// The authority of all replicas, made or replaced if it must be. Whoever writes second reads what the first wrote.
+async fn authority(client: &Client) -> anyhow::Result<Authority> {
+    let secrets: Api<Secret> = Api::namespaced(client.clone(), CONTROL_NAMESPACE);
+    let now = SystemTime::now();
+    let found = secrets.get_opt(SECRET).await.with_context(|| format!("Secret {SECRET}"))?;
+    let old = found.as_ref().and_then(|secret| Authority::read(secret.data.as_ref()?));
+    if let Some(old) = old.as_ref().filter(|old| old.is_fresh(now)) {
+        return Ok(old.clone());
+    }
+    let new = Authority::make(now, old.as_ref())?;
+    let mut secret = found.clone().unwrap_or_else(|| Secret {
+        metadata: ObjectMeta { name: Some(SECRET.to_owned()), ..ObjectMeta::default() },
+        type_: Some("Opaque".to_owned()),
+        ..Secret::default()
+    });
+    secret.data = Some(new.data());
+    let parameters = PostParams { field_manager: Some(MANAGER.to_owned()), ..PostParams::default() };
+    let written = match found {
+        Some(_) => secrets.replace(SECRET, &parameters, &secret).await,
+        None => secrets.create(&parameters, &secret).await,
+    };
+    written.with_context(|| format!("Secret {SECRET}"))?;
+    tracing::info!(secret = SECRET, "made an authority for the webhooks");
+    Ok(new)
+}
+
+/// Writes `caBundle` where it is not what it should be.
+async fn believe<K>(client: &Client, name: &str, bundle: &str) -> anyhow::Result<()>
+where
+    K: Resource<DynamicType = (), Scope = k8s_openapi::ClusterResourceScope>
+        + Clone
+        + DeserializeOwned
+        + Serialize
+        + std::fmt::Debug,
+{
+    let api: Api<K> = Api::all(client.clone());
+    let Some(configuration) = api.get_opt(name).await.with_context(|| name.to_owned())? else {
+        // The chart leaves it out, or is not there yet.
+        return Ok(());
+    };
+    let configuration = serde_json::to_value(&configuration)?;
+    let expected = serde_json::to_value(ByteString(bundle.as_bytes().to_vec()))?;
+    let webhooks = configuration["webhooks"].as_array().map(Vec::as_slice).unwrap_or_default();
+    let stale: Vec<_> = webhooks
+        .iter()
+        .filter(|webhook| webhook["clientConfig"]["caBundle"] != expected)
+        .map(|webhook| json!({ "name": webhook["name"], "clientConfig": { "caBundle": expected } }))
+        .collect();
+    if stale.is_empty() {
+        return Ok(());
+    }
+    let patch = Patch::Strategic(json!({ "webhooks": stale }));
+    let parameters = PatchParams { field_manager: Some(MANAGER.to_owned()), ..PatchParams::default() };
+    api.patch(name, &parameters, &patch).await.with_context(|| name.to_owned())?;
+    tracing::info!(name, "the API server knows the webhooks' authority");
+    Ok(())
+}
+
+/// Who signs the webhooks' certificates, and who did before.
+#[derive(Clone)]
+struct Authority {
+    /// DER; the first one signs.
+    certificates: Vec<Vec<u8>>,
+    key: Zeroizing<String>,
+}
+
+/// A certificate of one replica.
+struct Leaf {
+    config: Arc<ServerConfig>,
+    renew_at: SystemTime,
+    signed_by: Vec<u8>,
+}
+
+impl Authority {
+    fn make(now: SystemTime, old: Option<&Self>) -> anyhow::Result<Self> {
+        let key = KeyPair::generate()?;
+        let mut params = CertificateParams::default();
+        params.distinguished_name = DistinguishedName::new();
+        params.distinguished_name.push(DnType::CommonName, "weft webhooks");
+        params.not_before = (now - BACKDATE).into();
+        params.not_after = (now + AUTHORITY_LIFE).into();
+        params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+        let certificate = params.self_signed(&key)?;
+        let mut certificates = vec![certificate.der().to_vec()];
+        // Whoever still serves by an old one is still believed.
+        certificates.extend(
+            old.into_iter()
+                .flat_map(|old| &old.certificates)
+                .filter(|der| end_of(der).is_some_and(|end| now < end))
+                .take(MAX_OLD)
+                .cloned(),
+        );
+        Ok(Self { certificates, key: Zeroizing::new(key.serialize_pem()) })
+    }
+
+    /// `None`: it is none of ours, or cannot be used.
+    fn read(data: &BTreeMap<String, ByteString>) -> Option<Self> {
+        let certificates: Vec<Vec<u8>> = CertificateDer::pem_slice_iter(&data.get(CERTIFICATES)?.0)
+            .map(|certificate| certificate.map(|der| der.to_vec()))
+            .collect::<Result<_, _>>()
+            .ok()?;
+        let key = Zeroizing::new(String::from_utf8(data.get(KEY)?.0.clone()).ok()?);
+        let pair = KeyPair::from_pem(&key).ok()?;
+        let (_, first) = X509Certificate::from_der(certificates.first()?).ok()?;
+        let ours = first.public_key().subject_public_key.data.as_ref() == pair.public_key_raw();
+        ours.then_some(Self { certificates, key })
+    }
+
+    fn data(&self) -> BTreeMap<String, ByteString> {
+        BTreeMap::from([
+            (CERTIFICATES.to_owned(), ByteString(self.bundle().into_bytes())),
+            (KEY.to_owned(), ByteString(self.key.as_bytes().to_vec())),
+        ])
+    }
+
+    /// PEM.
+    fn bundle(&self) -> String {
+        let pem = |der: &Vec<u8>| crate::ca::root::pem("CERTIFICATE", der);
+        self.certificates.iter().map(pem).collect()
+    }
+
+    /// Not yet in the second half of its life.
+    fn is_fresh(&self, now: SystemTime) -> bool {
+        let end = self.certificates.first().and_then(|der| end_of(der));
+        end.is_some_and(|end| now + AUTHORITY_LIFE / 2 < end)
+    }
+
+    fn sign(&self, now: SystemTime) -> anyhow::Result<Leaf> {
+        let signed_by = self.certificates.first().context("no authority")?.clone();
+        let issuer_key = KeyPair::from_pem(&self.key)?;
+        let issuer = Issuer::from_ca_cert_der(&CertificateDer::from(signed_by.clone()), &issuer_key)?;
+        let key = KeyPair::generate()?;
+        let end = end_of(&signed_by).context("the authority has no end")?;
+        let validity = Validity { not_before: now - BACKDATE, not_after: (now + LEAF_LIFE).min(end) };
+        let mut params = CertificateParams::default();
+        params.distinguished_name = DistinguishedName::new();
+        params.not_before = validity.not_before.into();
+        params.not_after = validity.not_after.into();
+        params.is_ca = IsCa::ExplicitNoCa;
+        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
+        params.use_authority_key_identifier_extension = true;
+        params.subject_alt_names = vec![SanType::DnsName(SERVICE.try_into()?)];
+        let certificate = params.signed_by(&key, &issuer)?;
+        let secret = PrivateKeyDer::try_from(key.serialize_der()).map_err(|error| anyhow!(error))?;
+        let mut config = ServerConfig::builder_with_provider(provider())
+            .with_protocol_versions(&[&TLS13])?
+            .with_no_client_auth()
+            .with_single_cert(vec![certificate.der().clone()], secret)?;
+        config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+        config.send_tls13_tickets = 0;
+        config.session_storage = Arc::new(NoServerSessionStorage {});
+        Ok(Leaf { config: Arc::new(config), renew_at: validity.renew_at(rand::random()), signed_by })
+    }
+}
+
+fn end_of(der: &[u8]) -> Option<SystemTime> {
+    let (_, certificate) = X509Certificate::from_der(der).ok()?;
+    let end = u64::try_from(certificate.validity().not_after.timestamp()).ok()?;
+    Some(SystemTime::UNIX_EPOCH + Duration::from_secs(end))
+}
+
+/// The name by which the API server calls; the webhook configurations name the same Service.
+const SERVICE: &str = "weft-controller.weft.svc";
+const MUTATING: &str = "weft-injector";
+const VALIDATING: &str = "weft-validator";
+const SECRET: &str = "weft-webhook";
+const CERTIFICATES: &str = "ca.crt";
+const KEY: &str = "ca.key";
+const MANAGER: &str = "weft";
+const AUTHORITY_LIFE: Duration = Duration::from_secs(365 * 86_400);
+const LEAF_LIFE: Duration = Duration::from_secs(7 * 86_400);
+/// Clocks differ.
+const BACKDATE: Duration = Duration::from_secs(300);
+const MAX_OLD: usize = 3;
+/// An upgrade that empties `caBundle` is healed after this.
+const LOOK_EVERY: Duration = Duration::from_secs(15);
+const RETRY: Duration = Duration::from_secs(2);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_authority_is_read_back_as_it_was_written() {
+        let now = SystemTime::now();
+        let made = Authority::make(now, None).unwrap();
+        let read = Authority::read(&made.data()).unwrap();
+        assert_eq!((&read.certificates, &*read.key), (&made.certificates, &*made.key));
+        assert!(read.is_fresh(now) && !read.is_fresh(now + AUTHORITY_LIFE / 2));
+        let mut torn = made.data();
+        torn.insert(KEY.to_owned(), ByteString(Authority::make(now, None).unwrap().key.as_bytes().to_vec()));
+        assert!(Authority::read(&torn).is_none(), "the key of another authority");
+    }
+
+    #[test]
+    fn a_new_authority_leaves_the_old_one_believed_until_its_end() {
+        let now = SystemTime::now();
+        let old = Authority::make(now - AUTHORITY_LIFE / 2, None).unwrap();
+        let new = Authority::make(now, Some(&old)).unwrap();
+        assert_eq!(new.certificates[1..], old.certificates);
+        assert_eq!(new.bundle().matches("BEGIN CERTIFICATE").count(), 2);
+        let later = Authority::make(now + AUTHORITY_LIFE * 3 / 4, Some(&new)).unwrap();
+        assert_eq!(later.certificates[1..], new.certificates[..1], "one that is over is dropped");
+    }
+
+    #[test]
+    fn a_certificate_is_for_the_service_and_never_outlives_its_authority() {
+        let now = SystemTime::now();
+        let authority = Authority::make(now, None).unwrap();
+        let leaf = authority.sign(now).unwrap();
+        assert!(leaf.renew_at > now + LEAF_LIFE / 4 && leaf.renew_at < now + LEAF_LIFE);
+        let last = authority.sign(now + AUTHORITY_LIFE - Duration::from_secs(60)).unwrap();
+        assert!(last.renew_at < now + AUTHORITY_LIFE);
+    }
+}
