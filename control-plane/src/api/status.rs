@@ -95,7 +95,7 @@ impl Facts<'_> {
                 }
             }
         }
-        let laggards: Vec<_> = pods
+        let mut laggards: Vec<_> = pods
             .iter()
             .filter_map(|(uid, behind)| {
                 let resource = behind.clone()?;
@@ -103,6 +103,16 @@ impl Facts<'_> {
                 Some(Laggard { pod: self.pod(uid), uid: uid.to_string(), resource, reason })
             })
             .collect();
+        // Not even published: whoever waits for the object must not be told that everybody has it.
+        let pending = &self.state.pending;
+        if !pending.is_empty() && !pending.is_disjoint(&self.state.index.affected_by(key)) {
+            laggards = vec![Laggard {
+                pod: "the controller".to_owned(),
+                reason: "it is about to publish it".to_owned(),
+                ..Laggard::default()
+            }];
+        }
+        let of = pods.len().max(laggards.len());
         let conditions = self.state.index.conditions(key).into_iter().map(|condition| ConditionStatus {
             parent: condition.parent,
             parent_ref: condition.parent_ref,
@@ -119,8 +129,8 @@ impl Facts<'_> {
             line: origin.line,
             version: version.to_owned(),
             conditions: conditions.collect(),
-            applied: count(pods.len() - laggards.len()),
-            of: count(pods.len()),
+            applied: count(of - laggards.len()),
+            of: count(of),
             applied_after_ms: after.filter(|_| laggards.is_empty() && !pods.is_empty()),
             laggards,
         }
@@ -181,6 +191,8 @@ impl Facts<'_> {
             });
             sidecar.connected = true;
         }
+        let pending = self.state.pending.iter().filter_map(|key| self.state.names.get(key)).flatten();
+        let pending: BTreeSet<_> = pending.collect();
         for (name, pods) in self.published.subscribers.all() {
             let ty = type_of(&name);
             // A pod's own address is encoded when it is asked for: once for each namespace that has it.
@@ -194,7 +206,8 @@ impl Facts<'_> {
                     told.insert(namespace.to_owned(), self.published.lookup(&name, namespace));
                 }
                 let (Some(Some(current)), Some(ty)) = (told.get(namespace), ty) else { continue };
-                if self.store.live(&uid, ty.type_url(), &name) != Some(&*current.version) {
+                let live = self.store.live(&uid, ty.type_url(), &name) == Some(&*current.version);
+                if !live || pending.contains(&name) {
                     sidecar.behind += 1;
                 }
             }

@@ -49,6 +49,8 @@ pub struct State {
     pub refusing: BTreeSet<Arc<str>>,
     /// Names that each key is published under.
     pub names: HashMap<Key, Vec<Arc<str>>>,
+    /// What the objects say already and is about to be published: nobody can be up to date with that.
+    pub pending: BTreeSet<Key>,
 }
 
 /// A name that one namespace is told something else under.
@@ -85,6 +87,7 @@ impl Publisher {
             unpublished: BTreeMap::new(),
             refusing: BTreeSet::new(),
             names: HashMap::new(),
+            pending: BTreeSet::new(),
         };
         Self {
             published,
@@ -123,8 +126,10 @@ impl Publisher {
             for event in batch.events {
                 dirty.append(&mut state.index.apply(event));
             }
+            state.pending.clone_from(&dirty);
         }
         self.publish(dirty);
+        self.write().pending.clear();
     }
 
     /// Publishes the trust anchors.
