@@ -169,7 +169,7 @@ pub enum Source {
     /// In a folder.
     Folder(PathBuf),
     /// In a cluster.
-    Kubernetes(Cluster),
+    Kubernetes(Box<Cluster>),
 }
 
 /// What the controller is to its cluster.
@@ -244,7 +244,7 @@ impl Config {
     pub fn new(args: &ServeArgs) -> Result<Self, ConfigErrors> {
         let mut errors = Vec::new();
         let source = match args.source.as_slice() {
-            [kind] if kind == "kubernetes" => Source::Kubernetes(Cluster {
+            [kind] if kind == "kubernetes" => Source::Kubernetes(Box::new(Cluster {
                 server: None,
                 namespace: args.namespace.clone(),
                 issuer_secret: args.issuer_secret.clone(),
@@ -263,7 +263,7 @@ impl Config {
                         Arc::default()
                     }
                 },
-            }),
+            })),
             [kind, path] if kind == "dir" => {
                 let path = PathBuf::from(path);
                 if !path.is_dir() {

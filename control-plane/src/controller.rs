@@ -192,7 +192,7 @@ impl Controller {
                 let webhook = Webhook::new(listen(settings.webhook).await?, settings.values.clone());
                 tasks.spawn(webhook.run(client.clone(), webhook_closing));
                 tasks.spawn(k8s::watch::watch(client.clone(), statuses.clone(), injected, batches));
-                let Cluster { namespace, pod, .. } = settings;
+                let Cluster { namespace, pod, .. } = *settings;
                 let ask = move || api_server.clone().whole_status();
                 tasks.spawn(k8s::lease::hold(client.clone(), namespace, pod.clone(), leads));
                 tasks.spawn(k8s::status::write(client, pod, statuses, leads_seen, ask));
@@ -273,7 +273,7 @@ impl Controller {
 struct InCluster {
     client: kube::Client,
     authority: Arc<Authority>,
-    settings: Cluster,
+    settings: Box<Cluster>,
 }
 
 /// Opens the authority where it is kept.
@@ -286,7 +286,7 @@ async fn open(config: &Config) -> anyhow::Result<(Ca, Option<InCluster>)> {
                 Some(server) => k8s::client_of(kube::Config::new(server.clone()))?,
                 None => k8s::client().await?,
             };
-            let Cluster { namespace, issuer_secret, cluster_role, .. } = settings;
+            let Cluster { namespace, issuer_secret, cluster_role, .. } = &**settings;
             let opened = Authority::open(
                 client.clone(),
                 namespace,

@@ -123,3 +123,63 @@ pub fn certs(own: Certs, others: Vec<Part<Certs>>) -> Certs {
     whole.workloads.sort_by(|a, b| a.uid.cmp(&b.uid));
     whole
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{api::types::WorkloadCertificate, telemetry::view::SidecarRow};
+
+    fn object(applied: u32, of: u32, after: Option<u64>) -> ObjectStatus {
+        ObjectStatus { name: "r".to_owned(), applied, of, applied_after_ms: after, ..ObjectStatus::default() }
+    }
+
+    fn sidecar(uid: &str, connected: bool, last_seen_s: u64) -> SidecarStatus {
+        let report = SidecarRow { uid: uid.to_owned(), last_seen_s, ..SidecarRow::default() };
+        SidecarStatus { connected, report, ..SidecarStatus::default() }
+    }
+
+    #[test]
+    fn what_each_counts_is_added_and_who_is_silent_is_named() {
+        let own = Status {
+            synced: true,
+            objects: vec![object(2, 2, Some(10))],
+            sidecars: vec![sidecar("a", false, 100), sidecar("b", true, 1)],
+            ..Status::default()
+        };
+        let other = Status {
+            synced: true,
+            objects: vec![object(1, 3, None)],
+            sidecars: vec![sidecar("a", true, 0), sidecar("c", true, 0)],
+            ..Status::default()
+        };
+        let whole = status(own, vec![("two".to_owned(), Some(other)), ("three".to_owned(), None)]);
+        assert_eq!((whole.objects[0].applied, whole.objects[0].of), (3, 5));
+        assert_eq!(whole.objects[0].applied_after_ms, None, "not live everywhere");
+        let names: Vec<_> = whole.sidecars.iter().map(|s| (&*s.report.uid, s.connected)).collect();
+        assert_eq!(names, [("a", true), ("b", true), ("c", true)], "it moved");
+        let answered: Vec<_> = whole.replicas.iter().map(|r| (&*r.name, r.answered)).collect();
+        assert_eq!(answered, [("two", true), ("three", false)]);
+    }
+
+    #[test]
+    fn the_slowest_replica_says_how_long_it_took() {
+        let own = |after| Status { objects: vec![object(1, 1, after)], ..Status::default() };
+        let both = |a, b| status(own(a), vec![(String::new(), Some(own(b)))]).objects[0].applied_after_ms;
+        assert_eq!(both(Some(5), Some(9)), Some(9));
+        assert_eq!(both(Some(5), None), None);
+        let nobody = Status { objects: vec![object(0, 0, None)], ..Status::default() };
+        let whole = status(nobody, vec![(String::new(), Some(own(Some(7))))]);
+        assert_eq!(whole.objects[0].applied_after_ms, Some(7));
+    }
+
+    #[test]
+    fn edges_add_up_and_the_newest_certificate_counts() {
+        let edge = |count, at| EdgeRow { count, first_seen_ms: at, last_seen_ms: at, ..EdgeRow::default() };
+        let whole = edges(vec![edge(1, 5)], vec![(String::new(), Some(vec![edge(2, 3)]))]);
+        assert_eq!((whole[0].count, whole[0].first_seen_ms, whole[0].last_seen_ms), (3, 3, 5));
+        let certificate = |not_before| WorkloadCertificate { not_before, ..WorkloadCertificate::default() };
+        let of = |not_before| Certs { workloads: vec![certificate(not_before)], ..Certs::default() };
+        let whole = certs(of(1), vec![(String::new(), Some(of(2))), (String::new(), None)]);
+        assert_eq!(whole.workloads, [certificate(2)]);
+    }
+}

@@ -359,3 +359,37 @@ fn anchor_line(certs: &Certs, now: i64) -> Option<Line> {
         30.. => good(format!("the root that signs is good for {days} days")),
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::api::types::{Anchor, ProblemStatus, SidecarStatus};
+
+    #[test]
+    fn every_bad_line_says_what_to_do() {
+        assert_eq!(version_line("1", "36").state, State::Good);
+        assert_eq!(version_line("1", "28+").state, State::Bad);
+        assert_eq!(cilium_line(true, false).state, State::Bad);
+        assert_eq!(cilium_line(true, true).state, State::Good);
+        let status = Status {
+            problems: vec![ProblemStatus {
+                object: "HTTPRoute/shop/r".to_owned(),
+                ..ProblemStatus::default()
+            }],
+            sidecars: vec![SidecarStatus::default()],
+            ..Status::default()
+        };
+        let mut found = status_lines(&status);
+        assert_eq!(found.iter().filter(|line| line.state != State::Good).count(), 3, "{found:?}");
+        let ends = |not_after| Certs {
+            anchors: vec![Anchor { signing: true, not_after, ..Anchor::default() }],
+            ..Certs::default()
+        };
+        assert_eq!(anchor_line(&ends(100 * 86_400), 0).unwrap().state, State::Good);
+        found.extend(anchor_line(&ends(86_400), 0));
+        found.extend([version_line("1", "20"), cilium_line(true, false)]);
+        assert!(found.iter().all(|line| line.state == State::Good || !line.fix.is_empty()), "{found:?}");
+        let text = lines(&found, &Screen::plain(80)).join("\n");
+        assert!(text.contains("BAD   Kubernetes 1.20") && text.contains("fix: upgrade"), "{text}");
+    }
+}

@@ -87,3 +87,34 @@ fn lines(found: &[EdgeRow], now_ms: u64, screen: &Screen) -> Vec<String> {
     lines.push("give these callers a sidecar, or keep the port permissive, before `mtls: Strict`".to_owned());
     lines
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_plaintext_stands_in_the_way() {
+        let edge = |callee: &str, mtls, count| EdgeRow {
+            callee: format!("spiffe://cluster.local/ns/{callee}"),
+            service: "8080".to_owned(),
+            mtls,
+            count,
+            ..EdgeRow::default()
+        };
+        let edges = || {
+            vec![edge("shop/sa/cart", true, 9), edge("shop/sa/pay", false, 1), edge("db/sa/sql", false, 5)]
+        };
+        let found = plaintext(edges(), None);
+        assert_eq!(
+            found.iter().map(|edge| workload(&edge.callee)).collect::<Vec<_>>(),
+            ["db/sql", "shop/pay"]
+        );
+        let text = lines(&found, 2_000, &Screen::plain(200)).join("\n");
+        assert!(
+            text.contains("shop/pay") && text.contains("outside the mesh") && text.contains("2s ago"),
+            "{text}"
+        );
+        assert!(plaintext(edges(), Some("web")).is_empty());
+        assert!(lines(&[], 0, &Screen::plain(80))[0].contains("refuse nobody"));
+    }
+}

@@ -127,3 +127,8 @@ pub const OWN_GRANTS: &[Grant] = &[
 ];
 
 const READ: &[&str] = &["get", "list", "watch"];
+
+#[cfg(test)]
+pub(crate) mod fake;
+#[cfg(test)]
+mod tests;

@@ -19,7 +19,10 @@ use kube::{
     runtime::events::{Event, EventType, Recorder, Reporter},
 };
 use serde_json::{Value, json};
-use tokio::{sync::watch, time::sleep};
+use tokio::{
+    sync::watch,
+    time::{Instant, sleep},
+};
 
 use super::watch::resource;
 use crate::{
@@ -91,8 +94,8 @@ pub async fn write<F: Future<Output = Option<Status>>>(
 struct Writer {
     client: Client,
     recorder: Recorder,
-    /// Versions that were written over: what was heard is older than what was said.
-    written: HashMap<ObjectKey, String>,
+    /// Versions that were written over (what was heard is older than what was said), what was said, and when.
+    written: HashMap<ObjectKey, (String, Value, Instant)>,
     /// What authors were told by an event.
     told: HashMap<ObjectKey, String>,
 }
@@ -105,11 +108,17 @@ impl Writer {
         let now = Timestamp::now().to_string();
         let live = statuses.all();
         self.told.retain(|key, _| live.iter().any(|(known, _)| known == key));
+        self.written.retain(|key, _| live.iter().any(|(known, _)| known == key));
         for (key, live) in live {
             let text = key.to_string();
             let (object, problem) = (objects.get(&text).copied(), problems.get(&*text).copied());
             self.tell(&key, &live, problem).await;
-            if self.written.get(&key) == Some(&live.version) {
+            let last = self.written.get(&key);
+            if last.is_some_and(|(version, ..)| *version == live.version) {
+                continue;
+            }
+            // Not read yet, or gone already: nothing is known of it that could be said.
+            if object.is_none() && problem.is_none() {
                 continue;
             }
             let wanted = match key.kind {
@@ -123,6 +132,10 @@ impl Writer {
                 Kind::Service | Kind::EndpointSlice | Kind::Pod => None,
             };
             let Some(wanted) = wanted else { continue };
+            // A CRD older than this controller drops what it does not know: saying it again at once would never end.
+            if last.is_some_and(|(_, said, at)| *said == wanted && at.elapsed() < AGAIN) {
+                continue;
+            }
             let api: Api<DynamicObject> = match key.kind.is_namespaced() {
                 true => Api::namespaced_with(self.client.clone(), &key.namespace, &resource(key.kind)),
                 false => Api::all_with(self.client.clone(), &resource(key.kind)),
@@ -130,7 +143,7 @@ impl Writer {
             let patch = json!({"metadata": {"resourceVersion": live.version}, "status": wanted});
             match api.patch_status(&key.name, &PatchParams::default(), &Patch::Merge(&patch)).await {
                 Ok(_) => {
-                    self.written.insert(key, live.version);
+                    self.written.insert(key, (live.version, wanted, Instant::now()));
                 }
                 // Changed meanwhile: the next look has heard of it.
                 Err(kube::Error::Api(answer)) if answer.code == 409 => {}
@@ -255,7 +268,6 @@ fn policy(
             };
             accepted.message = bad.iter().map(text).collect::<Vec<_>>().join("; ");
         }
-        // Not read yet.
         (None, None) => return None,
     }
     let conditions = list(&[accepted], &live.status["conditions"], live.generation, now);
@@ -300,3 +312,87 @@ const MAX_MESSAGE: usize = 32_768;
 const MAX_NOTE: usize = 1_024;
 /// Between two looks.
 const EVERY: Duration = Duration::from_secs(1);
+/// Until the same is said again of the same object.
+const AGAIN: Duration = Duration::from_secs(60);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn key() -> ObjectKey {
+        ObjectKey::new(Kind::HttpRoute, "shop", "r")
+    }
+
+    fn accepted(parent_ref: usize, status: bool) -> ConditionStatus {
+        ConditionStatus {
+            parent: "Service/shop/cart".to_owned(),
+            parent_ref: Some(parent_ref),
+            kind: "Accepted".to_owned(),
+            status,
+            reason: if status { "Accepted" } else { "NoMatchingParent" }.to_owned(),
+            message: String::new(),
+        }
+    }
+
+    #[test]
+    fn other_controllers_entries_stay_and_what_is_said_already_is_not_said_again() {
+        let foreign = json!({"parentRef": {"name": "gw"}, "controllerName": "x/y", "conditions": []});
+        let ours = json!({"group": "", "kind": "Service", "name": "cart", "port": 80});
+        let core = json!({"group": "core", "kind": "Service", "name": "cart"});
+        let mut live = Live {
+            generation: 3,
+            parents: vec![json!({"name": "gw"}), ours.clone(), core.clone()],
+            status: json!({"parents": [foreign]}),
+            ..Live::default()
+        };
+        let said = [accepted(1, true), accepted(2, false)];
+        let wanted = route(&key(), &live, &said, None, "T1").unwrap();
+        assert_eq!(wanted.len(), 3);
+        assert_eq!(wanted[0], foreign);
+        assert_eq!((&wanted[1]["parentRef"], &wanted[2]["parentRef"]), (&ours, &core));
+        assert_eq!(wanted[1]["controllerName"], CONTROLLER_NAME);
+        assert_eq!(wanted[1]["conditions"][0]["observedGeneration"], 3);
+        assert_eq!(wanted[2]["conditions"][0]["status"], "False");
+        live.status = json!({ "parents": wanted });
+        assert_eq!(route(&key(), &live, &said, None, "T2"), None, "it stands there");
+        // The generation moves on: what did not turn keeps its time, what turned gets a new one.
+        live.generation = 4;
+        let said = [accepted(1, true), accepted(2, true)];
+        let wanted = route(&key(), &live, &said, None, "T2").unwrap();
+        let time = |at: usize| wanted[at]["conditions"][0]["lastTransitionTime"].clone();
+        assert_eq!((time(1), time(2)), (json!("T1"), json!("T2")));
+        // Parents that are gone are gone there, too.
+        live.parents.clear();
+        assert_eq!(route(&key(), &live, &[], None, "T3").unwrap(), [foreign]);
+    }
+
+    #[test]
+    fn a_policy_says_whether_it_holds_and_where_it_is_live() {
+        let mut live = Live { generation: 1, status: Value::Null, ..Live::default() };
+        let object = ObjectStatus {
+            conditions: vec![accepted(0, true)],
+            applied: 2,
+            of: 3,
+            version: "v".to_owned(),
+            ..ObjectStatus::default()
+        };
+        let wanted = policy(&live, Some(&object), None, "T").unwrap();
+        assert_eq!(wanted["applied"], "2/3 @ v");
+        assert_eq!(wanted["conditions"][0]["status"], "True");
+        live.status = wanted;
+        assert_eq!(policy(&live, Some(&object), None, "T2"), None);
+        let problem = ProblemStatus {
+            field: "spec.rules[0]".to_owned(),
+            reason: "unknown field `identitys`".to_owned(),
+            kept_last_good: true,
+            ..ProblemStatus::default()
+        };
+        let wanted = policy(&live, Some(&object), Some(&problem), "T2").unwrap();
+        let message = wanted["conditions"][0]["message"].as_str().unwrap();
+        assert!(
+            message.contains("spec.rules[0]: unknown field") && message.contains("last good"),
+            "{message}"
+        );
+        assert_eq!(policy(&live, None, None, "T3"), None, "nobody has read it yet");
+    }
+}

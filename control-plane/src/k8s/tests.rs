@@ -1,0 +1,302 @@
+//! The controller against an API server, in this process: what it hears, what it keeps, what it writes.
+
+use std::{net::Ipv4Addr, path::PathBuf, sync::Arc, time::Duration};
+
+use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD as BASE64};
+use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+use super::{
+    fake::{Fake, POLICIES, ROUTES},
+    token::Reviewer,
+};
+use weft_core::identity::PodUid;
+
+use crate::{
+    Controller,
+    api::types::{Routes, Status},
+    ca::{RotateRoot, TokenCheck as _, TokenError},
+    config::{Cluster, Config, Source},
+};
+
+async fn controller(fake: &Fake) -> Controller {
+    replica(fake, "weft-controller-1").await
+}
+
+async fn replica(fake: &Fake, pod: &str) -> Controller {
+    let mut config = Config::loopback(PathBuf::new(), PathBuf::new()).unwrap();
+    config.source = Source::Kubernetes(Box::new(Cluster {
+        server: Some(fake.uri()),
+        namespace: "weft".to_owned(),
+        issuer_secret: "weft-issuer".to_owned(),
+        audience: "weft".to_owned(),
+        cluster_role: None,
+        pod: pod.to_owned(),
+        webhook: (Ipv4Addr::LOCALHOST, 0).into(),
+        values: Arc::default(),
+    }));
+    Controller::start(config).await.unwrap()
+}
+
+/// Waits until something holds; what it waits for is named by the caller's line.
+#[track_caller]
+fn eventually(mut holds: impl FnMut() -> bool) -> impl Future<Output = ()> {
+    let at = std::panic::Location::caller();
+    async move {
+        let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
+        while !holds() {
+            assert!(tokio::time::Instant::now() < deadline, "not within 20 s: {at}");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+}
+
+fn shop(fake: &Fake) {
+    fake.apply(
+        "/api/v1/namespaces",
+        json!({"metadata": {"name": "shop", "labels": {"weft.dev/inject": "enabled"}}}),
+    );
+    fake.apply("/api/v1/namespaces", json!({"metadata": {"name": "other"}}));
+    fake.apply(
+        "/api/v1/nodes",
+        json!({"metadata": {"name": "n1", "labels": {"topology.kubernetes.io/zone": "a"}}}),
+    );
+    fake.apply("/api/v1/services", service("cart", "10.96.0.10"));
+    fake.apply(
+        "/api/v1/pods",
+        json!({
+            "metadata": {"name": "cart-1", "namespace": "shop", "uid": "cart-1-uid", "labels": {"app": "cart"},
+                "annotations": {"weft.dev/injected": "true"}},
+            "spec": {"nodeName": "n1", "serviceAccountName": "cart", "containers": [{"name": "app", "image": "x",
+                "ports": [{"name": "web", "containerPort": 8080}]}]},
+            "status": {"phase": "Running", "podIP": "10.0.0.1", "podIPs": [{"ip": "10.0.0.1"}],
+                "conditions": [{"type": "Ready", "status": "True"}]},
+        }),
+    );
+    fake.apply(
+        "/apis/discovery.k8s.io/v1/endpointslices",
+        json!({
+            "metadata": {"name": "cart-x", "namespace": "shop", "labels": {"kubernetes.io/service-name": "cart"}},
+            "addressType": "IPv4", "ports": [{"name": "http", "port": 8080}],
+            "endpoints": [{"addresses": ["10.0.0.1"], "conditions": {"ready": true},
+                "targetRef": {"kind": "Pod", "name": "cart-1", "namespace": "shop", "uid": "cart-1-uid"}}],
+        }),
+    );
+}
+
+fn service(name: &str, ip: &str) -> Value {
+    json!({
+        "metadata": {"name": name, "namespace": "shop"},
+        "spec": {"clusterIP": ip, "clusterIPs": [ip], "selector": {"app": name},
+            "ports": [{"name": "http", "port": 80, "targetPort": "web"}]},
+    })
+}
+
+fn route(name: &str) -> Value {
+    json!({
+        "metadata": {"name": name, "namespace": "shop", "generation": 1},
+        "spec": {"parentRefs": [{"group": "", "kind": "Service", "name": "cart", "port": 80}],
+            "rules": [{"backendRefs": [{"name": "cart", "port": 80}]}]},
+    })
+}
+
+#[tokio::test]
+async fn a_cluster_is_served_and_custom_kinds_may_come_later() {
+    let fake = Fake::start().await;
+    shop(&fake);
+    let controller = controller(&fake).await;
+    controller.synced().await;
+    let has = |name: &str| controller.published.resource(name).is_some();
+    assert!(has("svc/shop/cart:80") && has("ip/10.96.0.10:80") && has("self/cart-1-uid"));
+    assert!(controller.published.workload(&PodUid::new("cart-1-uid").unwrap()).is_some());
+    assert!(!has("route/shop/cart:80"));
+    fake.install(&ROUTES);
+    fake.apply(ROUTES[0], route("r"));
+    eventually(|| has("route/shop/cart:80")).await;
+    fake.delete(ROUTES[0], "shop", "r");
+    eventually(|| !has("route/shop/cart:80")).await;
+    controller.stop().await;
+}
+
+#[tokio::test]
+async fn an_api_server_that_is_away_stops_nothing() {
+    let mut fake = Fake::start().await;
+    shop(&fake);
+    let controller = controller(&fake).await;
+    controller.synced().await;
+    let has = |name: &str| controller.published.resource(name).is_some();
+    fake.go_away().await;
+    // Unseen: one service comes and one goes.
+    fake.apply("/api/v1/services", service("pay", "10.96.0.11"));
+    fake.delete("/api/v1/services", "shop", "cart");
+    assert!(has("svc/shop/cart:80"));
+    fake.come_back().await;
+    eventually(|| has("svc/shop/pay:80")).await;
+    eventually(|| !has("svc/shop/cart:80")).await;
+    assert!(has("self/cart-1-uid"), "the rest is as it was");
+    controller.stop().await;
+}
+
+#[tokio::test]
+async fn replicas_have_one_authority_and_its_anchors_are_where_sidecars_are() {
+    let fake = Fake::start().await;
+    shop(&fake);
+    let (one, two) = tokio::join!(controller(&fake), controller(&fake));
+    let bundle = |controller: &Controller| controller.ca().bundle().borrow().clone();
+    assert_eq!(bundle(&one), bundle(&two), "whoever came first made it");
+    let anchors =
+        || fake.get("/api/v1/configmaps", "shop", "weft-trust").map(|map| map["data"]["roots.pem"].clone());
+    eventually(|| anchors() == Some(json!(one.ca().anchors()))).await;
+    assert!(fake.get("/api/v1/configmaps", "other", "weft-trust").is_none());
+    // A step on one is a step on the other.
+    let authority = one.authority().unwrap().clone();
+    authority.rotate(one.ca(), Some(RotateRoot::Add)).await.unwrap();
+    assert_eq!(bundle(&one).roots.len(), 2);
+    eventually(|| bundle(&two) == bundle(&one)).await;
+    eventually(|| anchors() == Some(json!(two.ca().anchors()))).await;
+    let refused = two.authority().unwrap().rotate(two.ca(), Some(RotateRoot::Add)).await.unwrap_err();
+    assert!(refused.to_string().contains("under way"), "{refused}");
+    // A replica that starts later reads the same.
+    let three = controller(&fake).await;
+    assert_eq!(bundle(&three), bundle(&one));
+}
+
+#[tokio::test]
+async fn the_api_server_says_whose_a_token_is() {
+    let mut fake = Fake::start().await;
+    let token = |aud: &str, exp: u64| {
+        format!("e30.{}.c2ln", BASE64.encode(json!({"aud": [aud], "exp": exp}).to_string()))
+    };
+    let good = token("weft", u64::MAX);
+    fake.token(
+        &good,
+        json!({"authenticated": true, "audiences": ["weft"], "user": {
+            "username": "system:serviceaccount:shop:cart",
+            "extra": {"authentication.kubernetes.io/pod-uid": ["u-1"],
+                "authentication.kubernetes.io/pod-name": ["cart-1"]}}}),
+    );
+    let client = super::client_of(kube::Config::new(fake.uri())).unwrap();
+    let reviewer = Reviewer::new(client, "weft");
+    let claims = reviewer.check(&format!("{good}\n")).await.unwrap();
+    assert_eq!((&*claims.ns, &*claims.sa, &*claims.uid), ("shop", "cart", "u-1"));
+    let asked = fake.writes().len();
+    assert_eq!(reviewer.check(&token("api", u64::MAX)).await, Err(TokenError::Unknown));
+    assert_eq!(reviewer.check(&token("weft", 1)).await, Err(TokenError::Expired));
+    assert_eq!(reviewer.check("no token").await, Err(TokenError::Syntax));
+    assert_eq!(fake.writes().len(), asked, "nobody was asked about these");
+    assert_eq!(reviewer.check(&token("weft", u64::MAX - 1)).await, Err(TokenError::Unknown));
+    fake.go_away().await;
+    assert_eq!(reviewer.check(&good).await, Err(TokenError::Unavailable), "not the workload's fault");
+}
+
+#[tokio::test]
+async fn authors_read_on_their_objects_what_became_of_them() {
+    let fake = Fake::start().await;
+    shop(&fake);
+    fake.install(&ROUTES);
+    fake.install(&POLICIES);
+    let foreign =
+        json!({"parentRef": {"name": "gw"}, "controllerName": "example.com/gateway", "conditions": []});
+    let mut good = route("good");
+    good["status"] = json!({"parents": [foreign]});
+    fake.apply(ROUTES[0], good);
+    let mut lost = route("lost");
+    lost["spec"]["parentRefs"][0]["name"] = json!("nowhere");
+    fake.apply(ROUTES[0], lost);
+    let policy = |name: &str, request: &str| {
+        json!({
+            "metadata": {"name": name, "namespace": "shop", "generation": 2},
+            "spec": {"targetRefs": [{"kind": "Service", "name": "cart"}], "timeouts": {"request": request}},
+        })
+    };
+    fake.apply(POLICIES[0], policy("good", "1s"));
+    fake.apply(POLICIES[0], policy("bad", "soon"));
+    let controller = controller(&fake).await;
+    controller.synced().await;
+    let parents = |name: &str| {
+        let found = fake.get(ROUTES[0], "shop", name).unwrap();
+        found["status"]["parents"].as_array().cloned().unwrap_or_default()
+    };
+    eventually(|| parents("good").len() == 2 && parents("lost").len() == 1).await;
+    assert_eq!(parents("good")[0], foreign, "somebody else's word stays");
+    let ours = parents("good")[1].clone();
+    assert_eq!(ours["controllerName"], "weft.dev/mesh-controller");
+    assert_eq!(
+        (&ours["conditions"][0]["type"], &ours["conditions"][0]["status"]),
+        (&json!("Accepted"), &json!("True"))
+    );
+    assert_eq!(ours["conditions"][0]["observedGeneration"], 1);
+    assert_eq!(parents("lost")[0]["conditions"][0]["reason"], "NoMatchingParent");
+    let status = |name: &str| fake.get(POLICIES[0], "shop", name).unwrap()["status"].clone();
+    eventually(|| !status("good").is_null() && !status("bad").is_null()).await;
+    assert_eq!(status("good")["conditions"][0]["status"], "True");
+    assert!(status("good")["applied"].as_str().unwrap().starts_with("0/0 @ "), "{}", status("good"));
+    let message = status("bad")["conditions"][0]["message"].to_string();
+    assert!(message.contains("spec.timeouts.request") && message.contains("soon"), "{message}");
+    let events = || fake.writes().iter().filter(|write| write.ends_with("/namespaces/shop/events")).count();
+    eventually(|| events() == 1).await;
+    // What stands there is not written again, whatever else changes.
+    let before = fake.writes().len();
+    let mut found = fake.get(ROUTES[0], "shop", "good").unwrap();
+    found["metadata"]["labels"] = json!({"team": "a"});
+    fake.apply(ROUTES[0], found);
+    fake.delete(ROUTES[0], "shop", "lost");
+    let mut again = route("again");
+    again["spec"]["parentRefs"][0]["name"] = json!("nowhere");
+    fake.apply(ROUTES[0], again);
+    eventually(|| parents("again").len() == 1).await;
+    let written: Vec<_> =
+        fake.writes()[before..].iter().filter(|write| write.ends_with("/status")).cloned().collect();
+    assert!(written.iter().all(|write| write.contains("/again/")), "{written:?}");
+    controller.stop().await;
+}
+
+#[tokio::test]
+async fn a_question_to_one_replica_is_answered_by_all() {
+    let fake = Fake::start().await;
+    shop(&fake);
+    fake.apply(
+        "/api/v1/services",
+        json!({"metadata": {"name": "weft-controller", "namespace": "weft"}, "spec": {"clusterIP": "10.96.0.2",
+            "selector": {"app": "weft-controller"}, "ports": [{"name": "discovery", "port": 14010}]}}),
+    );
+    let (one, two) = tokio::join!(replica(&fake, "one"), replica(&fake, "two"));
+    for (name, port) in [("one", one.discovery().port()), ("two", two.discovery().port()), ("three", 1)] {
+        fake.apply(
+            "/api/v1/pods",
+            json!({"metadata": {"name": name, "namespace": "weft", "uid": format!("{name}-uid")},
+                "spec": {"containers": []}, "status": {"podIP": "127.0.0.1", "podIPs": [{"ip": "127.0.0.1"}]}}),
+        );
+        fake.apply(
+            "/apis/discovery.k8s.io/v1/endpointslices",
+            json!({"metadata": {"name": name, "namespace": "weft",
+                    "labels": {"kubernetes.io/service-name": "weft-controller"}},
+                "addressType": "IPv4", "ports": [{"name": "discovery", "port": port}],
+                "endpoints": [{"addresses": ["127.0.0.1"],
+                    "targetRef": {"kind": "Pod", "name": name, "namespace": "weft", "uid": format!("{name}-uid")}}]}),
+        );
+    }
+    one.synced().await;
+    two.synced().await;
+    let mut answered = Vec::new();
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
+    while answered.len() < 2 && tokio::time::Instant::now() < deadline {
+        let status: Status = ask(&one, "/api/v1/status").await;
+        assert!(status.synced);
+        answered = status.replicas.into_iter().map(|replica| (replica.name, replica.answered)).collect();
+    }
+    answered.sort();
+    assert_eq!(answered, [("three".to_owned(), false), ("two".to_owned(), true)], "who is silent is named");
+    let routes: Routes = ask(&one, "/api/v1/routes?window=1m").await;
+    assert_eq!(routes.window_s, 60);
+    tokio::join!(one.stop(), two.stop());
+}
+
+async fn ask<T: serde::de::DeserializeOwned>(controller: &Controller, path: &str) -> T {
+    let mut stream = tokio::net::TcpStream::connect(controller.api()).await.unwrap();
+    let request = format!("GET {path} HTTP/1.1\r\nHost: weft\r\nConnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await.unwrap();
+    serde_json::from_str(answer.split_once("\r\n\r\n").unwrap().1).unwrap()
+}
