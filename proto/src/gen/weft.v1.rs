@@ -719,7 +719,7 @@ pub mod workload_config {
         }
     }
 }
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct InboundPort {
     #[prost(uint32, tag = "1")]
     pub port: u32,
