@@ -13,13 +13,13 @@ const STRICT: &str = "\
 apiVersion: weft.dev/v1alpha1
 kind: MeshConfig
 metadata: {name: mesh}
-spec: {mtls: Strict, authorization: Deny}
+spec: {mtls: Strict, authorization: Deny, meshRanges: [10.77.0.0/16, 10.96.0.0/16]}
 ";
 
 #[test]
 fn probes_pass_under_strict_mtls_and_nothing_else_does() {
     let Some(mesh) = mesh_with("probes", Options::default()) else { return };
-    mesh.write("mesh.yaml", STRICT).unwrap();
+    mesh.write("mesh-config.yaml", STRICT).unwrap();
     service(&mesh, "shop", "echo", "10.96.0.1", &[("web", 80, 8080)]).unwrap();
     let mut workload = Workload::new("shop", "echo-1");
     workload.probes = json!({
