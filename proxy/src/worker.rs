@@ -78,13 +78,14 @@ pub(crate) struct Parts {
     pub(crate) caps: Caps,
 }
 
-/// Retry budgets of the pod, by destination: all workers draw from the same ones.
-#[derive(Clone, Default)]
-pub(crate) struct Budgets(Arc<Mutex<HashMap<BackendKey, Weak<Budget>>>>);
+/// What holds for the pod as a whole, by service: all workers have the same one of each, as long as anybody has it.
+pub(crate) struct OfThePod<T>(Arc<Mutex<HashMap<BackendKey, Weak<T>>>>);
 
-/// What the pod has in use of each service, by whichever worker.
-#[derive(Clone, Default)]
-pub(crate) struct Caps(Arc<Mutex<HashMap<BackendKey, Weak<InUse>>>>);
+/// Retry budgets: all workers draw from the same ones.
+pub(crate) type Budgets = OfThePod<Budget>;
+
+/// What is in use of each service, by whichever worker.
+pub(crate) type Caps = OfThePod<InUse>;
 
 /// Of one service.
 #[derive(Default)]
@@ -285,7 +286,7 @@ impl Worker {
                 Rc::new(Backend {
                     balancer: RefCell::new(Balancer::new(&service.load_balancing, &service.health)),
                     name: service.name.to_string().into(),
-                    in_use: self.caps.of(service.key()),
+                    in_use: self.caps.of(service.key(), |_| true, InUse::default),
                     failfast: Cell::new(false),
                     generation: Cell::new(None),
                 })
@@ -299,9 +300,10 @@ impl Worker {
             state.clone()
         });
         let backends: Vec<_> = backends.collect();
+        let (service, params) = (policy.service.key(), policy.service.retry.budget);
         let series = (policy.routes.rules().len() + 1) * (backends.len() + 1) * Spoken::ALL;
         Resolved {
-            budget: self.budgets.of(&policy, now),
+            budget: self.budgets.of(service, |budget| budget.params() == params, || Budget::new(params, now)),
             parent: policy.service.name.to_string().into(),
             backends,
             series: RefCell::new(vec![None; series]),
@@ -338,19 +340,31 @@ impl Worker {
     }
 }
 
-impl Budgets {
-    fn of(&self, policy: &OutboundPolicy, now: Instant) -> Arc<Budget> {
-        let params = policy.service.retry.budget;
+impl<T> OfThePod<T> {
+    /// The one of a service; a new one if there is none, or if it is not `right` any more.
+    fn of(&self, service: BackendKey, right: impl FnOnce(&T) -> bool, new: impl FnOnce() -> T) -> Arc<T> {
         let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(budget) = all.get(&policy.service.key()).and_then(Weak::upgrade)
-            && budget.params() == params
+        if let Some(known) = all.get(&service).and_then(Weak::upgrade)
+            && right(&known)
         {
-            return budget;
+            return known;
         }
-        all.retain(|_, budget| budget.strong_count() > 0);
-        let budget = Arc::new(Budget::new(params, now));
-        all.insert(policy.service.key(), Arc::downgrade(&budget));
-        budget
+        all.retain(|_, known| known.strong_count() > 0);
+        let made = Arc::new(new());
+        all.insert(service, Arc::downgrade(&made));
+        made
+    }
+}
+
+impl<T> Default for OfThePod<T> {
+    fn default() -> Self {
+        Self(Arc::default())
+    }
+}
+
+impl<T> Clone for OfThePod<T> {
+    fn clone(&self) -> Self {
+        Self(self.0.clone())
     }
 }
 
@@ -399,19 +413,6 @@ impl Resolved {
             *slot = Some(series.clone());
         }
         series
-    }
-}
-
-impl Caps {
-    fn of(&self, service: BackendKey) -> Arc<InUse> {
-        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(known) = all.get(&service).and_then(Weak::upgrade) {
-            return known;
-        }
-        all.retain(|_, in_use| in_use.strong_count() > 0);
-        let in_use = Arc::<InUse>::default();
-        all.insert(service, Arc::downgrade(&in_use));
-        in_use
     }
 }
 

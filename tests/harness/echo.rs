@@ -25,13 +25,13 @@ use http_body_util::{BodyExt as _, Full, StreamBody};
 use hyper::body::{Frame, Incoming};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo};
-use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime, pem::PemObject as _};
-use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, ServerConfig, SignatureScheme};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, pem::PemObject as _};
+use rustls::{ClientConfig, RootCertStore, ServerConfig};
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_rustls::{TlsAcceptor, TlsConnector};
+use weft_harness::tls::TrustsAnyone;
 
 const ECHO: &str = "/proto.EchoTestService/Echo";
 const USAGE: &str = "Usage:
@@ -389,7 +389,10 @@ async fn connect(scheme: &str, host: &str, port: u16, insecure: bool) -> Result<
             let builder =
                 ClientConfig::builder_with_provider(provider()).with_safe_default_protocol_versions()?;
             let config = if insecure {
-                builder.dangerous().with_custom_certificate_verifier(Arc::new(Anyone)).with_no_client_auth()
+                builder
+                    .dangerous()
+                    .with_custom_certificate_verifier(Arc::new(TrustsAnyone))
+                    .with_no_client_auth()
             } else {
                 builder.with_root_certificates(RootCertStore::empty()).with_no_client_auth()
             };
@@ -455,43 +458,4 @@ async fn one(asked: &Asked, scheme: &str, sender: &mut Sender, number: usize) ->
         let _ = writeln!(text, "[{number} body] {line}");
     }
     Ok(text)
-}
-
-/// `-k`: whoever answers.
-#[derive(Debug)]
-struct Anyone;
-
-impl ServerCertVerifier for Anyone {
-    fn verify_server_cert(
-        &self,
-        _: &CertificateDer<'_>,
-        _: &[CertificateDer<'_>],
-        _: &ServerName<'_>,
-        _: &[u8],
-        _: UnixTime,
-    ) -> Result<ServerCertVerified, rustls::Error> {
-        Ok(ServerCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        _: &[u8],
-        _: &CertificateDer<'_>,
-        _: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        Ok(HandshakeSignatureValid::assertion())
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        _: &[u8],
-        _: &CertificateDer<'_>,
-        _: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        Ok(HandshakeSignatureValid::assertion())
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        provider().signature_verification_algorithms.supported_schemes()
-    }
 }

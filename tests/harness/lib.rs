@@ -5,4 +5,5 @@ pub mod cluster;
 pub mod link;
 pub mod netns;
 pub mod streams;
+pub mod tls;
 pub mod wire;

@@ -15,12 +15,15 @@ use rustls::{ClientConfig, ClientConnection, StreamOwned};
 use rustls_pki_types::{PrivateKeyDer, ServerName};
 use weft_control_plane::cli::demo::netns::Pod;
 use weft_core::ports;
-use weft_harness::apps::{curl, rss_kib, skip, start_load};
+use weft_harness::{
+    apps::{curl, rss_kib, skip, start_load},
+    tls::TrustsAnyone,
+};
 
 use crate::{
     Pair,
     hostile::Ways,
-    identity::{TrustsAnyone, issuer_of},
+    identity::issuer_of,
     smuggling::{PREFACE, fields, frame},
 };
 

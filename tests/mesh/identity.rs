@@ -10,17 +10,17 @@ use std::{
 use rcgen::{
     BasicConstraints, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, SanType,
 };
-use rustls::{
-    ClientConfig, DigitallySignedStruct, SignatureScheme,
-    client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
-};
-use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use rustls::ClientConfig;
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use weft_control_plane::cli::demo::{
     mesh::{Workload, wait},
     netns::Pod,
 };
 use weft_core::ports;
-use weft_harness::apps::{curl, load, output, serve, service, start, testapp};
+use weft_harness::{
+    apps::{curl, load, output, serve, service, start, testapp},
+    tls::TrustsAnyone,
+};
 
 use crate::{ECHO, pair};
 
@@ -141,45 +141,6 @@ impl Authority {
         change(&mut params);
         let cert = params.signed_by(&key, &self.issuer).unwrap();
         (cert.der().clone(), key)
-    }
-}
-
-/// A caller that trusts anybody, so that only the server's judgement counts.
-#[derive(Debug)]
-pub(crate) struct TrustsAnyone;
-
-impl ServerCertVerifier for TrustsAnyone {
-    fn verify_server_cert(
-        &self,
-        _: &CertificateDer<'_>,
-        _: &[CertificateDer<'_>],
-        _: &ServerName<'_>,
-        _: &[u8],
-        _: UnixTime,
-    ) -> Result<ServerCertVerified, rustls::Error> {
-        Ok(ServerCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        _: &[u8],
-        _: &CertificateDer<'_>,
-        _: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        Ok(HandshakeSignatureValid::assertion())
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        _: &[u8],
-        _: &CertificateDer<'_>,
-        _: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        Ok(HandshakeSignatureValid::assertion())
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        vec![SignatureScheme::ECDSA_NISTP256_SHA256]
     }
 }
 

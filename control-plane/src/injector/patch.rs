@@ -220,17 +220,8 @@ fn check(values: &Values) -> Value {
         "imagePullPolicy": values.image_pull_policy,
         "args": ["check"],
         "resources": { "requests": { "cpu": "1m", "memory": "8Mi" }, "limits": { "memory": "64Mi" } },
-        "securityContext": {
-            // Anybody but the sidecar's user, whose connections are not captured.
-            "runAsUser": 65_532,
-            "runAsGroup": 65_532,
-            "runAsNonRoot": true,
-            "privileged": false,
-            "allowPrivilegeEscalation": false,
-            "readOnlyRootFilesystem": true,
-            "capabilities": { "drop": ["ALL"] },
-            "seccompProfile": { "type": "RuntimeDefault" },
-        },
+        // Anybody but the sidecar's user, whose connections are not captured.
+        "securityContext": unprivileged(65_532),
         // What it says is the pod's message.
         "terminationMessagePolicy": "FallbackToLogsOnError",
     })
@@ -285,22 +276,27 @@ fn sidecar(
         // Kubernetes runs this at once, while SIGTERM comes only after the app has gone.
         "lifecycle": { "preStop": { "exec": { "command": ["/usr/local/bin/weft-proxy", "drain"] } } },
         "resources": resources(asks, values)?,
-        "securityContext": {
-            "runAsUser": ports::PROXY_UID,
-            "runAsGroup": ports::PROXY_UID,
-            "runAsNonRoot": true,
-            "privileged": false,
-            "allowPrivilegeEscalation": false,
-            "readOnlyRootFilesystem": true,
-            "capabilities": { "drop": ["ALL"] },
-            "seccompProfile": { "type": "RuntimeDefault" },
-        },
+        "securityContext": unprivileged(ports::PROXY_UID),
         "volumeMounts": [
             { "name": IDENTITY, "mountPath": IDENTITY_PATH, "readOnly": true },
             { "name": SOCKET, "mountPath": "/var/run/weft" },
         ],
         "terminationMessagePolicy": "FallbackToLogsOnError",
     }))
+}
+
+/// A user that may nothing: what the Pod Security level "restricted" asks, and a root file system that stays as it is.
+fn unprivileged(user: u32) -> Value {
+    json!({
+        "runAsUser": user,
+        "runAsGroup": user,
+        "runAsNonRoot": true,
+        "privileged": false,
+        "allowPrivilegeEscalation": false,
+        "readOnlyRootFilesystem": true,
+        "capabilities": { "drop": ["ALL"] },
+        "seccompProfile": { "type": "RuntimeDefault" },
+    })
 }
 
 fn resources(asks: &Annotations, values: &Values) -> Result<Value, Refused> {
