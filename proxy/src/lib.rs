@@ -47,7 +47,7 @@ use std::{
     time::Duration,
 };
 
-use tokio::{runtime, task::LocalSet};
+use tokio::{runtime, sync::broadcast, task::LocalSet};
 
 use crate::{
     config::Config,
@@ -58,6 +58,9 @@ use crate::{
     telemetry::metrics::{self, Recorder, Shared},
     worker::{Budgets, Caps, Parts, Worker},
 };
+
+/// Lost connections that a worker may be behind with; of more it learns by its requests.
+const LOST: usize = 64;
 
 /// Why the sidecar could not start.
 #[derive(Debug, thiserror::Error)]
@@ -113,6 +116,7 @@ pub async fn start(
         limits,
         budgets: Budgets::default(),
         caps: Caps::default(),
+        lost: broadcast::Sender::new(LOST),
     };
     let (started, bound) = std_mpsc::channel();
     for (n, asked) in answers.into_iter().enumerate() {

@@ -34,7 +34,7 @@ use rustls_pki_types::ServerName;
 use tokio::{
     io::{AsyncRead, AsyncReadExt as _, AsyncWrite, ReadBuf},
     net::{TcpSocket, TcpStream},
-    sync::{Notify, watch},
+    sync::{Notify, broadcast, watch},
 };
 use tokio_rustls::{TlsConnector, client::TlsStream};
 use weft_core::{
@@ -219,6 +219,8 @@ struct Inner {
     config: Arc<Config>,
     material: watch::Receiver<Option<Arc<Material>>>,
     recorder: Recorder,
+    /// Tells all workers of a sidecar to which a connection broke off that was in use.
+    lost: broadcast::Sender<Peer>,
     h2: RefCell<HashMap<Peer, Rc<H2Peer>>>,
     h1: RefCell<HashMap<Peer, Rc<H1Peer>>>,
     configs: RefCell<HashMap<(SpiffeId, Alpn), Configured>>,
@@ -245,7 +247,7 @@ struct H2 {
     /// Its peer is believed no more: it takes nothing new.
     retired: Rc<Cell<bool>>,
     last_used: Cell<Instant>,
-    used: Cell<bool>,
+    used: Rc<Cell<bool>>,
     /// Counted among the connections of the service that it was opened for.
     _permit: Option<Permit>,
 }
@@ -343,11 +345,13 @@ impl Pool {
         config: Arc<Config>,
         material: watch::Receiver<Option<Arc<Material>>>,
         recorder: Recorder,
+        lost: broadcast::Sender<Peer>,
     ) -> Self {
         Self(Rc::new(Inner {
             config,
             material,
             recorder,
+            lost,
             h2: RefCell::default(),
             h1: RefCell::default(),
             configs: RefCell::default(),
@@ -633,7 +637,13 @@ impl Pool {
                 let io = Hears { inner: Box::new(Prefixed::new(settings, tls)), heard: heard.clone() };
                 let handshake = builder.handshake(TokioIo::new(io)).await;
                 let (sender, connection) = handshake.map_err(|e| not_processed(&e))?;
-                let (h2, driver) = drive_h2(sender, connection, generation, &self.0.recorder, heard.clone());
+                let (lost, peer) = (self.0.lost.clone(), peer.clone());
+                let lost = move || {
+                    // Nobody listens once the workers have ended.
+                    let _ = lost.send(peer);
+                };
+                let (h2, driver) =
+                    drive_h2(sender, connection, generation, &self.0.recorder, heard.clone(), lost);
                 tokio::task::spawn_local(self.clone().guard(*address, belief, h2.retired.clone(), driver));
                 self.streams_known(&heard, *address, timeout).await?;
                 Ok(h2)
@@ -645,7 +655,8 @@ impl Pool {
                 let io = Hears { inner: Sifted::new(tcp), heard: heard.clone() };
                 let handshake = builder.handshake(TokioIo::new(io)).await;
                 let (sender, connection) = handshake.map_err(|e| not_processed(&e))?;
-                let (h2, _driver) = drive_h2(sender, connection, 0, &self.0.recorder, heard.clone());
+                // A server without a sidecar closes its connections when it likes.
+                let (h2, _driver) = drive_h2(sender, connection, 0, &self.0.recorder, heard.clone(), || ());
                 self.streams_known(&heard, *address, timeout).await?;
                 Ok(h2)
             }
@@ -1012,13 +1023,15 @@ impl<S: AsyncRead + Unpin> AsyncRead for Hears<S> {
 
 write_to_inner!(Hears);
 
-/// Runs an HTTP/2 connection in a task, and keeps the peer's stream limit where the pool can read it.
+/// Runs an HTTP/2 connection in a task, and keeps the peer's stream limit where the pool can read it. `lost` is called
+/// when the other side ends a connection that has served, and that we had not given up.
 fn drive_h2<T>(
     sender: http2::SendRequest<Body>,
     connection: http2::Connection<T, Body, LocalExec>,
     generation: u64,
     recorder: &Recorder,
     heard: Rc<Heard>,
+    lost: impl FnOnce() + 'static,
 ) -> (H2, tokio::task::JoinHandle<()>)
 where
     T: hyper::rt::Read + hyper::rt::Write + Unpin + 'static,
@@ -1027,6 +1040,10 @@ where
     let limit = max_streams.clone();
     let mut connection = Box::pin(connection);
     let open = Open::new(recorder);
+    let (used, retired) = (Rc::new(Cell::new(false)), Rc::new(Cell::new(false)));
+    // Gone with the `H2`, when it was we who closed it.
+    let (served, given_up) = (Rc::downgrade(&used), retired.clone());
+    let mut lost = Some(lost);
     let driver = tokio::task::spawn_local(std::future::poll_fn(move |cx| {
         let _open = &open;
         let polled = connection.as_mut().poll(cx);
@@ -1044,6 +1061,10 @@ where
             if let Err(error) = result {
                 tracing::debug!(%error, "HTTP/2 connection ended");
             }
+            let unasked = served.upgrade().is_some_and(|served| served.get()) && !given_up.get();
+            if let Some(lost) = lost.take().filter(|_| unasked) {
+                lost();
+            }
         })
     }));
     let h2 = H2 {
@@ -1051,9 +1072,9 @@ where
         in_flight: Cell::new(0),
         max_streams,
         generation,
-        retired: Rc::default(),
+        retired,
         last_used: Cell::new(now()),
-        used: Cell::new(false),
+        used,
         _permit: None,
     };
     (h2, driver)

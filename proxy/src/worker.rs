@@ -16,7 +16,7 @@ use std::{
 };
 
 use rand::{SeedableRng as _, rngs::SmallRng};
-use tokio::sync::watch;
+use tokio::sync::{broadcast, watch};
 use weft_core::{
     balance::{Balancer, Lease},
     budget::Budget,
@@ -61,6 +61,8 @@ pub(crate) struct Worker {
     backends: RefCell<HashMap<BackendKey, Rc<Backend>>>,
     budgets: Budgets,
     caps: Caps,
+    /// Sidecars to which some worker of this pod lost a connection.
+    lost: broadcast::Sender<Peer>,
 }
 
 /// A TLS configuration, and the certificate's generation and the policy that it was made of.
@@ -76,6 +78,7 @@ pub(crate) struct Parts {
     pub(crate) limits: Arc<Limits>,
     pub(crate) budgets: Budgets,
     pub(crate) caps: Caps,
+    pub(crate) lost: broadcast::Sender<Peer>,
 }
 
 /// What holds for the pod as a whole, by service: all workers have the same one of each, as long as anybody has it.
@@ -157,7 +160,8 @@ impl Spoken {
 
 impl Worker {
     pub(crate) fn new(parts: Parts, recorder: Recorder) -> Rc<Self> {
-        let pool = Pool::new(parts.config.clone(), parts.material.clone(), recorder.clone());
+        let lost = parts.lost.clone();
+        let pool = Pool::new(parts.config.clone(), parts.material.clone(), recorder.clone(), lost.clone());
         let worker = Rc::new(Self {
             drain: LocalDrain::new(parts.drain),
             limits: parts.limits,
@@ -175,6 +179,7 @@ impl Worker {
             backends: RefCell::default(),
             budgets: parts.budgets,
             caps: parts.caps,
+            lost,
         });
         let reported = Rc::downgrade(&worker);
         worker.recorder.endpoints(move || reported.upgrade().map_or_else(Vec::new, |w| w.report_endpoints()));
@@ -196,6 +201,7 @@ impl Worker {
                 }
             }
         });
+        tokio::task::spawn_local(self.clone().ask_after_the_lost());
         let mut tick = tokio::time::interval(Duration::from_secs(1));
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
@@ -316,17 +322,56 @@ impl Worker {
         let worker = self.clone();
         tokio::task::spawn_local(async move {
             let outcome = match peer {
-                Some(peer) => match worker.pool.knock(&peer, timeout).await {
-                    Ok(()) => Outcome::Success,
-                    Err(error) if error.local => Outcome::Cancelled,
-                    Err(error) => Outcome::Failure(error.failure),
-                },
+                Some(peer) => worker.knocked(&peer, timeout).await,
                 None => Outcome::Failure(Failure::Identity),
             };
             let exchange = Exchange::start(&worker.recorder, now());
             exchange.settled(lease.finish(outcome, now()));
             exchange.discard();
         });
+    }
+
+    /// A worker whose connection broke tells all of them, and each asks for itself: requests of every worker go elsewhere
+    /// until it knows, and none has to be sent to find out.
+    async fn ask_after_the_lost(self: Rc<Self>) {
+        let mut lost = self.lost.subscribe();
+        loop {
+            match lost.recv().await {
+                Ok(peer) => self.ask_after(peer),
+                // Who was missed is found out by a request.
+                Err(broadcast::error::RecvError::Lagged(_)) => {}
+                Err(broadcast::error::RecvError::Closed) => return,
+            }
+        }
+    }
+
+    fn ask_after(self: &Rc<Self>, peer: Peer) {
+        let Peer::Mesh { address, uid, .. } = &peer else { return };
+        let doubts: Vec<_> = {
+            let (backends, mut rng) = (self.backends.borrow(), self.rng.borrow_mut());
+            let doubt = |b: &Rc<Backend>| b.balancer.borrow().doubt(*address, uid, now(), &mut *rng);
+            backends.values().filter_map(doubt).collect()
+        };
+        if doubts.is_empty() {
+            return;
+        }
+        let worker = self.clone();
+        tokio::task::spawn_local(async move {
+            let outcome = worker.knocked(&peer, worker.config.times.connect).await;
+            let exchange = Exchange::start(&worker.recorder, now());
+            for doubt in doubts {
+                exchange.settled(doubt.settle(outcome, now()));
+            }
+            exchange.discard();
+        });
+    }
+
+    async fn knocked(&self, peer: &Peer, timeout: Duration) -> Outcome {
+        match self.pool.knock(peer, timeout).await {
+            Ok(()) => Outcome::Success,
+            Err(error) if error.local => Outcome::Cancelled,
+            Err(error) => Outcome::Failure(error.failure),
+        }
     }
 
     fn report_endpoints(&self) -> Vec<EndpointReport> {

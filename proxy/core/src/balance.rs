@@ -90,6 +90,17 @@ pub struct Lease {
     finished: bool,
 }
 
+/// A connection to an endpoint broke off: whether it is still there is being found out, and requests go elsewhere as
+/// long. Dropping it says that nothing was found out.
+#[derive(Debug)]
+pub struct Doubt {
+    shared: Rc<Shared>,
+    slot: Rc<Slot>,
+    endpoint: Arc<Endpoint>,
+    since: Instant,
+    draw: f64,
+}
+
 /// An outcome ejected an endpoint: for the log and a counter.
 #[derive(Clone, Debug)]
 pub struct Ejection {
@@ -272,6 +283,33 @@ impl Balancer {
             _ => self.choose(tried, now, rng),
         };
         Ok(self.shared.lease(slot, now, random::unit(rng)))
+    }
+
+    /// A connection to this pod broke off. `None` if it is none of the endpoints, or one that gets nothing anyhow.
+    pub fn doubt(
+        &self,
+        address: SocketAddr,
+        uid: &PodUid,
+        now: Instant,
+        rng: &mut dyn RngCore,
+    ) -> Option<Doubt> {
+        let slot = self.ready.iter().find(|slot| {
+            let endpoint = slot.endpoint.borrow();
+            endpoint.address == address && endpoint.uid == *uid
+        })?;
+        let mut seen = slot.seen.borrow_mut();
+        if seen.tracker.is_out() || seen.tracker.is_doubted() {
+            return None;
+        }
+        seen.tracker.doubt(true);
+        let endpoint = slot.endpoint.borrow().clone();
+        Some(Doubt {
+            shared: self.shared.clone(),
+            slot: slot.clone(),
+            endpoint,
+            since: now,
+            draw: random::unit(rng),
+        })
     }
 
     /// What is known about every endpoint, those that left but still have requests included.
@@ -561,25 +599,13 @@ impl Lease {
             Outcome::Failure(failure) => {
                 seen.latency.at_least(took.max(shared.slow()), now);
                 seen.failing.learn(1.0, decay, now);
-                let no_connection = policy.consecutive_failures > 0
-                    && match failure {
-                        Failure::ConnectTimeout => took >= SILENCE,
-                        Failure::Refused | Failure::Unreachable => true,
-                        Failure::Status(_)
-                        | Failure::Grpc(_)
-                        | Failure::Reset
-                        | Failure::Malformed
-                        | Failure::Timeout
-                        | Failure::Identity
-                        | Failure::NotProcessed => false,
-                    };
+                let no_connection = policy.consecutive_failures > 0 && is_nobody(failure, took);
                 let reason = if !seen.tracker.is_out() {
                     let counted = seen.tracker.failure(&policy, now);
                     let reason = if no_connection { Reason::NoConnection } else { counted? };
-                    if !slot.is_ready.get() || shared.out.get() >= shared.most_out() {
+                    if !shared.takes_out(&slot) {
                         return None;
                     }
-                    shared.out.set(shared.out.get() + 1);
                     reason
                 } else if self.probe {
                     if no_connection { Reason::NoConnection } else { Reason::ProbeFailed }
@@ -604,6 +630,32 @@ impl Drop for Lease {
         if self.probe {
             seen.tracker.probe_dropped();
         }
+    }
+}
+
+impl Doubt {
+    /// What connecting to it brought. `Some` when this ejected the endpoint.
+    pub fn settle(self, outcome: Outcome, now: Instant) -> Option<Ejection> {
+        let took = now.saturating_duration_since(self.since);
+        let Outcome::Failure(failure) = outcome else { return None };
+        let mut seen = self.slot.seen.borrow_mut();
+        let policy = self.shared.health.borrow();
+        // A request that was sent before may have ejected it meanwhile.
+        let ejects = policy.consecutive_failures > 0
+            && is_nobody(failure, took)
+            && !seen.tracker.is_out()
+            && self.shared.takes_out(&self.slot);
+        if !ejects {
+            return None;
+        }
+        let until = seen.tracker.eject(&policy, Reason::NoConnection, now, self.draw);
+        Some(Ejection { endpoint: self.endpoint.clone(), reason: Reason::NoConnection, until })
+    }
+}
+
+impl Drop for Doubt {
+    fn drop(&mut self) {
+        self.slot.seen.borrow_mut().tracker.doubt(false);
     }
 }
 
@@ -670,6 +722,15 @@ impl Shared {
         let ready = self.ready.get();
         let share = usize::from(self.health.borrow().max_ejection_percent.min(100));
         (ready * share / 100).min(ready.saturating_sub(1))
+    }
+
+    /// Makes room for one more that is out of rotation, if the cap allows it.
+    fn takes_out(&self, slot: &Slot) -> bool {
+        let allowed = slot.is_ready.get() && self.out.get() < self.most_out();
+        if allowed {
+            self.out.set(self.out.get() + 1);
+        }
+        allowed
     }
 
     /// What a failure counts as at least: twice the usual latency.
@@ -785,6 +846,21 @@ impl Waiting {
 
     fn oldest(&self) -> Option<Instant> {
         self.starts.front().copied().flatten()
+    }
+}
+
+/// Whether a failure after so long means that nobody is there.
+fn is_nobody(failure: Failure, took: Duration) -> bool {
+    match failure {
+        Failure::ConnectTimeout => took >= SILENCE,
+        Failure::Refused | Failure::Unreachable => true,
+        Failure::Status(_)
+        | Failure::Grpc(_)
+        | Failure::Reset
+        | Failure::Malformed
+        | Failure::Timeout
+        | Failure::Identity
+        | Failure::NotProcessed => false,
     }
 }
 
@@ -1073,6 +1149,51 @@ mod tests {
     }
 
     #[test]
+    fn an_endpoint_whose_connection_broke_gets_nothing_until_it_was_asked() {
+        for algorithm in ALL {
+            let mut w = World::new(service(algorithm), (0..3).map(endpoint));
+            let uid = |n: u16| endpoint(n).uid;
+            let doubt = |w: &mut World, n: u16| {
+                let World { balancer, now, rng, .. } = w;
+                balancer.doubt(address(n), &uid(n), *now, rng)
+            };
+            let gets = |w: &mut World, n: u16| (0..200).any(|_| w.pick().endpoint().address == address(n));
+            // It is there: nothing is held against it. Asked once, however many connections broke.
+            let asked = doubt(&mut w, 1).unwrap();
+            assert!(doubt(&mut w, 1).is_none());
+            assert!(!gets(&mut w, 1), "{algorithm:?}");
+            assert_eq!(w.state(address(1)), Health::Healthy);
+            assert!(asked.settle(Outcome::Success, w.now).is_none());
+            assert!(gets(&mut w, 1), "{algorithm:?}");
+            drop(doubt(&mut w, 1));
+            assert!(gets(&mut w, 1), "{algorithm:?}");
+            // Nobody is there: ejected, and from then on probed by connecting only.
+            let asked = doubt(&mut w, 1).unwrap();
+            let ejection = asked.settle(Outcome::Failure(Failure::Refused), w.now).unwrap();
+            assert_eq!((ejection.endpoint.address, ejection.reason), (address(1), Reason::NoConnection));
+            assert!(doubt(&mut w, 1).is_none());
+            assert!(!gets(&mut w, 1), "{algorithm:?}");
+            w.now = ejection.until;
+            let probe =
+                std::iter::repeat_with(|| w.pick()).find(|l| l.endpoint().address == address(1)).unwrap();
+            assert!(probe.only_connects());
+            probe.finish(Outcome::Success, w.now);
+            // The cap holds: of three one may be out.
+            let asked = doubt(&mut w, 1).unwrap();
+            asked.settle(Outcome::Failure(Failure::Refused), w.now).unwrap();
+            let asked = doubt(&mut w, 2).unwrap();
+            assert!(asked.settle(Outcome::Failure(Failure::Refused), w.now).is_none());
+            assert!(gets(&mut w, 2), "{algorithm:?}");
+            // All of them doubted, and the only one: somebody gets it.
+            let _doubts = [0, 2].map(|n| doubt(&mut w, n).unwrap());
+            w.pick();
+            // Another pod at the same address is another endpoint.
+            let World { balancer, now, rng, .. } = &mut w;
+            assert!(balancer.doubt(address(0), &uid(7), *now, rng).is_none());
+        }
+    }
+
+    #[test]
     fn ejected_then_one_probe_then_healthy() {
         let mut w = World::of(3);
         let ejection = w.fail(address(1)).unwrap();
@@ -1184,6 +1305,7 @@ mod tests {
     enum Step {
         Pick(bool),
         Finish(prop::sample::Index, u8),
+        Doubt(u16, u8),
         Wait(u16),
         Update(Vec<(u16, u32, bool)>),
     }
@@ -1194,6 +1316,7 @@ mod tests {
         prop_oneof![
             8 => any::<bool>().prop_map(Step::Pick),
             8 => (any::<prop::sample::Index>(), 0u8..6).prop_map(|(at, how)| Step::Finish(at, how)),
+            1 => (0u16..8, 0u8..3).prop_map(|(of, how)| Step::Doubt(of, how)),
             2 => (0u16..3_000).prop_map(Step::Wait),
             1 => endpoints.prop_map(Step::Update),
         ]
@@ -1215,6 +1338,7 @@ mod tests {
             let mut w = World::new(s, (0..6).map(endpoint));
             w.rng = SmallRng::seed_from_u64(seed);
             let mut held: Vec<Lease> = Vec::new();
+            let mut doubts = Vec::new();
             for step in steps {
                 match step {
                     Step::Pick(again) => {
@@ -1237,6 +1361,14 @@ mod tests {
                         }
                     }
                     Step::Finish(..) => {}
+                    Step::Doubt(of, how) => {
+                        let doubt = w.balancer.doubt(address(of), &endpoint(of).uid, w.now, &mut w.rng);
+                        match (doubt, how) {
+                            (Some(doubt), 0) => doubts.push(doubt),
+                            (Some(doubt), 1) => { doubt.settle(Outcome::Failure(Failure::Refused), w.now); }
+                            (doubt, _) => drop((doubt, doubts.pop())),
+                        }
+                    }
                     Step::Wait(ms) => w.now += Duration::from_millis(u64::from(ms)),
                     Step::Update(endpoints) => w.update(endpoints.into_iter().map(|(n, weight, up)| {
                         let health = if up { EndpointHealth::Healthy } else { EndpointHealth::Draining };

@@ -9,6 +9,9 @@
 //! endpoint that swallows packets costs each request that meets it a second. A request is not sent to find out whether
 //! it is back either: whoever probes it only connects.
 //!
+//! Why doubt comes before ejection: a connection that breaks says that something happened, not what. A killed pod refuses
+//! the next one, a restarted sidecar takes it. Until that is known nothing is sent there, and nothing is held against it.
+//!
 //! This file decides for one endpoint. Whether it *may* be ejected (never above the cap, never the last
 //! one) is a matter of all of them: `balance.rs`.
 
@@ -59,6 +62,8 @@ pub struct Tracker {
     times: u32,
     last: Option<(Reason, Duration)>,
     recovered: Option<Instant>,
+    /// Somebody is finding out whether it is still there.
+    doubted: bool,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -91,6 +96,7 @@ impl Tracker {
             times: 0,
             last: None,
             recovered: None,
+            doubted: false,
         }
     }
 
@@ -113,12 +119,25 @@ impl Tracker {
         self.last.map(|(reason, _)| reason)
     }
 
+    /// Whether somebody finds out if it is still there. The answer is not to be foreseen, so requests go elsewhere.
+    pub fn is_doubted(&self) -> bool {
+        self.doubted
+    }
+
+    /// Whether it is to be doubted from now on, or no more.
+    pub fn doubt(&mut self, doubted: bool) {
+        self.doubted = doubted;
+    }
+
     /// Whether a request may go there now.
     pub fn available(&self, now: Instant) -> bool {
-        self.ejected.is_none_or(|ejected| {
-            now >= ejected.until
-                && ejected.probe.is_none_or(|probe| now.saturating_duration_since(probe.since) >= PROBE_STALE)
-        })
+        !self.doubted
+            && self.ejected.is_none_or(|ejected| {
+                now >= ejected.until
+                    && ejected
+                        .probe
+                        .is_none_or(|probe| now.saturating_duration_since(probe.since) >= PROBE_STALE)
+            })
     }
 
     /// A probe leaves. Call it when a request goes to an endpoint in [`State::Probing`].
