@@ -211,6 +211,8 @@ struct Kept {
     next: Option<Next>,
     /// The attempt that may read; older ones have lost.
     attempt: u32,
+    /// It is there still.
+    reading: bool,
     waker: Option<Waker>,
     /// Of a request that expects: nothing is read before it is open.
     gate: Option<Gate>,
@@ -240,9 +242,16 @@ impl Replay {
             rest: Bytes::new(),
             next: None,
             attempt: 0,
+            reading: false,
             waker: None,
             gate: None,
         })))
+    }
+
+    /// Keeps up to `limit` bytes where that is more; nothing was read yet.
+    pub(crate) fn keeps(&self, limit: usize) {
+        let mut kept = self.0.borrow_mut();
+        kept.limit = kept.limit.max(limit + PIECE);
     }
 
     /// Holds the body back until it is asked for.
@@ -260,6 +269,7 @@ impl Replay {
     pub(crate) fn attempt(&self) -> AttemptBody {
         let mut kept = self.0.borrow_mut();
         kept.attempt += 1;
+        kept.reading = true;
         kept.passed = 0;
         if let Some(waker) = kept.waker.take() {
             waker.wake();
@@ -279,6 +289,39 @@ impl Replay {
         kept.ended && kept.rest.is_empty()
     }
 
+    /// Whether nothing of it is left in its connection.
+    pub(crate) fn is_read(&self) -> bool {
+        let kept = self.0.borrow();
+        !kept.failed && (kept.ended || matches!(kept.next, Some(Next::End)))
+    }
+
+    /// Whether nobody reads it.
+    pub(crate) fn is_abandoned(&self) -> bool {
+        !self.0.borrow().reading
+    }
+
+    /// Reads a body to its end that nobody wants any more.
+    pub(crate) async fn discard(&self) {
+        {
+            let mut kept = self.0.borrow_mut();
+            // Whichever attempt still has it reads no more.
+            kept.attempt += 1;
+            (kept.keeping, kept.pieces, kept.next) = (false, Vec::new(), None);
+        }
+        std::future::poll_fn(|cx| {
+            let mut kept = self.0.borrow_mut();
+            while !kept.ended {
+                match ready!(Pin::new(&mut kept.source).poll_frame(cx)) {
+                    None => kept.ended = true,
+                    Some(Err(_)) => (kept.failed, kept.ended) = (true, true),
+                    Some(Ok(_)) => kept.ended = kept.source.is_end_stream(),
+                }
+            }
+            Poll::Ready(())
+        })
+        .await;
+    }
+
     /// Whether the app itself broke off its upload.
     pub(crate) fn source_failed(&self) -> bool {
         self.0.borrow().failed
@@ -291,6 +334,15 @@ impl Replay {
         // A running attempt that has pieces before it clears them when it has passed them.
         if kept.passed >= kept.pieces.len() {
             kept.pieces = Vec::new();
+        }
+    }
+}
+
+impl Drop for AttemptBody {
+    fn drop(&mut self) {
+        let mut kept = self.kept.borrow_mut();
+        if kept.attempt == self.attempt {
+            kept.reading = false;
         }
     }
 }

@@ -25,7 +25,7 @@ use std::{
 
 use bytes::{Buf, Bytes, BytesMut};
 use futures_util::task::AtomicWaker;
-use http::{Response, StatusCode};
+use http::{HeaderValue, Response, StatusCode, header};
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use hyper::server::conn::http1;
 use tokio::{
@@ -38,6 +38,7 @@ use weft_core::{
 };
 
 use crate::{
+    body::Replay,
     config,
     error::{Component, Error},
     listener::Accepted,
@@ -72,6 +73,8 @@ struct Shared {
     ended: AtomicU64,
     /// A request was answered with another protocol.
     switched: AtomicBool,
+    /// All of the last request has arrived.
+    whole: AtomicBool,
     /// The IO waits for an answer's end.
     waits: AtomicBool,
     io: AtomicWaker,
@@ -108,6 +111,27 @@ impl Requests {
             Some(in_progress)
         };
         response.map(|body| Answer { body, in_progress })
+    }
+
+    /// Says in an answer's head that the connection ends with it, if something of its request's body is left in the
+    /// connection: the library ends it then, and a client that does not know sends its next request in vain. What has
+    /// arrived of a body that nobody wants is no reason: it is read and thrown away.
+    pub(crate) async fn ends_after<B>(
+        &self,
+        upload: Option<&Replay>,
+        refused: bool,
+        response: &mut Response<B>,
+    ) {
+        let Some(upload) = upload.filter(|upload| !upload.is_read()) else { return };
+        // Of a body that waits to be asked for, only the client knows whether it follows none the less.
+        let unwanted = refused || upload.is_abandoned();
+        if unwanted && self.0.whole.load(Ordering::Relaxed) && upload.gate().is_none_or(|gate| gate.is_open())
+        {
+            upload.discard().await;
+        }
+        if !upload.is_read() && response.status() != StatusCode::SWITCHING_PROTOCOLS {
+            response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+        }
     }
 
     /// Counts and logs why a connection was refused, when it has ended; what was answered as a request has been.
@@ -528,8 +552,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Front<S> {
         let read = &mut buf.filled_mut()[before..];
         match &mut self.follow {
             Follow::H1(framing) => match framing.feed(read) {
-                Ok(Fed::All) => {}
+                Ok(Fed::All) => self.requests.0.whole.store(framing.is_between(), Ordering::Relaxed),
                 Ok(Fed::Until(n)) => {
+                    self.requests.0.whole.store(framing.is_between(), Ordering::Relaxed);
                     if n < read.len() {
                         let mut kept = BytesMut::from(&read[n..]);
                         kept.extend_from_slice(&self.prefix);

@@ -212,6 +212,12 @@ impl Outgoing {
             if let Some(upgrade) = &self.upgrade {
                 headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
                 headers.insert(header::UPGRADE, upgrade.protocol.clone());
+            } else if matches!(*request.method(), Method::GET | Method::HEAD)
+                && !http_body::Body::is_end_stream(request.body())
+                && !headers.contains_key(header::CONTENT_LENGTH)
+            {
+                // Unless it is told so, the library takes it that these have no body.
+                headers.insert(header::TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
             }
         }
         *request.headers_mut() = headers;

@@ -12,7 +12,11 @@ use weft_harness::{
     wire::{Backend, Message, Wire, ok},
 };
 
-use crate::{ECHO, ECHO_ADDRESS, scripted};
+use crate::{
+    ECHO, ECHO_ADDRESS,
+    filters::{applied, http_route},
+    scripted,
+};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 /// More than all buffers on the way hold.
@@ -128,6 +132,75 @@ fn blind(client: &mut Wire, path: &str, chunked: bool) -> Message {
         client.say("0\r\n\r\n").unwrap();
     }
     client.message().unwrap_or_else(|e| panic!("{path} chunked {chunked}: {e:#}"))
+}
+
+#[test]
+fn an_answer_that_comes_before_its_upload_has_ended_says_that_the_connection_ends() {
+    let Some(world) = scripted("early", |mut wire, _| {
+        loop {
+            let head = wire.head()?;
+            if head.contains("/refuse") {
+                wire.say("HTTP/1.1 413 Too Large\r\nContent-Length: 2\r\n\r\nno")?;
+                // It stays open: what the client is told is not the app's to say.
+                wire.rest()?;
+                return Ok(());
+            }
+            let length = head.lines().find_map(|line| line.strip_prefix("content-length: "));
+            wire.exactly(length.map_or(Ok(0), str::parse)?)?;
+            wire.say(ok("read"))?;
+        }
+    }) else {
+        return;
+    };
+    let legacy = world.mesh.plain(&Workload::new("shop", "legacy-1")).unwrap();
+    let server = format!("{}:8080", world.server.pod.ip);
+    for (pod, address) in [(&world.client.pod, ECHO_ADDRESS), (&legacy, &*server)] {
+        let mut client = Wire::dial(pod, address).unwrap();
+        // One that the app reads leaves the connection as it was.
+        let read = client.ask("POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\n\r\nabc").unwrap();
+        assert_eq!((read.status(), read.header("connection")), (200, None), "{address}: {}", read.head);
+        client
+            .say(format!("POST /refuse HTTP/1.1\r\nHost: a\r\nContent-Length: {UPLOAD}\r\n\r\nabc"))
+            .unwrap();
+        let refused = client.message().unwrap();
+        assert_eq!((refused.status(), refused.text().as_str()), (413, "no"), "{address}");
+        assert_eq!(refused.header("connection"), Some("close"), "{address}: {}", refused.head);
+        client.say("x").unwrap();
+        client.finish().unwrap();
+        assert!(client.rest().unwrap().is_empty(), "{address}: it ends");
+    }
+}
+
+#[test]
+fn a_refusal_of_the_mesh_leaves_a_connection_open_whose_request_has_arrived() {
+    let Some(world) = scripted("refused", |mut wire, _| {
+        weft_harness::wire::answer_all(&mut wire, |request| ok(&request.text()))
+    }) else {
+        return;
+    };
+    let there = serde_json::json!([{
+        "matches": [{"path": {"type": "PathPrefix", "value": "/there"}}],
+        "backendRefs": [{"name": "echo", "port": 80}],
+    }]);
+    applied(&world.mesh, &http_route("shop", "echo", "echo", there));
+    let mut client = Wire::dial(&world.client.pod, ECHO_ADDRESS).unwrap();
+    for body in
+        ["Content-Length: 3\r\n\r\nabc", "Transfer-Encoding: chunked\r\n\r\n1\r\na\r\n1\r\nb\r\n0\r\n\r\n"]
+    {
+        for (path, status) in [("/nowhere", 404), ("/there", 200)] {
+            let answer = client.ask(format!("POST {path} HTTP/1.1\r\nHost: a\r\n{body}")).unwrap();
+            assert_eq!(
+                (answer.status(), answer.header("connection")),
+                (status, None),
+                "{path}: {}",
+                answer.head
+            );
+        }
+    }
+    // What has not arrived is not waited for.
+    client.say("POST /nowhere HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\n\r\na").unwrap();
+    let refused = client.message().unwrap();
+    assert_eq!((refused.status(), refused.header("connection")), (404, Some("close")), "{}", refused.head);
 }
 
 #[test]

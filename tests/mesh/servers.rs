@@ -189,7 +189,6 @@ fn real_servers_that_close_idle_connections_cost_no_request() {
 const COUNTING: [&str; 4] = ["node", "gunicorn", "uvicorn", "go"];
 
 #[test]
-#[ignore = "open: one run in three, a client is hung up on after an upload that was refused (README, What is missing)"]
 fn real_servers_have_their_say_before_an_upload_and_real_clients_hear_it() {
     let Some(world) = world("real_uploads") else { return };
     let counting: Vec<_> = world.servers.iter().filter(|server| COUNTING.contains(&server.name)).collect();

@@ -427,6 +427,12 @@ fn pairs(table: &mut Table) {
             format!("{head}{body}{LAST}"),
             &[(method, "/p{}", body), LAST_SEEN],
         );
+        let head = format!("{method} /p{{}} HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n");
+        table.only(
+            format!("{method} with chunks"),
+            format!("{head}{:x}\r\n{body}\r\n0\r\n\r\n{LAST}", body.len()),
+            &[(method, "/p{}", body), LAST_SEEN],
+        );
         // CL.0: the app does not look at the body, and it must not become the next request.
         let head =
             format!("{method} /ignore{{}} HTTP/1.1\r\nHost: a\r\nContent-Length: {}\r\n\r\n", body.len());

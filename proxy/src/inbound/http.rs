@@ -245,12 +245,7 @@ impl Server {
     /// A request of a caller without a sidecar; `requests`: of an HTTP/1 connection.
     async fn handle(self, request: Request<Incoming>, requests: Option<&Requests>) -> Handled {
         let gate = expect::gate(&request, false);
-        let mut response = self.answer(request, requests, gate.clone()).await;
-        if gate.is_some_and(|gate| !gate.is_open()) {
-            // Whether the body follows none the less is the client's choice: only the end tells the next request from it.
-            response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
-        }
-        Ok(response)
+        Ok(self.answer(request, requests, gate).await)
     }
 
     async fn answer(
@@ -268,8 +263,11 @@ impl Server {
         let (spoken, h2) = (inner.spoken(&request, grpc), request.version() == Version::HTTP_2);
         exchange.belongs_to(inner.series(spoken));
         let mut decision = Decision::default();
-        let handled = inner.forward(request, gate, grpc, guard, &mut exchange, &mut decision).await;
-        handled.unwrap_or_else(|error| {
+        let mut upload = None;
+        let handled =
+            inner.forward(request, gate, grpc, guard, &mut upload, &mut exchange, &mut decision).await;
+        let refused = handled.is_err();
+        let mut response = handled.unwrap_or_else(|error| {
             let error = front::behind(error, requests);
             let mut response = inner.answer(&error, grpc, exchange, decision);
             if error.ends_connection() && !h2 {
@@ -277,7 +275,11 @@ impl Server {
                 response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
             }
             Permitted::of(response)
-        })
+        });
+        if let Some(requests) = requests {
+            requests.ends_after(upload.as_ref(), refused, &mut response).await;
+        }
+        response
     }
 }
 
@@ -300,12 +302,14 @@ impl Inner {
         error.response(Component::Inbound, grpc)
     }
 
+    #[expect(clippy::too_many_arguments, reason = "what a request is, and what becomes known of it")]
     async fn forward(
         self: &Rc<Self>,
         mut request: Request<Incoming>,
         gate: Option<Gate>,
         grpc: bool,
         guard: RequestGuard,
+        upload: &mut Option<Replay>,
         exchange: &mut Exchange,
         decision: &mut Decision,
     ) -> Result<Response<Permitted>, Error> {
@@ -316,6 +320,7 @@ impl Inner {
         let attempt = request.headers().get(WEFT_ATTEMPT).filter(|_| mesh).cloned();
         let (mut outgoing, body) = Outgoing::take(request, mesh)?;
         outgoing.expects = gate.is_some();
+        *upload = (!http_body::Body::is_end_stream(&body)).then(|| Replay::new(body, REPLAY).behind(gate));
         if outgoing.upgrade.is_some() && outgoing.version != Version::HTTP_2 {
             // Between sidecars an upgrade is an extended CONNECT; what the app will see is what is authorized.
             outgoing.method = Method::GET;
@@ -354,15 +359,14 @@ impl Inner {
             head::mark_unique(&mut outgoing.headers);
         }
         let idempotent = retry::is_idempotent(&outgoing.method, &outgoing.headers);
-        let replay = (!http_body::Body::is_end_stream(&body)).then(|| Replay::new(body, REPLAY).behind(gate));
-        let sent = permission.hold(&outgoing, self.send(&outgoing, replay.as_ref(), idempotent)).await?;
+        let sent = permission.hold(&outgoing, self.send(&outgoing, upload.as_ref(), idempotent)).await?;
         let now = now();
         let outcome = match classify::grpc_status(sent.response.headers()) {
             Some(code) if grpc => classify::grpc(code),
             _ => classify::status(sent.response.status()),
         };
-        if let Some(replay) = &replay {
-            replay.forget();
+        if let Some(upload) = upload {
+            upload.forget();
         }
         Ok(self.respond(outgoing, permission, upgrade, sent, outcome, grpc, guard, exchange.take(now)))
     }

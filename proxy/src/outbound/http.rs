@@ -120,9 +120,11 @@ impl Client {
         let (spoken, h2) = (Spoken::of(request.version(), grpc), request.version() == Version::HTTP_2);
         let gate = expect::gate(&request, false);
         let resolved = self.destination.resolved(&self.worker);
-        let mut decision = Decision::default();
-        let handled =
-            self.route(request, gate.clone(), &resolved, grpc, spoken, &mut exchange, &mut decision).await;
+        let (mut upload, mut decision) = (None, Decision::default());
+        let handled = self
+            .route(request, gate, &resolved, grpc, spoken, &mut upload, &mut exchange, &mut decision)
+            .await;
+        let refused = handled.is_err();
         let mut response = handled.unwrap_or_else(|error| {
             let error = front::behind(error, requests);
             if !exchange.has_series() {
@@ -135,9 +137,8 @@ impl Client {
             }
             response
         });
-        if gate.is_some_and(|gate| !gate.is_open()) {
-            // Whether the body follows none the less is the client's choice: only the end tells the next request from it.
-            response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+        if let Some(requests) = requests {
+            requests.ends_after(upload.as_ref(), refused, &mut response).await;
         }
         response
     }
@@ -172,6 +173,7 @@ impl Client {
         resolved: &Resolved,
         grpc: bool,
         spoken: Spoken,
+        upload: &mut Option<Replay>,
         exchange: &mut Exchange,
         decision: &mut Decision,
     ) -> Result<Response<Body>, Error> {
@@ -180,6 +182,9 @@ impl Client {
         let upgrade = wants_upgrade.then(|| hyper::upgrade::on(&mut request));
         let (mut outgoing, body) = Outgoing::take(request, false)?;
         outgoing.expects = gate.is_some();
+        let replay = (!http_body::Body::is_end_stream(&body))
+            .then(|| Replay::new(body, pool::UPLOAD_WINDOW as usize).behind(gate));
+        upload.clone_from(&replay);
         head::identify(&mut outgoing.headers, &mut *self.worker.rng.borrow_mut());
         decision.request(&outgoing.headers, &outgoing.path);
         let idempotent = retry::is_idempotent(&outgoing.method, &outgoing.headers);
@@ -199,8 +204,9 @@ impl Client {
             }
             apply_filters(&rule.filters, &mut outgoing, prefix)?;
         }
-        let replay = (!http_body::Body::is_end_stream(&body))
-            .then(|| Replay::new(body, rule.retry.max_body.max(pool::UPLOAD_WINDOW as usize)).behind(gate));
+        if let Some(replay) = &replay {
+            replay.keeps(rule.retry.max_body);
+        }
         let sending = Sending {
             resolved,
             rule,
