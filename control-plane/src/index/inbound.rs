@@ -249,6 +249,18 @@ fn mtls(
     if strict { MtlsMode::Strict } else { MtlsMode::Permissive }
 }
 
+/// How many conditions [`sources`] makes of one. Multiplied, never made: four lists of a thousand are 10¹².
+pub(crate) fn combinations(source: &Source) -> usize {
+    let lists =
+        [source.identities.len(), source.namespaces.len(), source.trust_domains.len(), source.cidrs.len()];
+    lists.into_iter().fold(1, |product, list| product.saturating_mul(list.max(1)))
+}
+
+/// How many values each of them has beside its own.
+pub(crate) fn exceptions(source: &Source) -> usize {
+    source.not_identities.len() + source.not_namespaces.len()
+}
+
 /// A source's lists become one condition for each combination: core asks for one value each.
 pub(crate) fn sources(source: &Source) -> Vec<SourceMatch> {
     let each = |patterns: &[TextPattern]| -> Vec<Option<StringMatch>> {

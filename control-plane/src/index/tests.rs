@@ -404,6 +404,45 @@ spec: {meshRanges: [10.0.0.0/8], egress: Deny, trustDomains: [other.org]}
 }
 
 #[test]
+fn what_a_policys_lists_multiply_to_is_bounded_before_it_is_made() {
+    let policy = |rules: &str| {
+        let text = format!(
+            "apiVersion: weft.dev/v1alpha1\nkind: AuthorizationPolicy\nmetadata: {{name: p, namespace: shop}}\n\
+             spec: {{action: Allow, rules: [{rules}]}}\n"
+        );
+        yaml::read(&"test.yaml".into(), &text).into_iter().find_map(|document| match document {
+            Document::Bad { problem, .. } => Some(format!("{}: {}", problem.path, problem.reason)),
+            Document::Object { .. } | Document::Foreign => None,
+        })
+    };
+    let list =
+        |of: &str, n: usize| (0..n).map(|i| of.replace('#', &i.to_string())).collect::<Vec<_>>().join(", ");
+    let many = |n: usize| {
+        format!(
+            "{{from: [{{identities: [{}], namespaces: [{}], trustDomains: [{}], cidrs: [{}]}}]}}",
+            list("'*/sa/s#'", n),
+            list("n#", n),
+            list("t#.org", n),
+            list("10.0.0.#/32", n.min(250)),
+        )
+    };
+    // 10¹² conditions if they were made.
+    let refused = policy(&many(1_024)).expect("refused");
+    assert!(refused.starts_with("spec.rules[0].from: "), "{refused}");
+    assert_eq!(policy(&many(5)), None, "625 are not many");
+    // Each rule for itself is within its bound, all of them are told to every port of every pod.
+    let refused = policy(&vec![many(5); 7].join(", ")).expect("refused");
+    assert_eq!(refused, "spec.rules[].from: 4375 are more than 4096");
+    // What is excepted stands in each of them.
+    let excepted = format!(
+        "{{from: [{{namespaces: [{}], notIdentities: [{}]}}]}}",
+        list("n#", 100),
+        list("'*/sa/s#'", 100)
+    );
+    assert_eq!(policy(&excepted).as_deref(), Some("spec.rules[].from: 10100 are more than 4096"));
+}
+
+#[test]
 fn an_unreadable_policy_closes_its_workloads() {
     let mut index = index(SHOP);
     let key = ObjectKey::new(Kind::AuthorizationPolicy, "shop", "typo");

@@ -11,7 +11,11 @@ use k8s_openapi::api::{
 };
 use weft_core::{backoff::Backoff, identity::PodUid};
 
-use super::{inbound::sources, outbound::try_backoff, parse_ports};
+use super::{
+    inbound::{combinations, exceptions},
+    outbound::try_backoff,
+    parse_ports,
+};
 use crate::resources::{
     AuthorizationPolicy, INJECTED, Object, SKIP_INBOUND_PORTS, TrafficPolicy, WEIGHT, lookup,
     policy::{AuthorizationPolicySpec, BackoffSpec, TargetRef, TrafficPolicySpec},
@@ -179,11 +183,18 @@ fn authorization(policy: &AuthorizationPolicy) -> Result<(), Invalid> {
         return invalid(format!("spec.ports[{i}]"), "0 is not a port");
     }
     count("spec.rules", rules.len(), MAX_RULES)?;
+    let mut all = 0_usize;
     for (i, rule) in rules.iter().enumerate() {
-        let combinations: usize = rule.from.iter().map(|from| sources(from).len()).sum();
-        count(&format!("spec.rules[{i}].from"), combinations, MAX_SOURCES)?;
+        let sizes = rule.from.iter().map(|from| (combinations(from), exceptions(from)));
+        let (sources, values) = sizes.fold((0_usize, 0_usize), |(sources, values), (each, exceptions)| {
+            let told = each.saturating_mul(exceptions.saturating_add(1));
+            (sources.saturating_add(each), values.saturating_add(told))
+        });
+        count(&format!("spec.rules[{i}].from"), sources, MAX_SOURCES)?;
+        all = all.saturating_add(values);
     }
-    Ok(())
+    // They are told to each workload for each of its ports.
+    count("spec.rules[].from", all, MAX_SOURCES_IN_ALL)
 }
 
 fn targets(targets: &[TargetRef], kinds: &[&str], required: bool) -> Result<(), Invalid> {
@@ -250,3 +261,5 @@ fn invalid(path: impl Into<String>, reason: impl Into<String>) -> Result<(), Inv
 const MAX_RULES: usize = 1_024;
 /// Combinations of one rule's sources.
 const MAX_SOURCES: usize = 1_024;
+/// Those of all rules of a policy, each with what it excepts.
+const MAX_SOURCES_IN_ALL: usize = 4_096;
