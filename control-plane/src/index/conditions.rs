@@ -95,6 +95,12 @@ impl Index {
             Kind::AuthorizationPolicy => {
                 let Some(policy) = self.authz.get(&name) else { return Vec::new() };
                 let mut found = self.target_conditions(&name, &policy.spec.target_refs);
+                for (condition, target) in found.iter_mut().zip(&policy.spec.target_refs) {
+                    if !condition.status {
+                        let kept = self.former.contains_key(&(name.0.clone(), target.name.as_str().into()));
+                        condition.message.push_str(if kept { KEPT } else { CLOSED });
+                    }
+                }
                 if found.is_empty() {
                     let selected = in_namespace(&self.pods, &name.0)
                         .filter(|(pod_name, pod)| self.selects(&name, &policy.spec, pod_name, pod).is_some())
@@ -265,6 +271,11 @@ impl Index {
         targets.iter().map(one).collect()
     }
 }
+
+/// What an authorization policy does without its target (fail closed).
+const KEPT: &str = "; it stays in force for the pods that the Service had";
+/// See [`KEPT`].
+const CLOSED: &str = "; until it is, pods that no other policy opens are closed to all";
 
 fn names_rule<'a>(names: impl Iterator<Item = Option<&'a str>>, section: &str) -> bool {
     names.enumerate().any(|(i, name)| *rule_name(name, i) == *section || section.parse() == Ok(i))

@@ -30,6 +30,27 @@ pub(crate) enum Ports {
     Some(BTreeSet<u16>),
 }
 
+/// What a policy has to say to a pod.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Reach {
+    /// Ports where its rules hold.
+    pub(crate) ports: Option<Ports>,
+    /// Ports that it closes: it names a Service, or a port of one, that is not there and never was, so that nobody
+    /// knows what it was to protect.
+    pub(crate) closes: Option<Ports>,
+}
+
+/// A policy that has something to say to a pod.
+struct Selecting<'a> {
+    name: &'a Name,
+    spec: &'a AuthorizationPolicySpec,
+    ports: Ports,
+    /// How specific it is.
+    rank: u8,
+    /// See [`Reach::closes`].
+    closes: bool,
+}
+
 impl Index {
     /// One workload's own policy; `None` if there is no such workload.
     pub fn workload(&self, uid: &PodUid) -> Option<(InboundPolicy, Meta)> {
@@ -39,8 +60,8 @@ impl Index {
         let policies = self.policies_of(name, pod);
         let mut numbers: BTreeSet<u16> = pod.ports.iter().map(|(_, port)| *port).collect();
         numbers.extend(self.service_targets(name, pod));
-        for (_, _, ports, _) in &policies {
-            if let Ports::Some(ports) = ports {
+        for policy in &policies {
+            if let Ports::Some(ports) = &policy.ports {
                 numbers.extend(ports);
             }
         }
@@ -110,73 +131,84 @@ impl Index {
             .flat_map(move |(_, service)| service.ports.iter().filter_map(|port| port.target_on(pod)))
     }
 
-    /// Policies that select a pod, with the ports that they are about and how specific they are.
-    fn policies_of(&self, name: &Name, pod: &PodEntry) -> Vec<(&Name, &AuthorizationPolicySpec, Ports, u8)> {
-        in_namespace(&self.authz, &name.0)
-            .filter_map(|(policy_name, policy)| {
-                let ports = self.selects(policy_name, &policy.spec, name, pod)?;
-                let whole_namespace = policy.spec.target_refs.is_empty() && policy.spec.selector.is_none();
-                let rank = match (&ports, whole_namespace) {
-                    (Ports::Some(_), _) => 2,
+    /// Policies that select a pod.
+    fn policies_of(&self, name: &Name, pod: &PodEntry) -> Vec<Selecting<'_>> {
+        let mut found = Vec::new();
+        for (policy_name, policy) in in_namespace(&self.authz, &name.0) {
+            let spec = &policy.spec;
+            let Some(reach) = self.selects(policy_name, spec, name, pod) else { continue };
+            let whole_namespace = spec.target_refs.is_empty() && spec.selector.is_none();
+            for (ports, closes) in [(reach.ports, false), (reach.closes, true)] {
+                let Some(ports) = ports else { continue };
+                let rank = match (&ports, closes || whole_namespace) {
+                    (_, true) => 0,
+                    (Ports::Some(_), false) => 2,
                     (Ports::All, false) => 1,
-                    (Ports::All, true) => 0,
                 };
-                Some((policy_name, &policy.spec, ports, rank))
-            })
-            .collect()
+                found.push(Selecting { name: policy_name, spec, ports, rank, closes });
+            }
+        }
+        found
     }
 
     /// Which ports of a pod a policy is about; `None`: it is not about the pod.
+    ///
+    /// Why a Service that was deleted still counts here: the policy was not. Until somebody changes what it says, it
+    /// is about the pods that its Service had, and those that would have become its.
     pub(crate) fn selects(
         &self,
         policy: &Name,
         spec: &AuthorizationPolicySpec,
         pod_name: &Name,
         pod: &PodEntry,
-    ) -> Option<Ports> {
+    ) -> Option<Reach> {
         if policy.0 != pod_name.0 {
             return None;
         }
-        let mut ports = Ports::All;
         if let Some(selector) = &spec.selector
             && !is_subset(&selector.match_labels, &pod.labels)
         {
             return None;
         }
-        if !spec.target_refs.is_empty() {
-            let mut targets = BTreeSet::new();
-            for target in &spec.target_refs {
-                let service_name: Name = (policy.0.clone(), target.name.as_str().into());
-                let Some(service) = self.services.get(&service_name) else { continue };
-                if self.is_pod_of(&service_name, service, pod_name, pod) {
-                    let section = target.section_name.as_deref();
-                    let named = service.ports.iter().filter(|port| section.is_none_or(|s| port.is_named(s)));
-                    targets.extend(named.filter_map(|port| port.target_on(pod)));
-                }
+        let only = |ports: Ports| {
+            if spec.ports.is_empty() {
+                return Some(ports);
             }
-            if targets.is_empty() {
-                return None;
-            }
-            ports = Ports::Some(targets);
-        }
-        if !spec.ports.is_empty() {
             let wanted: BTreeSet<u16> = spec.ports.iter().copied().collect();
-            ports = Ports::Some(match ports {
+            let left = match ports {
                 Ports::All => wanted,
                 Ports::Some(targets) => targets.intersection(&wanted).copied().collect(),
-            });
+            };
+            (!left.is_empty()).then_some(Ports::Some(left))
+        };
+        if spec.target_refs.is_empty() {
+            return only(Ports::All).map(|ports| Reach { ports: Some(ports), closes: None });
         }
-        if matches!(&ports, Ports::Some(ports) if ports.is_empty()) {
-            return None;
+        let (mut targets, mut unknown) = (BTreeSet::new(), false);
+        for target in &spec.target_refs {
+            let service_name: Name = (policy.0.clone(), target.name.as_str().into());
+            let Some(service) = self.services.get(&service_name).or(self.former.get(&service_name)) else {
+                unknown = true;
+                continue;
+            };
+            if self.may_be_pod_of(&service_name, service, pod_name, pod) {
+                let section = target.section_name.as_deref();
+                let mut named =
+                    service.ports.iter().filter(|port| section.is_none_or(|s| port.is_named(s))).peekable();
+                unknown |= named.peek().is_none();
+                targets.extend(named.filter_map(|port| port.target_on(pod)));
+            }
         }
-        Some(ports)
+        let ports = (!targets.is_empty()).then_some(Ports::Some(targets)).and_then(only);
+        let closes = unknown.then_some(Ports::All).and_then(only);
+        (ports.is_some() || closes.is_some()).then_some(Reach { ports, closes })
     }
 
     fn authorization(
         &self,
         name: &Name,
         pod: &PodEntry,
-        policies: &[(&Name, &AuthorizationPolicySpec, Ports, u8)],
+        policies: &[Selecting<'_>],
         port: Option<u16>,
         mesh: Option<policy::Action>,
     ) -> Authorization {
@@ -185,16 +217,20 @@ impl Index {
             Some(policy::Action::Allow) | None => Action::Allow,
         };
         let mut rules = Vec::new();
-        for (policy_name, spec, ports, _) in policies {
-            let Some(action) = action_of(spec) else { continue };
-            if !is_about(ports, port) {
+        for policy in policies {
+            let Some(action) = action_of(policy.spec) else { continue };
+            if !is_about(&policy.ports, port) {
                 continue;
             }
             if action == Action::Allow {
                 default = Action::Deny;
+                // Whom it lets in, it lets in there, and nobody knows where that is.
+                if policy.closes {
+                    continue;
+                }
             }
-            let object = object_ref(Kind::AuthorizationPolicy, policy_name);
-            rules.extend(spec.rules.iter().map(|rule| AuthzRule {
+            let object = object_ref(Kind::AuthorizationPolicy, policy.name);
+            rules.extend(policy.spec.rules.iter().map(|rule| AuthzRule {
                 object: object.clone(),
                 action,
                 sources: rule.from.iter().flat_map(sources).collect(),
@@ -235,15 +271,13 @@ fn is_about(ports: &Ports, port: Option<u16>) -> bool {
 }
 
 /// The most specific policy that speaks of mTLS decides; among equals strict wins.
-fn mtls(
-    policies: &[(&Name, &AuthorizationPolicySpec, Ports, u8)],
-    port: Option<u16>,
-    mesh: Option<Mtls>,
-) -> MtlsMode {
+fn mtls(policies: &[Selecting<'_>], port: Option<u16>, mesh: Option<Mtls>) -> MtlsMode {
     let said = policies
         .iter()
-        .filter(|(_, _, ports, _)| is_about(ports, port))
-        .filter_map(|(_, spec, _, rank)| Some((*rank, spec.mtls? == Mtls::Strict)))
+        .filter(|policy| is_about(&policy.ports, port))
+        .filter_map(|policy| Some((policy.rank, policy.closes, policy.spec.mtls? == Mtls::Strict)))
+        .filter(|(_, closes, strict)| *strict || !closes)
+        .map(|(rank, _, strict)| (rank, strict))
         .max();
     let strict = said.map_or(mesh == Some(Mtls::Strict), |(_, strict)| strict);
     if strict { MtlsMode::Strict } else { MtlsMode::Permissive }

@@ -94,6 +94,8 @@ pub type Name = (Arc<str>, Arc<str>);
 pub struct Index {
     pub(crate) trust_domain: TrustDomain,
     pub(crate) services: BTreeMap<Name, ServiceEntry>,
+    /// Services that are gone while an authorization policy names them: it is still about their pods.
+    pub(crate) former: BTreeMap<Name, ServiceEntry>,
     pub(crate) slices: BTreeMap<Name, SliceEntry>,
     pub(crate) pods: BTreeMap<Name, PodEntry>,
     pub(crate) http_routes: BTreeMap<Name, RouteEntry<HttpRouteSpec>>,
@@ -223,6 +225,7 @@ impl Index {
         Self {
             trust_domain,
             services: BTreeMap::new(),
+            former: BTreeMap::new(),
             slices: BTreeMap::new(),
             pods: BTreeMap::new(),
             http_routes: BTreeMap::new(),
@@ -280,11 +283,31 @@ impl Index {
             // Answered above.
             Event::Zone { .. } => {}
         }
+        if key.kind == Kind::AuthorizationPolicy {
+            self.forget_former(&key.namespace);
+        }
         dirty.append(&mut self.affected_by(&key));
         for service in &of_slice {
             self.affected_by_service(service, false, &mut dirty);
         }
         dirty
+    }
+
+    /// Forgets the deleted services of a namespace that no authorization policy names any more.
+    fn forget_former(&mut self, namespace: &Arc<str>) {
+        let mut former = std::mem::take(&mut self.former);
+        former.retain(|name, _| name.0 != *namespace || self.policies_about(name).next().is_some());
+        self.former = former;
+    }
+
+    /// Authorization policies that name a service, be it there or not.
+    fn policies_about<'a>(
+        &'a self,
+        service: &'a Name,
+    ) -> impl Iterator<Item = (&'a Name, &'a AuthorizationPolicySpec)> {
+        in_namespace(&self.authz, &service.0)
+            .filter(|(_, policy)| policy.spec.target_refs.iter().any(|target| *target.name == *service.1))
+            .map(|(name, policy)| (name, &policy.spec))
     }
 
     fn set_zone(&mut self, node: &Arc<str>, zone: Option<&Arc<str>>) -> BTreeSet<Key> {
@@ -338,7 +361,15 @@ impl Index {
         let name = name_of(key);
         let mut keys = BTreeSet::new();
         match key.kind {
-            Kind::Service => self.affected_by_service(&name, true, &mut keys),
+            Kind::Service => {
+                self.affected_by_service(&name, true, &mut keys);
+                // Who may call them is said about the service, be it there or not.
+                for (policy, spec) in self.policies_about(&name) {
+                    let pods = in_namespace(&self.pods, &name.0)
+                        .filter(|(pod_name, pod)| self.selects(policy, spec, pod_name, pod).is_some());
+                    keys.extend(pods.map(|(_, pod)| Key::Workload(pod.uid.clone())));
+                }
+            }
             Kind::EndpointSlice => {
                 if let Some(slice) = self.slices.get(&name) {
                     self.affected_by_service(&slice.service, false, &mut keys);
@@ -477,6 +508,7 @@ impl Index {
                 for ip in entry.vips() {
                     self.by_vip.entry(*ip).or_default().insert(name.clone());
                 }
+                self.former.remove(&name);
                 self.services.insert(name, entry);
             }
             Object::EndpointSlice(slice) => {
@@ -527,6 +559,10 @@ impl Index {
                 if let Some(old) = self.services.remove(&name) {
                     for ip in old.vips() {
                         unclaim(&mut self.by_vip, ip, &name);
+                    }
+                    // Without a selector nobody knows whose pods would be its.
+                    if !old.selector.is_empty() && self.policies_about(&name).next().is_some() {
+                        self.former.insert(name, old);
                     }
                 }
             }
@@ -640,15 +676,31 @@ impl Index {
         pod_name: &Name,
         pod: &PodEntry,
     ) -> bool {
-        if self.slices_of.contains_key(name) {
-            let named = |e: &SliceEndpoint| {
-                e.pod_uid.as_ref() == Some(&pod.uid)
-                    || (e.pod_uid.is_none() && e.pod_name.as_ref() == Some(pod_name))
-                    || (e.pod_uid.is_none() && e.addresses.iter().any(|a| pod.ips.contains(a)))
-            };
-            return self.slices_of(name).flat_map(|slice| &slice.endpoints).any(named);
+        match self.slices_of.contains_key(name) {
+            true => self.is_in_slices_of(name, pod_name, pod),
+            false => is_selected(name, service, pod_name, pod),
         }
-        pod_name.0 == name.0 && !service.selector.is_empty() && is_subset(&service.selector, &pod.labels)
+    }
+
+    /// The same for authorization: nobody waits for a slice to be written, and a pod that is in one is the
+    /// service's whatever its labels say now.
+    pub(crate) fn may_be_pod_of(
+        &self,
+        name: &Name,
+        service: &ServiceEntry,
+        pod_name: &Name,
+        pod: &PodEntry,
+    ) -> bool {
+        is_selected(name, service, pod_name, pod) || self.is_in_slices_of(name, pod_name, pod)
+    }
+
+    fn is_in_slices_of(&self, name: &Name, pod_name: &Name, pod: &PodEntry) -> bool {
+        let named = |e: &SliceEndpoint| {
+            e.pod_uid.as_ref() == Some(&pod.uid)
+                || (e.pod_uid.is_none() && e.pod_name.as_ref() == Some(pod_name))
+                || (e.pod_uid.is_none() && e.addresses.iter().any(|a| pod.ips.contains(a)))
+        };
+        self.slices_of(name).flat_map(|slice| &slice.endpoints).any(named)
     }
 
     /// The mesh-wide settings in force, and which object they come from.
@@ -849,6 +901,10 @@ impl PodEntry {
             probes: spec.map(probes::admitted).unwrap_or_default(),
         })
     }
+}
+
+fn is_selected(name: &Name, service: &ServiceEntry, pod_name: &Name, pod: &PodEntry) -> bool {
+    pod_name.0 == name.0 && !service.selector.is_empty() && is_subset(&service.selector, &pod.labels)
 }
 
 /// Takes one of several claims back.

@@ -461,6 +461,79 @@ fn an_unreadable_policy_closes_its_workloads() {
 }
 
 #[test]
+fn a_policy_about_a_service_does_not_open_its_pods_when_the_service_is_away() {
+    let policy = |target: &str, rest: &str| {
+        format!(
+            "apiVersion: weft.dev/v1alpha1\nkind: AuthorizationPolicy\nmetadata: {{name: callers, namespace: shop}}\n\
+             spec: {{targetRefs: [{{kind: Service, name: {target}}}], mtls: Strict, action: Allow, {rest}\
+             rules: [{{from: [{{namespaces: [front]}}]}}]}}\n"
+        )
+    };
+    let at = |index: &Index, pod: &str, port: u16| {
+        let (policy, _) = index.workload(&uid(pod)).unwrap();
+        let port = policy.ports.get(&port).unwrap_or(&policy.default_port).clone();
+        (port.mtls, port.authorization.default, port.authorization.rules.len())
+    };
+    let (closed, open) = ((MtlsMode::Strict, Action::Deny, 1), (MtlsMode::Permissive, Action::Allow, 0));
+    let mut index = index(SHOP);
+    apply(&mut index, &policy("cart", ""));
+    assert_eq!((at(&index, "cart-1-uid", 8080), at(&index, "cart-1-uid", 7)), (closed, open));
+    // Its slices do not name the pod (yet).
+    let dirty = apply(
+        &mut index,
+        "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\n\
+         metadata: {name: cart-x, namespace: shop, labels: {kubernetes.io/service-name: cart}}\n\
+         addressType: IPv4\nports: [{name: http, port: 8080}]\nendpoints: []\n",
+    );
+    assert!(dirty.contains(&Key::Workload(uid("cart-1-uid"))));
+    assert_eq!(at(&index, "cart-1-uid", 8080), closed);
+    delete(&mut index, Kind::EndpointSlice, "cart-x");
+    // The service is deleted, and made again.
+    delete(&mut index, Kind::Service, "cart");
+    assert_eq!((at(&index, "cart-1-uid", 8080), at(&index, "cart-1-uid", 7)), (closed, open));
+    // A pod that comes meanwhile would have been its.
+    let pod = "apiVersion: v1\nkind: Pod\nmetadata: {name: cart-9, namespace: shop, uid: cart-9-uid, labels: {app: cart}}\n\
+               spec: {containers: [{name: a, ports: [{name: web, containerPort: 8081}]}]}\n";
+    apply(&mut index, pod);
+    assert_eq!(at(&index, "cart-9-uid", 8081), closed);
+    let said = index.conditions(&ObjectKey::new(Kind::AuthorizationPolicy, "shop", "callers"));
+    assert_eq!((said[0].reason, said[0].status), ("TargetNotFound", false));
+    assert!(said[0].message.ends_with("the pods that the Service had"), "{said:?}");
+    apply(&mut index, SHOP);
+    assert!(index.former.is_empty());
+    assert_eq!((at(&index, "cart-9-uid", 8081), at(&index, "cart-9-uid", 7)), (closed, open));
+    // A target that never was: nobody knows what it was to protect. What it would let in gets in nowhere.
+    let dirty = apply(&mut index, &policy("crat", "ports: [7, 8080], "));
+    assert!(dirty.contains(&Key::Workload(uid("cart-1-uid"))));
+    let shut = (MtlsMode::Strict, Action::Deny, 0);
+    assert_eq!((at(&index, "cart-1-uid", 8080), at(&index, "cart-1-uid", 7)), (shut, shut));
+    assert_eq!(at(&index, "cart-1-uid", 9090), open);
+    // It comes, and has no such pods.
+    let crat = "apiVersion: v1\nkind: Service\nmetadata: {name: crat, namespace: shop}\n\
+                spec: {clusterIP: 10.96.0.20, selector: {app: crat}, ports: [{port: 80}]}\n";
+    assert!(apply(&mut index, crat).contains(&Key::Workload(uid("cart-1-uid"))));
+    assert_eq!(at(&index, "cart-1-uid", 8080), open);
+    // What was deleted is remembered for as long as a policy names it.
+    delete(&mut index, Kind::Service, "crat");
+    assert_eq!((index.former.len(), at(&index, "cart-1-uid", 8080)), (1, open));
+    delete(&mut index, Kind::AuthorizationPolicy, "callers");
+    assert!(index.former.is_empty());
+}
+
+#[test]
+fn a_policy_about_a_port_that_its_service_does_not_have_closes_that_services_pods() {
+    let mut index = index(SHOP);
+    apply(
+        &mut index,
+        "apiVersion: weft.dev/v1alpha1\nkind: AuthorizationPolicy\nmetadata: {name: p, namespace: shop}\n\
+         spec: {targetRefs: [{kind: Service, name: cart, sectionName: htp}], rules: [{from: [{namespaces: [a]}]}]}\n---\n\
+         apiVersion: v1\nkind: Pod\nmetadata: {name: other, namespace: shop, uid: other-uid}\n",
+    );
+    let default = |pod: &str| index.workload(&uid(pod)).unwrap().0.default_port.authorization.default;
+    assert_eq!((default("cart-1-uid"), default("other-uid")), (Action::Deny, Action::Allow));
+}
+
+#[test]
 fn a_pod_touches_its_services_and_nothing_else() {
     let mut index = index(SHOP);
     let dirty = delete(&mut index, Kind::Pod, "cart-2");
