@@ -195,6 +195,14 @@ impl Roots {
                 roots.forget_expired(SystemTime::now())?;
                 roots
             }
+            // Somebody put something else there, or put it there wrongly: a root of our own beside it would be one
+            // more authority on each replica that reads it.
+            Err(_) if matches!(&place, Place::Memory(files) if !files.is_empty()) => {
+                let reason = format!(
+                    "is missing, and so is {SUPPLIED_CERTIFICATE}: there is no authority in what is there"
+                );
+                return Err(CaError::Content { path, reason });
+            }
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
                 let root = create(&mut place, "root-1", trust_domain)?;
                 let name = root.name.clone();
@@ -703,6 +711,18 @@ pub(crate) mod tests {
         let other = Roots::open_in(Place::Memory(files), &domain()).unwrap();
         assert_eq!(other.bundle(), first.bundle());
         assert_eq!(other.anchors().matches("BEGIN").count(), 2);
+    }
+
+    #[test]
+    fn a_secret_that_holds_something_else_makes_no_authority() {
+        let mut files =
+            Roots::open_in(Place::Memory(Files::new()), &domain()).unwrap().files().unwrap().clone();
+        files.remove(REGISTER);
+        for entries in [files, [("cert.pem".to_owned(), Zeroizing::new(b"x".to_vec()))].into()] {
+            let error = Roots::open_in(Place::Memory(entries), &domain()).unwrap_err();
+            assert!(matches!(&error, CaError::Content { .. }), "{error}");
+            assert!(error.to_string().contains(REGISTER), "{error}");
+        }
     }
 
     #[test]
