@@ -2,10 +2,13 @@
 //!
 //! Why parts can be added: a sidecar has its streams at one controller at a time, so what two of them count is not the
 //! same thing twice. A sidecar that has just moved is listed by both: the one that has it connected is right.
+//!
+//! Why counts of another version are not added: a controller that has not heard of a change says that its sidecars are
+//! up to date, with what was there before. It is late itself then, and is named among those that are.
 
-use std::collections::{BTreeMap, btree_map::Entry};
+use std::collections::{BTreeMap, HashMap, btree_map::Entry};
 
-use super::types::{Certs, Endpoints, ObjectStatus, ReplicaStatus, SidecarStatus, Status};
+use super::types::{Certs, Endpoints, Laggard, ObjectStatus, ReplicaStatus, SidecarStatus, Status};
 use crate::telemetry::view::EdgeRow;
 
 /// A replica's part; `None`: it did not answer.
@@ -31,8 +34,11 @@ pub fn status(own: Status, others: Vec<Part<Status>>) -> Status {
         }
     };
     add(std::mem::take(&mut whole.sidecars));
+    let key = |object: &ObjectStatus| (object.kind.clone(), object.namespace.clone(), object.name.clone());
+    let places: HashMap<_, _> =
+        whole.objects.iter().enumerate().map(|(place, object)| (key(object), place)).collect();
     for (name, part) in others {
-        whole.replicas.push(ReplicaStatus { name, answered: part.is_some() });
+        whole.replicas.push(ReplicaStatus { name: name.clone(), answered: part.is_some() });
         let Some(part) = part else { continue };
         whole.synced &= part.synced;
         for problem in part.problems {
@@ -40,14 +46,18 @@ pub fn status(own: Status, others: Vec<Part<Status>>) -> Status {
                 whole.problems.push(problem);
             }
         }
+        let serves = part.sidecars.iter().any(|sidecar| sidecar.connected);
         add(part.sidecars);
+        let mut heard = vec![false; whole.objects.len()];
         for object in part.objects {
-            let same = |known: &&mut ObjectStatus| {
-                (&known.kind, &known.namespace, &known.name)
-                    == (&object.kind, &object.namespace, &object.name)
-            };
             // What only the other has heard of is here in a moment.
-            let Some(known) = whole.objects.iter_mut().find(same) else { continue };
+            let Some(place) = places.get(&key(&object)) else { continue };
+            let known = &mut whole.objects[*place];
+            heard[*place] = true;
+            if !is_same(&known.version, &object.version) {
+                is_late(known, &name, object.of);
+                continue;
+            }
             known.applied += object.applied;
             known.of += object.of;
             known.applied_after_ms = match (known.of - object.of, object.of) {
@@ -57,9 +67,31 @@ pub fn status(own: Status, others: Vec<Part<Status>>) -> Status {
             };
             known.laggards.extend(object.laggards);
         }
+        let unheard = whole.objects.iter_mut().zip(heard).filter(|(_, heard)| !heard);
+        for (object, _) in unheard.filter(|_| serves) {
+            is_late(object, &name, 0);
+        }
     }
     whole.sidecars = sidecars.into_values().collect();
     whole
+}
+
+/// Whether two versions are of one text. Where the API server counts, its count alone says so: controllers of two
+/// releases may hash one object in two ways.
+fn is_same(one: &str, other: &str) -> bool {
+    let counted = |version: &str| version.rsplit_once('.').map(|(counted, _)| counted.to_owned());
+    one == other || counted(one).is_some_and(|one| Some(one) == counted(other))
+}
+
+/// A controller serves another version of an object to its sidecars, of which it counts `of`.
+fn is_late(object: &mut ObjectStatus, controller: &str, of: u32) {
+    object.of += of.max(1);
+    object.applied_after_ms = None;
+    object.laggards.push(Laggard {
+        pod: format!("the controller {controller}"),
+        reason: "it has not heard of this version yet".to_owned(),
+        ..Laggard::default()
+    });
 }
 
 /// Endpoints as all sidecars see them.
@@ -159,6 +191,28 @@ mod tests {
         assert_eq!(names, [("a", true), ("b", true), ("c", true)], "it moved");
         let answered: Vec<_> = whole.replicas.iter().map(|r| (&*r.name, r.answered)).collect();
         assert_eq!(answered, [("two", true), ("three", false)]);
+    }
+
+    #[test]
+    fn a_controller_that_has_another_version_is_late_with_all_its_sidecars() {
+        let of = |version: &str| Status {
+            objects: vec![ObjectStatus { version: version.to_owned(), ..object(2, 2, Some(10)) }],
+            sidecars: vec![sidecar(version, true, 0)],
+            ..Status::default()
+        };
+        let merged = |own: &str, other: Status| {
+            let object = status(of(own), vec![("two".to_owned(), Some(other))]).objects.remove(0);
+            let late: Vec<_> = object.laggards.iter().map(|laggard| laggard.pod.clone()).collect();
+            (object.applied, object.of, object.applied_after_ms, late)
+        };
+        let late = || vec!["the controller two".to_owned()];
+        assert_eq!(merged("new", of("old")), (2, 4, None, late()));
+        assert_eq!(merged("u.2.aa", of("u.1.aa")), (2, 4, None, late()));
+        assert_eq!(merged("u.2.aa", of("u.2.bb")), (4, 4, Some(10), vec![]), "releases may hash differently");
+        // It has sidecars and does not know the object; without sidecars it tells nobody anything.
+        let unheard = Status { objects: vec![], ..of("x") };
+        assert_eq!(merged("new", unheard.clone()), (2, 3, None, late()));
+        assert_eq!(merged("new", Status { sidecars: vec![], ..unheard }), (2, 2, Some(10), vec![]));
     }
 
     #[test]

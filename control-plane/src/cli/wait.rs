@@ -19,7 +19,7 @@ use super::{
     text,
 };
 use crate::{
-    api::types::{ObjectStatus, Status},
+    api::types::{ObjectStatus, ReplicaStatus, Status},
     resources::values::GatewayDuration,
 };
 
@@ -60,7 +60,8 @@ pub(super) async fn main(args: &WaitArgs) -> Result<ExitCode> {
         match status {
             Ok(status) => {
                 let found = status.objects.iter().find(|o| wanted.is(&o.kind, &o.namespace, &o.name));
-                if let Some(object) = found.filter(|object| done(object, args.after.as_deref())) {
+                let done = |object: &&ObjectStatus| done(object, &status.replicas, args.after.as_deref());
+                if let Some(object) = found.filter(done) {
                     let problem = status.problems.iter().find(|p| p.object == key(object));
                     if let Some(problem) = problem {
                         bail!("its newest text is not in force: {}", problem_line(problem));
@@ -68,7 +69,7 @@ pub(super) async fn main(args: &WaitArgs) -> Result<ExitCode> {
                     return said(args, object, started.elapsed());
                 }
                 if late {
-                    bail!("{}", why_not(args, found));
+                    bail!("{}", why_not(args, found, &status.replicas));
                 }
             }
             Err(error) if late => return Err(error),
@@ -78,8 +79,11 @@ pub(super) async fn main(args: &WaitArgs) -> Result<ExitCode> {
     }
 }
 
-fn done(object: &ObjectStatus, after: Option<&str>) -> bool {
-    object.applied >= object.of && after.is_none_or(|before| before != object.version)
+/// What a controller does not say of its sidecars is not known: nobody may call that live.
+fn done(object: &ObjectStatus, replicas: &[ReplicaStatus], after: Option<&str>) -> bool {
+    object.applied >= object.of
+        && replicas.iter().all(|replica| replica.answered)
+        && after.is_none_or(|before| before != object.version)
 }
 
 fn said(args: &WaitArgs, object: &ObjectStatus, waited: Duration) -> Result<ExitCode> {
@@ -101,7 +105,7 @@ fn said(args: &WaitArgs, object: &ObjectStatus, waited: Duration) -> Result<Exit
     }
 }
 
-fn why_not(args: &WaitArgs, found: Option<&ObjectStatus>) -> String {
+fn why_not(args: &WaitArgs, found: Option<&ObjectStatus>, replicas: &[ReplicaStatus]) -> String {
     let Some(object) = found else {
         return format!(
             "there is no {} after {:?}; `weft status --all` lists what there is",
@@ -111,15 +115,13 @@ fn why_not(args: &WaitArgs, found: Option<&ObjectStatus>) -> String {
     if args.after.as_deref() == Some(&*object.version) {
         return format!("{} has not changed: still version {}", args.object, object.version);
     }
-    let missing: Vec<_> = object
-        .laggards
-        .iter()
-        .take(5)
-        .map(|laggard| match laggard.reason.as_str() {
-            "" => laggard.pod.clone(),
-            reason => format!("{} ({reason})", laggard.pod),
-        })
-        .collect();
+    let laggards = object.laggards.iter().take(5).map(|laggard| match laggard.reason.as_str() {
+        "" => laggard.pod.clone(),
+        reason => format!("{} ({reason})", laggard.pod),
+    });
+    let silent = replicas.iter().filter(|replica| !replica.answered);
+    let silent = silent.map(|replica| format!("the controller {} (it does not answer)", replica.name));
+    let missing: Vec<_> = laggards.chain(silent).collect();
     format!(
         "{} is live in {}/{} sidecars after {:?}; missing: {}",
         args.object,
@@ -144,3 +146,17 @@ fn patience(text: &str) -> Result<Duration, String> {
 }
 
 const EVERY: Duration = Duration::from_millis(100);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_does_not_answer_may_have_sidecars_that_lack_it() {
+        let object = ObjectStatus { applied: 2, of: 2, version: "b".to_owned(), ..ObjectStatus::default() };
+        let replica = |answered| ReplicaStatus { name: "two".to_owned(), answered };
+        assert!(done(&object, &[replica(true)], None) && done(&object, &[], Some("a")));
+        assert!(!done(&object, &[replica(true), replica(false)], None));
+        assert!(!done(&object, &[], Some("b")));
+    }
+}

@@ -105,6 +105,12 @@ impl Writer {
         let objects: HashMap<_, _> = status.objects.iter().map(|object| (name(object), object)).collect();
         let problems: HashMap<_, _> =
             status.problems.iter().map(|problem| (&*problem.object, problem)).collect();
+        let silent: Vec<_> = status
+            .replicas
+            .iter()
+            .filter(|replica| !replica.answered)
+            .map(|replica| &*replica.name)
+            .collect();
         let now = Timestamp::now().to_string();
         let live = statuses.all();
         self.told.retain(|key, _| live.iter().any(|(known, _)| known == key));
@@ -127,7 +133,7 @@ impl Writer {
                     route(&key, &live, conditions, problem, &now).map(|parents| json!({ "parents": parents }))
                 }
                 Kind::TrafficPolicy | Kind::AuthorizationPolicy | Kind::MeshConfig => {
-                    policy(&live, object, problem, &now)
+                    policy(&live, object, problem, &silent, &now)
                 }
                 Kind::Service | Kind::EndpointSlice | Kind::Pod => None,
             };
@@ -249,6 +255,7 @@ fn policy(
     live: &Live,
     object: Option<&ObjectStatus>,
     problem: Option<&ProblemStatus>,
+    silent: &[&str],
     now: &str,
 ) -> Option<Value> {
     let mut accepted = ConditionStatus { kind: "Accepted".to_owned(), ..ConditionStatus::default() };
@@ -273,7 +280,11 @@ fn policy(
     let conditions = list(&[accepted], &live.status["conditions"], live.generation, now);
     let mut wanted = json!({"observedGeneration": live.generation, "conditions": conditions});
     if let Some(object) = object {
-        wanted["applied"] = json!(format!("{}/{} @ {}", object.applied, object.of, object.version));
+        let unknown = match silent {
+            [] => String::new(),
+            silent => format!(", no answer from {}", silent.join(", ")),
+        };
+        wanted["applied"] = json!(format!("{}/{} @ {}{unknown}", object.applied, object.of, object.version));
     }
     let same = ["observedGeneration", "conditions", "applied"]
         .iter()
@@ -376,23 +387,25 @@ mod tests {
             version: "v".to_owned(),
             ..ObjectStatus::default()
         };
-        let wanted = policy(&live, Some(&object), None, "T").unwrap();
+        let wanted = policy(&live, Some(&object), None, &[], "T").unwrap();
         assert_eq!(wanted["applied"], "2/3 @ v");
         assert_eq!(wanted["conditions"][0]["status"], "True");
         live.status = wanted;
-        assert_eq!(policy(&live, Some(&object), None, "T2"), None);
+        assert_eq!(policy(&live, Some(&object), None, &[], "T2"), None);
+        let unknown = policy(&live, Some(&object), None, &["two"], "T2").unwrap();
+        assert_eq!(unknown["applied"], "2/3 @ v, no answer from two");
         let problem = ProblemStatus {
             field: "spec.rules[0]".to_owned(),
             reason: "unknown field `identitys`".to_owned(),
             kept_last_good: true,
             ..ProblemStatus::default()
         };
-        let wanted = policy(&live, Some(&object), Some(&problem), "T2").unwrap();
+        let wanted = policy(&live, Some(&object), Some(&problem), &[], "T2").unwrap();
         let message = wanted["conditions"][0]["message"].as_str().unwrap();
         assert!(
             message.contains("spec.rules[0]: unknown field") && message.contains("last good"),
             "{message}"
         );
-        assert_eq!(policy(&live, None, None, "T3"), None, "nobody has read it yet");
+        assert_eq!(policy(&live, None, None, &[], "T3"), None, "nobody has read it yet");
     }
 }
