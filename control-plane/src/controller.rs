@@ -13,6 +13,7 @@ use std::{
 
 use anyhow::Context as _;
 use arc_swap::ArcSwap;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use tokio::{
     net::TcpListener,
     sync::{mpsc, watch},
@@ -185,16 +186,16 @@ impl Controller {
                 tasks.spawn(dir::watch(folder.clone(), Some(kept), batches));
                 LastGood::load(&config.state_dir)
             }
-            (Source::Kubernetes(_), Some(InCluster { client, authority, settings })) => {
+            (Source::Kubernetes(_), Some(InCluster { client, authority, owner, settings })) => {
                 let (injected, injected_seen) = watch::channel(BTreeSet::new());
                 let statuses = Statuses::default();
                 let (leads, leads_seen) = watch::channel(false);
-                let webhook = Webhook::new(listen(settings.webhook).await?, settings.values.clone());
+                let webhook = Webhook::new(listen(settings.webhook).await?, settings.values.clone(), owner.clone());
                 tasks.spawn(webhook.run(client.clone(), webhook_closing));
                 tasks.spawn(k8s::watch::watch(client.clone(), statuses.clone(), injected, batches));
                 let Cluster { namespace, pod, .. } = *settings;
                 let ask = move || api_server.clone().whole_status();
-                tasks.spawn(k8s::lease::hold(client.clone(), namespace, pod.clone(), leads));
+                tasks.spawn(k8s::lease::hold(client.clone(), namespace, pod.clone(), owner, leads));
                 tasks.spawn(k8s::status::write(client, pod, statuses, leads_seen, ask));
                 tasks.spawn(authority.clone().follow(ca.clone()));
                 tasks.spawn(authority.publish(ca.clone(), injected_seen));
@@ -273,6 +274,7 @@ impl Controller {
 struct InCluster {
     client: kube::Client,
     authority: Arc<Authority>,
+    owner: Option<OwnerReference>,
     settings: Box<Cluster>,
 }
 
@@ -287,16 +289,17 @@ async fn open(config: &Config) -> anyhow::Result<(Ca, Option<InCluster>)> {
                 None => k8s::client().await?,
             };
             let Cluster { namespace, issuer_secret, cluster_role, .. } = &**settings;
+            let owner = k8s::owner::owner(&client, cluster_role.as_deref()).await;
             let opened = Authority::open(
                 client.clone(),
                 namespace,
                 issuer_secret,
-                cluster_role.as_deref(),
+                owner.clone(),
                 domain,
                 lifetime,
             );
             let (authority, ca) = opened.await?;
-            Ok((ca, Some(InCluster { client, authority, settings: settings.clone() })))
+            Ok((ca, Some(InCluster { client, authority, owner, settings: settings.clone() })))
         }
     }
 }

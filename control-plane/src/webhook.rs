@@ -19,7 +19,7 @@ use hyper_util::{
     rt::{TokioExecutor, TokioIo, TokioTimer},
     server::conn::auto,
 };
-use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::{api::core::v1::Pod, apimachinery::pkg::apis::meta::v1::OwnerReference};
 use kube::Client;
 use rustls::ServerConfig;
 use serde::{Deserialize, de::DeserializeOwned};
@@ -56,18 +56,20 @@ pub struct Webhook {
     listener: TcpListener,
     /// What sidecars are like.
     values: Arc<Values>,
+    /// Of what it makes.
+    owner: Option<OwnerReference>,
 }
 
 impl Webhook {
     /// A server of `values`, whose certificate is still to come.
-    pub fn new(listener: TcpListener, values: Arc<Values>) -> Self {
-        Self { listener, values }
+    pub fn new(listener: TcpListener, values: Arc<Values>, owner: Option<OwnerReference>) -> Self {
+        Self { listener, values, owner }
     }
 
     /// Serves with a certificate that `client`'s API server believes, until `closing` says so.
     pub async fn run(self, client: Client, mut closing: watch::Receiver<bool>) {
         let (first, certified) = oneshot::channel();
-        let keep = certificate::keep(client, first);
+        let keep = certificate::keep(client, self.owner.clone(), first);
         let seen = closing.clone();
         let serve = async move {
             if let Ok(tls) = certified.await {

@@ -18,10 +18,7 @@ use anyhow::Context as _;
 use futures_util::StreamExt as _;
 use k8s_openapi::{
     ByteString,
-    api::{
-        core::v1::{ConfigMap, Secret},
-        rbac::v1::ClusterRole,
-    },
+    api::core::v1::{ConfigMap, Secret},
     apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference},
 };
 use kube::{
@@ -33,6 +30,7 @@ use tokio::{sync::watch, time::sleep};
 use weft_core::identity::TrustDomain;
 use zeroize::Zeroizing;
 
+use super::owner;
 use crate::ca::{Bundle, Ca, CaError, Files, Place, Roots, RotateRoot};
 
 /// Keeps the authority's Secret.
@@ -55,11 +53,10 @@ impl Authority {
         client: Client,
         namespace: &str,
         name: &str,
-        cluster_role: Option<&str>,
+        owner: Option<OwnerReference>,
         trust_domain: TrustDomain,
         lifetime: Duration,
     ) -> anyhow::Result<(Arc<Self>, Ca)> {
-        let owner = owner(&client, cluster_role).await;
         let secrets = Api::namespaced(client.clone(), namespace);
         let own = Self {
             secrets,
@@ -72,7 +69,7 @@ impl Authority {
         let roots = loop {
             match own.change(|_| Ok(())).await {
                 Ok(roots) => break roots,
-                Err(Failed::Api(error)) if !is_refusal(&error) => {
+                Err(Failed::Api(error)) if !super::is_refusal(&error) => {
                     tracing::warn!(%error, "the issuer's Secret cannot be read yet");
                     sleep(RETRY).await;
                 }
@@ -108,12 +105,15 @@ impl Authority {
     async fn change(&self, change: impl Fn(&mut Roots) -> Result<(), CaError>) -> Result<Roots, Failed> {
         let mut again = 0;
         loop {
-            let found = self.secrets.get_opt(&self.name).await?;
+            let mut found = self.secrets.get_opt(&self.name).await?;
+            let adopted = found.as_mut().is_some_and(|secret| {
+                owner::is_ours(&secret.metadata) && owner::adopt(&mut secret.metadata, self.owner.as_ref())
+            });
             let before = found.as_ref().map(files).unwrap_or_default();
             let mut roots = Roots::open_in(Place::Memory(before.clone()), &self.trust_domain)?;
             change(&mut roots)?;
             let after = roots.files().cloned().unwrap_or_default();
-            if after == before {
+            if after == before && !adopted {
                 return Ok(roots);
             }
             let data = after.iter().map(|(name, bytes)| (name.clone(), ByteString(bytes.to_vec()))).collect();
@@ -138,7 +138,7 @@ impl Authority {
             metadata: ObjectMeta {
                 name: Some(self.name.clone()),
                 namespace: Some(self.namespace.clone()),
-                labels: Some(labels()),
+                labels: Some(owner::labels()),
                 owner_references: self.owner.clone().map(|owner| vec![owner]),
                 ..ObjectMeta::default()
             },
@@ -218,14 +218,15 @@ impl Authority {
 
     async fn publish_in(&self, namespace: &str, sequence: u64, anchors: &str) -> Result<(), kube::Error> {
         let maps: Api<ConfigMap> = Api::namespaced(self.client.clone(), namespace);
-        if let Some(there) = maps.get_opt(TRUST).await? {
+        if let Some(mut there) = maps.get_opt(TRUST).await? {
+            let adopted = owner::adopt(&mut there.metadata, self.owner.as_ref());
             let said = crate::resources::lookup(&there.metadata.annotations, SEQUENCE);
             let newer = said.and_then(|text| text.parse().ok()).is_some_and(|there: u64| there > sequence);
             let text = there.data.as_ref().and_then(|data| data.get(ANCHORS)).map_or("", String::as_str);
             // A replica that has not heard of a rotation yet must not take it back. Anchors of which none is ours are
             // those of another authority, one that is gone: they must not keep ours away.
             let akin = anchors.split_inclusive(END).any(|anchor| text.contains(anchor));
-            if (newer && akin) || text == anchors {
+            if (newer && akin) || (text == anchors && !adopted) {
                 return Ok(());
             }
         }
@@ -233,7 +234,7 @@ impl Authority {
             metadata: ObjectMeta {
                 name: Some(TRUST.to_owned()),
                 namespace: Some(namespace.to_owned()),
-                labels: Some(labels()),
+                labels: Some(owner::labels()),
                 annotations: Some([(SEQUENCE.to_owned(), sequence.to_string())].into()),
                 owner_references: self.owner.clone().map(|owner| vec![owner]),
                 ..ObjectMeta::default()
@@ -260,36 +261,9 @@ enum Failed {
     Ca(#[from] CaError),
 }
 
-/// Asking again would not help.
-fn is_refusal(error: &kube::Error) -> bool {
-    matches!(error, kube::Error::Api(status) if matches!(status.code, 400..=428 | 430..=499))
-}
-
 fn files(secret: &Secret) -> Files {
     let data = secret.data.iter().flatten();
     data.map(|(name, bytes)| (name.clone(), Zeroizing::new(bytes.0.clone()))).collect()
-}
-
-fn labels() -> BTreeMap<String, String> {
-    [("app.kubernetes.io/part-of".to_owned(), "weft".to_owned())].into()
-}
-
-/// What is deleted with the installation is what its cluster role owns: the chart does not know these objects.
-async fn owner(client: &Client, cluster_role: Option<&str>) -> Option<OwnerReference> {
-    let name = cluster_role?;
-    match Api::<ClusterRole>::all(client.clone()).get(name).await {
-        Ok(role) => Some(OwnerReference {
-            api_version: "rbac.authorization.k8s.io/v1".to_owned(),
-            kind: "ClusterRole".to_owned(),
-            name: name.to_owned(),
-            uid: role.metadata.uid?,
-            ..OwnerReference::default()
-        }),
-        Err(error) => {
-            tracing::warn!(%error, name, "the cluster role cannot be read: what is made here has no owner");
-            None
-        }
-    }
 }
 
 /// The ConfigMap of trust anchors, and its one entry: what sidecars mount.

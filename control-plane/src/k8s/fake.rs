@@ -46,13 +46,15 @@ pub(crate) struct Fake {
     serving: Option<JoinHandle<()>>,
 }
 
-pub(crate) const CORE: [&str; 5] = [
+pub(crate) const CORE: [&str; 6] = [
     "/api/v1/services",
     "/api/v1/pods",
     "/api/v1/nodes",
     "/api/v1/namespaces",
     "/apis/discovery.k8s.io/v1/endpointslices",
+    ROLES,
 ];
+pub(crate) const ROLES: &str = "/apis/rbac.authorization.k8s.io/v1/clusterroles";
 const WRITTEN: [&str; 4] = [
     "/api/v1/secrets",
     "/api/v1/configmaps",

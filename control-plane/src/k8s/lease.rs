@@ -2,15 +2,29 @@
 //!
 //! Why only status: every replica serves, signs and keeps anchors, so a lease that nobody holds for half a minute
 //! costs nobody anything but news.
+//!
+//! Why the holder writes the lease's owner: whoever made it may have gone, and so may the installation that it was of.
 
 use std::time::Duration;
 
-use kube::Client;
+use k8s_openapi::{api::coordination::v1::Lease, apimachinery::pkg::apis::meta::v1::OwnerReference};
+use kube::{
+    Api, Client,
+    api::{Patch, PatchParams},
+};
 use kube_lease_manager::LeaseManagerBuilder;
+use serde_json::json;
 use tokio::{sync::watch, time::sleep};
 
 /// Tries to hold the lease, for ever; `leads` says whether it does.
-pub async fn hold(client: Client, namespace: String, identity: String, leads: watch::Sender<bool>) {
+pub async fn hold(
+    client: Client,
+    namespace: String,
+    identity: String,
+    owner: Option<OwnerReference>,
+    leads: watch::Sender<bool>,
+) {
+    let leases: Api<Lease> = Api::namespaced(client.clone(), &namespace);
     loop {
         let built = LeaseManagerBuilder::new(client.clone(), LEASE)
             .with_namespace(namespace.as_str())
@@ -26,6 +40,11 @@ pub async fn hold(client: Client, namespace: String, identity: String, leads: wa
                 loop {
                     let now = *held.borrow_and_update();
                     leads.send_if_modified(|leads| std::mem::replace(leads, now) != now);
+                    if let Some(owner) = owner.as_ref().filter(|_| now)
+                        && let Err(error) = own(&leases, owner).await
+                    {
+                        tracing::warn!(%error, "the lease has no owner: it stays when Weft is uninstalled");
+                    }
                     if held.changed().await.is_err() {
                         break;
                     }
@@ -36,6 +55,15 @@ pub async fn hold(client: Client, namespace: String, identity: String, leads: wa
         }
         sleep(RETRY).await;
     }
+}
+
+async fn own(leases: &Api<Lease>, owner: &OwnerReference) -> Result<(), kube::Error> {
+    let mut lease = leases.get(LEASE).await?;
+    if super::owner::adopt(&mut lease.metadata, Some(owner)) {
+        let patch = json!({"metadata": {"ownerReferences": lease.metadata.owner_references}});
+        leases.patch(LEASE, &PatchParams::default(), &Patch::Merge(&patch)).await?;
+    }
+    Ok(())
 }
 
 /// Its name, in the controller's own namespace.

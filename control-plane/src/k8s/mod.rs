@@ -10,6 +10,7 @@ use kube::Client;
 
 pub mod authority;
 pub mod lease;
+pub mod owner;
 pub mod status;
 pub mod token;
 pub mod view;
@@ -33,6 +34,11 @@ pub async fn client() -> anyhow::Result<Client> {
 pub fn client_of(mut config: kube::Config) -> anyhow::Result<Client> {
     config.connect_timeout = Some(CONNECT_TIMEOUT);
     Client::try_from(config).context("the Kubernetes API's address or credentials cannot be used")
+}
+
+/// Asking again would not help.
+pub(crate) fn is_refusal(error: &kube::Error) -> bool {
+    matches!(error, kube::Error::Api(status) if matches!(status.code, 400..=428 | 430..=499))
 }
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);

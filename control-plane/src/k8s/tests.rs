@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use super::{
-    fake::{Fake, POLICIES, ROUTES},
+    fake::{Fake, POLICIES, ROLES, ROUTES},
     token::Reviewer,
 };
 use weft_core::identity::PodUid;
@@ -30,13 +30,16 @@ async fn replica(fake: &Fake, pod: &str) -> Controller {
         namespace: "weft".to_owned(),
         issuer_secret: "weft-issuer".to_owned(),
         audience: "weft".to_owned(),
-        cluster_role: None,
+        cluster_role: Some(ROLE.to_owned()),
         pod: pod.to_owned(),
         webhook: (Ipv4Addr::LOCALHOST, 0).into(),
         values: Arc::default(),
     }));
     Controller::start(config).await.unwrap()
 }
+
+/// The chart's own, which owns what is made.
+const ROLE: &str = "weft-controller";
 
 /// Waits until something holds; what it waits for is named by the caller's line.
 #[track_caller]
@@ -159,6 +162,45 @@ async fn replicas_have_one_authority_and_its_anchors_are_where_sidecars_are() {
     // A replica that starts later reads the same.
     let three = controller(&fake).await;
     assert_eq!(bundle(&three), bundle(&one));
+}
+
+#[tokio::test]
+async fn what_the_controller_makes_goes_with_the_installation_that_made_it() {
+    let fake = Fake::start().await;
+    shop(&fake);
+    const LEASES: &str = "/apis/coordination.k8s.io/v1/leases";
+    let made = [
+        ("/api/v1/secrets", "weft", "weft-issuer"),
+        ("/api/v1/secrets", "weft", "weft-webhook"),
+        ("/api/v1/configmaps", "shop", "weft-trust"),
+        (LEASES, "weft", "weft-controller"),
+    ];
+    let owners = || {
+        made.map(|(kind, namespace, name)| {
+            let owners = fake.get(kind, namespace, name)?["metadata"]["ownerReferences"].as_array()?.clone();
+            assert!(owners.len() == 1 && owners[0]["kind"] == "ClusterRole", "{owners:?}");
+            owners[0]["uid"].as_str().map(ToOwned::to_owned)
+        })
+    };
+    // The second installation finds what the first one left, and what the cluster is about to remove.
+    for uid in ["first", "second"] {
+        fake.apply(ROLES, json!({"metadata": {"name": ROLE, "uid": uid}}));
+        fake.delete(LEASES, "weft", "weft-controller");
+        let issuer = fake.get("/api/v1/secrets", "weft", "weft-issuer").map(|secret| secret["data"].clone());
+        let controller = controller(&fake).await;
+        eventually(|| owners().iter().all(|owner| owner.as_deref() == Some(uid))).await;
+        let kept = fake.get("/api/v1/secrets", "weft", "weft-issuer").unwrap()["data"].clone();
+        assert!(issuer.is_none_or(|issuer| issuer == kept), "the authority is the same");
+        controller.stop().await;
+    }
+    // What somebody supplied is theirs.
+    let mut supplied = fake.get("/api/v1/secrets", "weft", "weft-issuer").unwrap();
+    supplied["metadata"] = json!({"name": "weft-issuer", "namespace": "weft"});
+    fake.delete("/api/v1/secrets", "weft", "weft-issuer");
+    fake.apply("/api/v1/secrets", supplied);
+    controller(&fake).await.stop().await;
+    let supplied = fake.get("/api/v1/secrets", "weft", "weft-issuer").unwrap();
+    assert!(supplied["metadata"]["ownerReferences"].is_null(), "{supplied}");
 }
 
 #[tokio::test]

@@ -21,7 +21,7 @@ use k8s_openapi::{
         admissionregistration::v1::{MutatingWebhookConfiguration, ValidatingWebhookConfiguration},
         core::v1::Secret,
     },
-    apimachinery::pkg::apis::meta::v1::ObjectMeta,
+    apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference},
 };
 use kube::{
     Api, Client, Resource,
@@ -39,14 +39,18 @@ use weft_core::identity::Validity;
 use x509_parser::prelude::{FromDer as _, X509Certificate};
 use zeroize::Zeroizing;
 
-use crate::{resources::CONTROL_NAMESPACE, serve::tls::provider};
+use crate::{k8s::owner, resources::CONTROL_NAMESPACE, serve::tls::provider};
 
 /// Keeps the certificate of both webhooks, for ever. The first one is there when `first` is told.
-pub(super) async fn keep(client: Client, first: tokio::sync::oneshot::Sender<Arc<ArcSwap<ServerConfig>>>) {
+pub(super) async fn keep(
+    client: Client,
+    owner: Option<OwnerReference>,
+    first: tokio::sync::oneshot::Sender<Arc<ArcSwap<ServerConfig>>>,
+) {
     let mut first = Some(first);
     let mut serving: Option<(Arc<ArcSwap<ServerConfig>>, Leaf)> = None;
     loop {
-        let wait = match refresh(&client, serving.as_ref().map(|(_, leaf)| leaf)).await {
+        let wait = match refresh(&client, owner.as_ref(), serving.as_ref().map(|(_, leaf)| leaf)).await {
             Ok(None) => LOOK_EVERY,
             Ok(Some(leaf)) => {
                 if let Some((config, kept)) = &mut serving {
@@ -73,8 +77,12 @@ pub(super) async fn keep(client: Client, first: tokio::sync::oneshot::Sender<Arc
 }
 
 /// What the API server believes; a new certificate if the one that is served should be replaced.
-async fn refresh(client: &Client, leaf: Option<&Leaf>) -> anyhow::Result<Option<Leaf>> {
-    let authority = authority(client).await?;
+async fn refresh(
+    client: &Client,
+    owner: Option<&OwnerReference>,
+    leaf: Option<&Leaf>,
+) -> anyhow::Result<Option<Leaf>> {
+    let authority = authority(client, owner).await?;
     let bundle = authority.bundle();
     believe::<MutatingWebhookConfiguration>(client, MUTATING, &bundle).await?;
     believe::<ValidatingWebhookConfiguration>(client, VALIDATING, &bundle).await?;
@@ -84,17 +92,25 @@ async fn refresh(client: &Client, leaf: Option<&Leaf>) -> anyhow::Result<Option<
 }
 
 /// The authority of all replicas, made or replaced if it must be. Whoever writes second reads what the first wrote.
-async fn authority(client: &Client) -> anyhow::Result<Authority> {
+async fn authority(client: &Client, owner: Option<&OwnerReference>) -> anyhow::Result<Authority> {
     let secrets: Api<Secret> = Api::namespaced(client.clone(), CONTROL_NAMESPACE);
     let now = SystemTime::now();
-    let found = secrets.get_opt(SECRET).await.with_context(|| format!("Secret {SECRET}"))?;
+    let mut found = secrets.get_opt(SECRET).await.with_context(|| format!("Secret {SECRET}"))?;
+    let adopted = found.as_mut().is_some_and(|secret| owner::adopt(&mut secret.metadata, owner));
     let old = found.as_ref().and_then(|secret| Authority::read(secret.data.as_ref()?));
-    if let Some(old) = old.as_ref().filter(|old| old.is_fresh(now)) {
-        return Ok(old.clone());
+    let fresh = old.as_ref().filter(|old| old.is_fresh(now)).cloned();
+    if !adopted && let Some(fresh) = fresh {
+        return Ok(fresh);
     }
-    let new = Authority::make(now, old.as_ref())?;
+    let made = fresh.is_none();
+    let new = fresh.map_or_else(|| Authority::make(now, old.as_ref()), Ok)?;
     let mut secret = found.clone().unwrap_or_else(|| Secret {
-        metadata: ObjectMeta { name: Some(SECRET.to_owned()), ..ObjectMeta::default() },
+        metadata: ObjectMeta {
+            name: Some(SECRET.to_owned()),
+            labels: Some(owner::labels()),
+            owner_references: owner.map(|owner| vec![owner.clone()]),
+            ..ObjectMeta::default()
+        },
         type_: Some("Opaque".to_owned()),
         ..Secret::default()
     });
@@ -105,7 +121,9 @@ async fn authority(client: &Client) -> anyhow::Result<Authority> {
         None => secrets.create(&parameters, &secret).await,
     };
     written.with_context(|| format!("Secret {SECRET}"))?;
-    tracing::info!(secret = SECRET, "made an authority for the webhooks");
+    if made {
+        tracing::info!(secret = SECRET, "made an authority for the webhooks");
+    }
     Ok(new)
 }
 
