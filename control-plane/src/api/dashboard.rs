@@ -266,6 +266,12 @@ impl Api {
         };
         let mut workloads = self.certify.issued();
         let state = self.state();
+        // What a pod that is gone leaves to run out tells nobody when to renew.
+        let is_there =
+            |uid: &str| PodUid::new(uid).is_ok_and(|uid| state.index.workload_name(&uid).is_some());
+        if *self.published.synced().borrow() {
+            workloads.retain(|workload| is_there(&workload.uid));
+        }
         for workload in &mut workloads {
             if let Ok(uid) = PodUid::new(&workload.uid)
                 && state.index.workload_name(&uid).is_some()

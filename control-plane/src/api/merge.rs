@@ -25,7 +25,10 @@ pub fn status(own: Status, others: Vec<Part<Status>>) -> Status {
                     place.insert(sidecar);
                 }
                 Entry::Occupied(mut known) => {
-                    let rank = |s: &SidecarStatus| (s.connected, std::cmp::Reverse(s.report.last_seen_s));
+                    // Who has never heard of it cannot say when that was.
+                    let heard = |s: &SidecarStatus| !s.report.version.is_empty();
+                    let rank =
+                        |s: &SidecarStatus| (s.connected, heard(s), std::cmp::Reverse(s.report.last_seen_s));
                     if rank(&sidecar) > rank(known.get()) {
                         known.insert(sidecar);
                     }
@@ -166,29 +169,33 @@ mod tests {
     }
 
     fn sidecar(uid: &str, connected: bool, last_seen_s: u64) -> SidecarStatus {
-        let report = SidecarRow { uid: uid.to_owned(), last_seen_s, ..SidecarRow::default() };
+        let version = "0.1.0".to_owned();
+        let report = SidecarRow { uid: uid.to_owned(), version, last_seen_s, ..SidecarRow::default() };
         SidecarStatus { connected, report, ..SidecarStatus::default() }
     }
 
     #[test]
     fn what_each_counts_is_added_and_who_is_silent_is_named() {
+        let mut unheard = sidecar("d", false, 0);
+        unheard.report.version.clear();
         let own = Status {
             synced: true,
             objects: vec![object(2, 2, Some(10))],
-            sidecars: vec![sidecar("a", false, 100), sidecar("b", true, 1)],
+            sidecars: vec![sidecar("a", false, 100), sidecar("b", true, 1), unheard],
             ..Status::default()
         };
         let other = Status {
             synced: true,
             objects: vec![object(1, 3, None)],
-            sidecars: vec![sidecar("a", true, 0), sidecar("c", true, 0)],
+            sidecars: vec![sidecar("a", true, 0), sidecar("c", true, 0), sidecar("d", false, 70)],
             ..Status::default()
         };
         let whole = status(own, vec![("two".to_owned(), Some(other)), ("three".to_owned(), None)]);
         assert_eq!((whole.objects[0].applied, whole.objects[0].of), (3, 5));
         assert_eq!(whole.objects[0].applied_after_ms, None, "not live everywhere");
         let names: Vec<_> = whole.sidecars.iter().map(|s| (&*s.report.uid, s.connected)).collect();
-        assert_eq!(names, [("a", true), ("b", true), ("c", true)], "it moved");
+        assert_eq!(names, [("a", true), ("b", true), ("c", true), ("d", false)], "it moved");
+        assert_eq!(whole.sidecars[3].report.last_seen_s, 70, "whoever heard it knows when");
         let answered: Vec<_> = whole.replicas.iter().map(|r| (&*r.name, r.answered)).collect();
         assert_eq!(answered, [("two", true), ("three", false)]);
     }

@@ -3,6 +3,10 @@
 //! Why an object's "applied N of M" counts over *current subscribers* of what was compiled from it: a
 //! sidecar that never asked for a route cannot be late with it, and one that asked is counted until its
 //! stream ends.
+//!
+//! Why sidecars are those of the pods that there are: one that is not connected is *away*, and somebody has to look at
+//! it. A pod that was deleted or has completed is not away but gone, whatever it said in its last minute; a pod whose
+//! sidecar has never been heard is away all the same.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
@@ -193,6 +197,21 @@ impl Facts<'_> {
         }
         let pending = self.state.pending.iter().filter_map(|key| self.state.names.get(key)).flatten();
         let pending: BTreeSet<_> = pending.collect();
+        if *self.published.synced().borrow() {
+            sidecars
+                .retain(|uid, sidecar| sidecar.connected || self.state.index.workload_name(uid).is_some());
+            for (uid, identity) in self.state.index.meshed() {
+                sidecars.entry(uid.clone()).or_insert_with(|| SidecarStatus {
+                    pod: self.pod(uid),
+                    report: SidecarRow {
+                        identity: identity.to_string(),
+                        uid: uid.to_string(),
+                        ..SidecarRow::default()
+                    },
+                    ..SidecarStatus::default()
+                });
+            }
+        }
         for (name, pods) in self.published.subscribers.all() {
             let ty = type_of(&name);
             // A pod's own address is encoded when it is asked for: once for each namespace that has it.

@@ -220,8 +220,14 @@ fn sidecars(sidecars: &[SidecarStatus]) -> Table {
             Cell::toned(if report.nacked > 0 { Tone::Bad } else { Tone::Dim }, report.nacked.to_string()),
             format!("{:.1}MiB", report.rss_bytes as f64 / 1_048_576.0).into(),
             report.connections.to_string().into(),
-            Cell::toned(if left < 3_600 { Tone::Warn } else { Tone::Plain }, span(left)),
-            format!("{} ago", span(report.last_seen_s)).into(),
+            match report.certificate_not_after {
+                0 => Cell::toned(Tone::Dim, "-"),
+                _ => Cell::toned(if left < 3_600 { Tone::Warn } else { Tone::Plain }, span(left)),
+            },
+            match report.version.is_empty() && !sidecar.connected {
+                true => Cell::toned(Tone::Bad, "never"),
+                false => format!("{} ago", span(report.last_seen_s)).into(),
+            },
             Cell::toned(Tone::Dim, &report.version),
         ]);
     }

@@ -356,6 +356,13 @@ impl Index {
         Some(self.pod_by_uid(uid)?.0)
     }
 
+    /// Workloads that should have a sidecar now: pods that carry one, have an address and are not about to go.
+    pub fn meshed(&self) -> impl Iterator<Item = (&PodUid, &SpiffeId)> {
+        let runs =
+            |pod: &&PodEntry| pod.injected && !pod.ips.is_empty() && pod.health != EndpointHealth::Draining;
+        self.pods.values().filter(runs).filter_map(|pod| Some((&pod.uid, pod.identity.as_ref()?)))
+    }
+
     /// Every key whose compile reads the object. Also what "applied N of M" of an object counts over.
     pub fn affected_by(&self, key: &ObjectKey) -> BTreeSet<Key> {
         let name = name_of(key);

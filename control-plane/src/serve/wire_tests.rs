@@ -512,9 +512,31 @@ async fn a_deleted_pod_is_not_certified_and_its_streams_end() {
     // Subscribed to nothing of its own.
     ending.subscribe(ResourceType::Service, &["svc/shop/cart:80"]).await;
     assert_eq!(names(&ending.next().await), ["svc/shop/cart:80"]);
+    // What it has said outlives its streams, and must not outlive the pod.
+    let (reports, reports_seen) = mpsc::channel(1);
+    reports.send(ReportRequest { sequence: 1, session: "s".to_owned(), ..Default::default() }).await.unwrap();
+    let mut telemetry = TelemetryClient::new(mesh.discovery(&gone).await);
+    let answers = telemetry.report(ReceiverStream::new(reports_seen)).await.unwrap();
+    timeout(LONG, answers.into_inner().message()).await.unwrap().unwrap().unwrap();
+    drop(reports);
+    let sidecars = async || -> BTreeMap<String, bool> {
+        mesh.status().await.sidecars.into_iter().map(|sidecar| (sidecar.pod, sidecar.connected)).collect()
+    };
+    let before = sidecars().await;
+    assert_eq!(
+        (before.get("shop/gone"), before.get("shop/cart-1")),
+        (Some(&true), Some(&false)),
+        "{before:?}"
+    );
     mesh.write(&pods(&["stays"]));
     let ended = timeout(LONG, ending.responses.message()).await.unwrap().unwrap_err();
     assert_eq!((ended.code(), ended.message()), (tonic::Code::PermissionDenied, "there is no such pod"));
+    let after = sidecars().await;
+    assert!(!after.contains_key("shop/gone") && after["shop/stays"], "{after:?}");
+    assert_eq!(after.get("shop/cart-1"), Some(&false), "it is there, and nobody has ever heard its sidecar");
+    let certs: Certs = serde_json::from_str(&mesh.http("GET", "/api/v1/certs").await.1).unwrap();
+    let certified: Vec<_> = certs.workloads.iter().map(|workload| &*workload.uid).collect();
+    assert_eq!(certified, ["stays-uid"]);
     // Its certificate is good for an hour, its token for as long as it says: neither opens anything.
     let again = Wire::open(mesh.discovery(&gone).await).await.map(drop).unwrap_err();
     assert_eq!(again.code(), tonic::Code::PermissionDenied);
