@@ -198,19 +198,22 @@ fn structural(schema: &mut Value, keep_unknown: bool) {
     // Defaults are the controller's: written into objects they would outlive the version that meant them.
     object.remove("default");
     if let Some(Value::String(text)) = object.get_mut("description") {
-        *text = text.replace('\n', " ");
+        // Links of Rust's documentation are nothing to `kubectl explain`.
+        let told = text.strip_prefix("See [`").and_then(|rest| rest.split_once("`]. ")).map(|(_, rest)| rest);
+        *text = told.unwrap_or(text).replace('\n', " ").replace("[`", "`").replace("`]", "`");
     }
-    // "This, or null" is `nullable` there.
+    // "This, or null" is a field that may be left out. Kubernetes drops a null there before anything else looks at the
+    // object, so that no rule takes one for a value; were the field `nullable`, it would be kept.
     if let Some(Value::Array(choices)) = object.remove("anyOf") {
         let some = choices.into_iter().find(|choice| choice["enum"] != json!([null]));
         for (name, value) in some.as_ref().and_then(Value::as_object).into_iter().flatten() {
             // What a field is for says more than what its type is for.
             object.entry(name.clone()).or_insert_with(|| value.clone());
         }
-        object.insert("nullable".to_owned(), true.into());
-        if let Some(Value::Array(values)) = object.get_mut("enum") {
-            values.push(Value::Null);
-        }
+    }
+    object.remove("nullable");
+    if let Some(Value::Array(values)) = object.get_mut("enum") {
+        values.retain(|value| !value.is_null());
     }
     // Formats of Rust, not of OpenAPI; the bounds stay.
     if object.get("format").and_then(Value::as_str).is_some_and(|format| format.starts_with("uint")) {
@@ -279,6 +282,11 @@ mod tests {
                 || schema["x-kubernetes-preserve-unknown-fields"] == true;
             assert!(typed, "{path}: {schema}");
             assert!(schema["$ref"].is_null() && schema["default"].is_null(), "{path}: {schema}");
+            // A null is dropped, not kept: `has()` of a rule means a value.
+            assert!(schema["nullable"].is_null() && schema["anyOf"].is_null(), "{path}: {schema}");
+            let choices = schema["enum"].as_array().into_iter().flatten();
+            assert!(choices.into_iter().all(Value::is_string), "{path}: {schema}");
+            assert!(!schema["description"].to_string().contains("[`"), "{path}: {schema}");
             assert!(
                 schema["properties"].is_null() || schema["additionalProperties"].is_null(),
                 "{path}: both are forbidden"
