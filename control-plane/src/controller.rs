@@ -40,6 +40,7 @@ use crate::{
         Server,
         discovery::Discovery,
         identity::Certify,
+        listen::listen,
         published::Published,
         publisher::Publisher,
         replicas::{Answers, Replicas},
@@ -87,14 +88,10 @@ impl Controller {
     pub async fn start(config: Config) -> anyhow::Result<Self> {
         let (ca, cluster) = open(&config).await.context("the certificate authority cannot be opened")?;
         let ca = Arc::new(ca);
-        let listen = async |address: SocketAddr| {
-            TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address}"))
-        };
-        let (discovery_port, identity_port) =
-            (listen(config.discovery).await?, listen(config.identity).await?);
-        let api_port = listen(config.api).await?;
+        let (discovery_port, identity_port) = (listen(config.discovery)?, listen(config.identity)?);
+        let api_port = listen(config.api)?;
         let probe_port = match config.probes {
-            Some(address) => Some(listen(address).await?),
+            Some(address) => Some(listen(address)?),
             None => None,
         };
         let addresses = [&discovery_port, &identity_port, &api_port].map(TcpListener::local_addr);
@@ -190,7 +187,7 @@ impl Controller {
                 let (injected, injected_seen) = watch::channel(BTreeSet::new());
                 let statuses = Statuses::default();
                 let (leads, leads_seen) = watch::channel(false);
-                let webhook = Webhook::new(listen(settings.webhook).await?, settings.values.clone(), owner.clone());
+                let webhook = Webhook::new(listen(settings.webhook)?, settings.values.clone(), owner.clone());
                 tasks.spawn(webhook.run(client.clone(), webhook_closing));
                 tasks.spawn(k8s::watch::watch(client.clone(), statuses.clone(), injected, batches));
                 let Cluster { namespace, pod, .. } = *settings;
@@ -290,14 +287,8 @@ async fn open(config: &Config) -> anyhow::Result<(Ca, Option<InCluster>)> {
             };
             let Cluster { namespace, issuer_secret, cluster_role, .. } = &**settings;
             let owner = k8s::owner::owner(&client, cluster_role.as_deref()).await;
-            let opened = Authority::open(
-                client.clone(),
-                namespace,
-                issuer_secret,
-                owner.clone(),
-                domain,
-                lifetime,
-            );
+            let opened =
+                Authority::open(client.clone(), namespace, issuer_secret, owner.clone(), domain, lifetime);
             let (authority, ca) = opened.await?;
             Ok((ca, Some(InCluster { client, authority, owner, settings: settings.clone() })))
         }

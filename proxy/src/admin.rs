@@ -421,6 +421,7 @@ async fn bind(address: SocketAddr) -> io::Result<TcpListener> {
         Err(error) => error,
     };
     if address.is_ipv6() && address.ip().is_unspecified() && error.kind() != io::ErrorKind::AddrInUse {
+        info!(%address, %error, "there is no IPv6 here: listening on IPv4");
         return TcpListener::bind((IpAddr::V4(Ipv4Addr::UNSPECIFIED), address.port())).await;
     }
     Err(io::Error::new(error.kind(), format!("{address}: {error}")))

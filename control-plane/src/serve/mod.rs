@@ -38,6 +38,7 @@ use crate::metrics::Metrics;
 
 pub mod discovery;
 pub mod identity;
+pub mod listen;
 pub mod published;
 pub mod publisher;
 pub mod replicas;
