@@ -131,6 +131,10 @@ fn retry() -> impl Strategy<Value = RetryPolicy> {
     )
 }
 
+fn place() -> impl Strategy<Value = Place> {
+    (text("[a-z0-9-]{0,10}"), text("[a-z0-9-]{0,10}")).prop_map(|(node, zone)| Place { node, zone })
+}
+
 fn endpoint_value() -> impl Strategy<Value = Endpoint> {
     let who = prop_oneof![
         Just((None, Tunnel::None)),
@@ -143,8 +147,8 @@ fn endpoint_value() -> impl Strategy<Value = Endpoint> {
         EndpointHealth::Unhealthy,
     ]);
     let labels = btree_map(text("[a-z]{1,8}"), text("[ -~]{0,8}"), 0..=8);
-    (uid(), ip(), port(), 0..1_000_u32, health, who, text("[a-z0-9-]{0,10}"), labels).prop_map(
-        |(uid, ip, port, weight, health, (identity, tunnel), zone, labels)| Endpoint {
+    (uid(), ip(), port(), 0..1_000_u32, health, who, place(), labels).prop_map(
+        |(uid, ip, port, weight, health, (identity, tunnel), Place { node, zone }, labels)| Endpoint {
             uid,
             address: SocketAddr::new(ip, port),
             weight,
@@ -152,6 +156,7 @@ fn endpoint_value() -> impl Strategy<Value = Endpoint> {
             identity,
             tunnel,
             zone,
+            node,
             labels,
         },
     )
@@ -178,11 +183,16 @@ fn service_value() -> impl Strategy<Value = Service> {
         Algorithm::RoundRobin,
         Algorithm::Random,
     ]);
-    let lb = (algorithm, ms(), ms()).prop_map(|(algorithm, ewma_decay, ewma_initial)| LoadBalancing {
-        algorithm,
-        ewma_decay,
-        ewma_initial,
-    });
+    let lb = (algorithm, ms(), ms(), any::<bool>()).prop_map(
+        |(algorithm, ewma_decay, ewma_initial, by_client)| LoadBalancing {
+            algorithm,
+            ewma_decay,
+            ewma_initial,
+            by_client,
+        },
+    );
+    let reach =
+        prop::sample::select(vec![Reach::Anywhere, Reach::Node, Reach::PreferNode, Reach::PreferZone]);
     let limits =
         (1..u32::MAX, 1..u32::MAX, 0..100_000_u64).prop_map(|(max_requests, max_connections, wait)| Limits {
             max_requests,
@@ -193,11 +203,12 @@ fn service_value() -> impl Strategy<Value = Service> {
         option::of(service_name().prop_map(|name| Arc::from(Name::Route(name).to_string()))),
         option::of(service_name().prop_map(|name| Arc::from(Name::Collection(name).to_string()))),
     );
-    let first = (service_name(), vec(ip(), 0..4), protocol(), ms(), names, option::of(endpoint_value()));
+    let first =
+        (service_name(), vec(ip(), 0..4), protocol(), ms(), names, option::of(endpoint_value()), reach);
     let second = (lb, health_policy(), limits, vec(identity(), 0..3), any::<bool>(), timeouts(), retry());
     (first, second).prop_map(
         |(
-            (name, vips, protocol, detect_timeout, (route, endpoints), pod),
+            (name, vips, protocol, detect_timeout, (route, endpoints), pod, reach),
             (load_balancing, health, limits, accepted_identities, mtls_required, timeouts, retry),
         )| Service {
             name,
@@ -206,6 +217,7 @@ fn service_value() -> impl Strategy<Value = Service> {
             detect_timeout,
             route,
             endpoints,
+            reach,
             pod: pod.map(Arc::new),
             load_balancing,
             health,
@@ -368,14 +380,15 @@ fn workload_value() -> impl Strategy<Value = WorkloadResource> {
         .boxed();
     let egress = prop::sample::select(vec![Egress::Allow, Egress::Deny]);
     let ports = btree_map(port(), port_value.clone(), 0..4);
-    (identity(), ports, port_value, vec(cidr(), 0..4), egress, vec(domain(), 0..3)).prop_map(
-        |(identity, ports, default_port, mesh_ranges, egress, trust_domains)| WorkloadResource {
+    (identity(), ports, port_value, vec(cidr(), 0..4), egress, vec(domain(), 0..3), place()).prop_map(
+        |(identity, ports, default_port, mesh_ranges, egress, trust_domains, place)| WorkloadResource {
             identity,
             ports,
             default_port,
             mesh_ranges,
             egress,
             trust_domains,
+            place,
         },
     )
 }

@@ -355,6 +355,7 @@ mod tests {
             mesh_ranges: vec!["10.0.0.0/8".parse().unwrap()],
             egress,
             trust_domains: Vec::new(),
+            place: Default::default(),
         }
     }
 

@@ -11,7 +11,7 @@ use std::{
 
 use weft_core::{
     identity::PodUid,
-    policy::{Endpoint, EndpointHealth, ServiceName, Tunnel},
+    policy::{Endpoint, EndpointHealth, Reach, ServiceName, Tunnel},
 };
 
 use super::{
@@ -24,11 +24,15 @@ impl Index {
         let name: Name = (service.namespace.clone(), service.name.clone());
         let entry = self.services.get(&name).filter(|entry| entry.kind != ServiceKind::External)?;
         let port = entry.port(service.port)?;
-        let mut found = BTreeMap::new();
+        let mut found: BTreeMap<PodUid, Endpoint> = BTreeMap::new();
         if self.slices_of(&name).next().is_some() {
             self.add_slices(&name, port, &mut found);
         } else {
             self.add_pods(&name, entry, port, &mut found);
+        }
+        if matches!(entry.reach, Reach::Anywhere | Reach::PreferZone) {
+            // A name that nobody asks for is not sent ten thousand times.
+            found.values_mut().for_each(|endpoint| endpoint.node = "".into());
         }
         Some(found)
     }
@@ -70,8 +74,9 @@ impl Index {
             (None, None) => self.pod_by_ip(address),
         };
         if let Some((_, pod)) = by_ref {
-            // Whoever says that a pod is going away is right.
+            // Whoever says that a pod is going away is right; whether it still answers the slice says.
             let health = match (from.health, pod.health) {
+                (EndpointHealth::Unhealthy, _) => EndpointHealth::Unhealthy,
                 (EndpointHealth::Draining, _) | (_, EndpointHealth::Draining) => EndpointHealth::Draining,
                 (health, _) => health,
             };
@@ -89,6 +94,7 @@ impl Index {
             identity: None,
             tunnel: Tunnel::None,
             zone: from.zone.clone().unwrap_or_default(),
+            node: from.node.clone().unwrap_or_default(),
             labels: BTreeMap::new(),
         })
     }
@@ -136,6 +142,7 @@ impl PodEntry {
             identity: if meshed { self.identity.clone() } else { None },
             tunnel: if meshed { Tunnel::Weft } else { Tunnel::None },
             zone: self.zone.clone(),
+            node: self.node.clone().unwrap_or_default(),
             labels: labels.collect(),
         }
     }

@@ -9,7 +9,7 @@ use ipnet::IpNet;
 use weft_core::{
     identity::{PodUid, SpiffeId, TrustDomain},
     policy::{
-        Action, Authorization, AuthzRule, DETECT_TIMEOUT, Egress, HttpMatch, InboundPolicy, MtlsMode,
+        Action, Authorization, AuthzRule, DETECT_TIMEOUT, Egress, HttpMatch, InboundPolicy, MtlsMode, Place,
         PortPolicy, Protocol, SourceMatch, StringMatch,
     },
 };
@@ -92,6 +92,7 @@ impl Index {
                 Some(policy::Action::Allow) | None => Egress::Allow,
             },
             trust_domains,
+            place: Place { node: pod.node.clone().unwrap_or_default(), zone: pod.zone.clone() },
         };
         Some((policy, pod.meta.clone()))
     }

@@ -16,14 +16,14 @@ use std::{
 
 use k8s_openapi::{
     api::{
-        core::v1::{Pod, Service},
+        core::v1::{Pod, Service, ServiceSpec},
         discovery::v1::EndpointSlice,
     },
     apimachinery::pkg::{apis::meta::v1::ObjectMeta, util::intstr::IntOrString},
 };
 use weft_core::{
     identity::{PodUid, SpiffeId, TrustDomain},
-    policy::{EndpointHealth, Probe, Protocol, ServiceName},
+    policy::{EndpointHealth, Probe, Protocol, Reach, ServiceName},
 };
 
 use crate::{
@@ -141,6 +141,10 @@ pub(crate) struct ServiceEntry {
     pub(crate) ports: Vec<ServicePort>,
     pub(crate) selector: BTreeMap<String, String>,
     pub(crate) publish_not_ready: bool,
+    /// How far callers go for an endpoint.
+    pub(crate) reach: Reach,
+    /// Whether a calling pod stays with one.
+    pub(crate) by_client: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -183,6 +187,7 @@ pub(crate) struct SliceEndpoint {
     pub(crate) pod_name: Option<Name>,
     pub(crate) health: EndpointHealth,
     pub(crate) zone: Option<Arc<str>>,
+    pub(crate) node: Option<Arc<str>>,
 }
 
 #[derive(Clone, Debug)]
@@ -196,7 +201,8 @@ pub(crate) struct PodEntry {
     pub(crate) skipped: Vec<RangeInclusive<u16>>,
     pub(crate) weight: u32,
     pub(crate) zone: Arc<str>,
-    /// Its node, where that says the zone.
+    /// Its own label says it, whatever its node's zone.
+    pub(crate) has_own_zone: bool,
     pub(crate) node: Option<Arc<str>>,
     /// Its addresses are its node's, and no more its own than any other's there.
     pub(crate) host_network: bool,
@@ -317,7 +323,8 @@ impl Index {
         };
         let zone = zone.cloned().unwrap_or_default();
         let mut moved = Vec::new();
-        for (name, pod) in self.pods.iter_mut().filter(|(_, pod)| pod.node.as_ref() == Some(node)) {
+        let there = |pod: &PodEntry| pod.node.as_ref() == Some(node) && !pod.has_own_zone;
+        for (name, pod) in self.pods.iter_mut().filter(|(_, pod)| there(pod)) {
             pod.zone = zone.clone();
             moved.push(name.clone());
         }
@@ -526,7 +533,8 @@ impl Index {
             }
             Object::Pod(pod) => {
                 if let Some(mut entry) = PodEntry::new(&self.trust_domain, &name, &pod) {
-                    if let Some(zone) = entry.node.as_ref().and_then(|node| self.zones.get(node)) {
+                    let node = entry.node.as_ref().filter(|_| !entry.has_own_zone);
+                    if let Some(zone) = node.and_then(|node| self.zones.get(node)) {
                         entry.zone = zone.clone();
                     }
                     self.by_uid.entry(entry.uid.clone()).or_default().insert(name.clone());
@@ -777,6 +785,8 @@ impl ServiceEntry {
             ports: ports.collect(),
             selector: spec.and_then(|s| s.selector.clone()).unwrap_or_default(),
             publish_not_ready: spec.and_then(|s| s.publish_not_ready_addresses).unwrap_or_default(),
+            reach: spec.map(reach).unwrap_or_default(),
+            by_client: spec.is_some_and(|s| s.session_affinity.as_deref() == Some("ClientIP")),
         }
     }
 
@@ -821,10 +831,12 @@ impl SliceEntry {
             let conditions = endpoint.conditions.as_ref();
             let ready = conditions.and_then(|c| c.ready).unwrap_or(true);
             let terminating = conditions.and_then(|c| c.terminating).unwrap_or(false);
+            // One that goes away, and does not answer any more, is not even for want of others.
+            let serving = conditions.and_then(|c| c.serving).unwrap_or(true);
             let health = match (terminating, ready) {
-                (true, _) => EndpointHealth::Draining,
+                (true, _) if serving => EndpointHealth::Draining,
                 (false, true) => EndpointHealth::Healthy,
-                (false, false) => EndpointHealth::Unhealthy,
+                (true, _) | (false, false) => EndpointHealth::Unhealthy,
             };
             let target =
                 endpoint.target_ref.as_ref().filter(|t| t.kind.as_deref().is_none_or(|k| k == "Pod"));
@@ -838,6 +850,7 @@ impl SliceEntry {
                 pod_name,
                 health,
                 zone: endpoint.zone.as_deref().map(Into::into),
+                node: endpoint.node_name.as_deref().map(Into::into),
             }
         });
         Some(Self { service: (namespace.clone(), service.into()), ports, endpoints: endpoints.collect() })
@@ -895,9 +908,8 @@ impl PodEntry {
                 .unwrap_or_default(),
             weight: lookup(&meta.annotations, WEIGHT).and_then(|text| text.parse().ok()).unwrap_or(1),
             zone: lookup(&meta.labels, ZONE).unwrap_or_default().into(),
-            node: spec
-                .filter(|_| lookup(&meta.labels, ZONE).is_none())
-                .and_then(|s| s.node_name.as_deref().map(Into::into)),
+            has_own_zone: lookup(&meta.labels, ZONE).is_some(),
+            node: spec.and_then(|s| s.node_name.as_deref().map(Into::into)),
             host_network: spec.and_then(|s| s.host_network).unwrap_or_default(),
             health,
             ports: ports
@@ -912,6 +924,16 @@ impl PodEntry {
 
 fn is_selected(name: &Name, service: &ServiceEntry, pod_name: &Name, pod: &PodEntry) -> bool {
     pod_name.0 == name.0 && !service.selector.is_empty() && is_subset(&service.selector, &pod.labels)
+}
+
+/// `Local` says who must not be asked, a distribution only who should be.
+fn reach(spec: &ServiceSpec) -> Reach {
+    match (spec.internal_traffic_policy.as_deref(), spec.traffic_distribution.as_deref()) {
+        (Some("Local"), _) => Reach::Node,
+        (_, Some("PreferSameNode")) => Reach::PreferNode,
+        (_, Some("PreferSameZone" | "PreferClose")) => Reach::PreferZone,
+        (_, Some(_) | None) => Reach::Anywhere,
+    }
 }
 
 /// Takes one of several claims back.

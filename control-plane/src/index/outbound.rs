@@ -104,7 +104,7 @@ impl PodAddress {
         Service {
             vips: vec![self.ip],
             protocol: self.protocols.get(&port).copied().unwrap_or_default(),
-            pod: Some(Arc::new(Endpoint { health: EndpointHealth::Healthy, ..endpoint })),
+            pod: Some(Arc::new(Endpoint { health: EndpointHealth::Healthy, node: "".into(), ..endpoint })),
             ..Service::new(ServiceName { namespace, name, port })
         }
     }
@@ -134,8 +134,9 @@ impl Index {
             detect_timeout: policy.detect_timeout.map_or(DETECT_TIMEOUT, |d| d.0),
             route: has_route.then(|| format!("route/{}", route_name(name, from)).into()),
             endpoints: Some(format!("ep/{name}/*").into()),
+            reach: entry.reach,
             pod: None,
-            load_balancing: load_balancing(policy.load_balancing.as_ref()),
+            load_balancing: load_balancing(policy.load_balancing.as_ref(), entry.by_client),
             health: health(policy.outlier_ejection.as_ref()),
             limits: limits(policy.limits.as_ref()),
             accepted_identities: accepted(&policy),
@@ -773,8 +774,8 @@ fn backoff(spec: Option<&BackoffSpec>, default: Backoff) -> Backoff {
     spec.and_then(|spec| try_backoff(spec, default).ok()).unwrap_or(default)
 }
 
-fn load_balancing(spec: Option<&policy::LoadBalancing>) -> LoadBalancing {
-    let default = LoadBalancing::default();
+fn load_balancing(spec: Option<&policy::LoadBalancing>, by_client: bool) -> LoadBalancing {
+    let default = LoadBalancing { by_client, ..LoadBalancing::default() };
     let Some(spec) = spec else { return default };
     LoadBalancing {
         algorithm: match spec.algorithm {
@@ -785,6 +786,7 @@ fn load_balancing(spec: Option<&policy::LoadBalancing>) -> LoadBalancing {
         },
         ewma_decay: spec.ewma.decay.map_or(default.ewma_decay, |d| d.0),
         ewma_initial: spec.ewma.initial.map_or(default.ewma_initial, |d| d.0),
+        by_client,
     }
 }
 

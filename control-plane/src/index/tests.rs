@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use weft_core::{
     identity::{PodUid, TrustDomain},
     policy::{
-        Action, Algorithm, EndpointHealth, Filter, MtlsMode, PathMatch, Probe, Protocol, ServiceName,
+        Action, Algorithm, EndpointHealth, Filter, MtlsMode, PathMatch, Probe, Protocol, Reach, ServiceName,
         StringMatch, Tunnel,
     },
 };
@@ -1015,4 +1015,58 @@ endpoints: [{addresses: ["fd00::1"], targetRef: {kind: Pod, name: cart-1, uid: c
     let cart = of("shop/cart:80").unwrap();
     assert_eq!(cart.len(), 1);
     assert_eq!(cart[&uid("cart-1-uid")].address, "10.0.0.1:8080".parse().unwrap());
+}
+
+#[test]
+fn a_service_says_how_far_its_callers_go_and_whether_they_stay() {
+    let mut index = index(SHOP);
+    index.apply(Event::Zone { node: "n1".into(), zone: Some("z1".into()) });
+    let with = |index: &mut Index, more: &str| {
+        let service = format!(
+            "apiVersion: v1\nkind: Service\nmetadata: {{name: agent, namespace: shop}}\n\
+             spec: {{clusterIP: 10.96.0.50, selector: {{app: agent}}, ports: [{{port: 80}}]{more}}}\n"
+        );
+        apply(index, &service);
+        let compiled = index.service(&self::service("shop/agent:80")).unwrap().0;
+        let node = index.endpoints(&self::service("shop/agent:80")).unwrap()[&uid("agent-uid")].node.clone();
+        (compiled.reach, compiled.load_balancing.by_client, node.to_string())
+    };
+    apply(
+        &mut index,
+        "apiVersion: v1\nkind: Pod\nmetadata: {name: agent, namespace: shop, uid: agent-uid, labels: {app: agent}}\n\
+         spec: {nodeName: n1, containers: [{name: a, ports: [{containerPort: 80}]}]}\nstatus: {podIP: 10.0.0.9}\n",
+    );
+    let is = |reach, by_client, node: &str| (reach, by_client, node.to_owned());
+    assert_eq!(with(&mut index, ""), is(Reach::Anywhere, false, ""), "nobody asks for the node");
+    let local = ", internalTrafficPolicy: Local, trafficDistribution: PreferClose";
+    assert_eq!(with(&mut index, local), is(Reach::Node, false, "n1"));
+    let cluster = ", internalTrafficPolicy: Cluster, sessionAffinity: ClientIP";
+    assert_eq!(with(&mut index, cluster), is(Reach::Anywhere, true, ""));
+    let zone = ", trafficDistribution: PreferSameZone";
+    assert_eq!(with(&mut index, zone), is(Reach::PreferZone, false, ""));
+    let node = ", trafficDistribution: PreferSameNode";
+    assert_eq!(with(&mut index, node), is(Reach::PreferNode, false, "n1"));
+    // The other half: where the caller itself is.
+    let place = index.workload(&uid("agent-uid")).unwrap().0.place;
+    assert_eq!((&*place.node, &*place.zone), ("n1", "z1"));
+}
+
+#[test]
+fn an_endpoint_that_goes_away_is_asked_only_while_it_still_answers() {
+    let mut index = index(SHOP);
+    let mut health = |conditions: &str| {
+        let slice = format!(
+            "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\n\
+             metadata: {{name: cart-x, namespace: shop, labels: {{kubernetes.io/service-name: cart}}}}\n\
+             addressType: IPv4\nports: [{{name: http, port: 8080}}]\n\
+             endpoints: [{{addresses: [10.0.0.1], targetRef: {{kind: Pod, name: cart-1, uid: cart-1-uid}}, \
+             conditions: {{{conditions}}}}}]\n"
+        );
+        apply(&mut index, &slice);
+        index.endpoints(&service("shop/cart:80")).unwrap()[&uid("cart-1-uid")].health
+    };
+    assert_eq!(health("ready: true, serving: true"), EndpointHealth::Healthy);
+    assert_eq!(health("ready: false, serving: true, terminating: true"), EndpointHealth::Draining);
+    assert_eq!(health("ready: false, serving: false, terminating: true"), EndpointHealth::Unhealthy);
+    assert_eq!(health("ready: false, terminating: true"), EndpointHealth::Draining, "of an older cluster");
 }

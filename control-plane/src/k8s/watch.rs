@@ -332,6 +332,7 @@ fn slice(slice: EndpointSlice) -> Option<Seen> {
                 target
             }),
             zone: endpoint.zone,
+            node_name: endpoint.node_name,
             ..Endpoint::default()
         };
         all.into_iter().map(cut).collect()

@@ -87,6 +87,7 @@ pub(super) fn convert(at: &At<'_>, pb: &v1::Endpoint, namespace: &str) -> Result
         identity,
         tunnel,
         zone: text(&at.field("locality").field("zone"), zone, MAX_LABEL)?,
+        node: text(&at.field("node"), &pb.node, MAX_LABEL)?,
         labels,
     })
 }
@@ -115,7 +116,7 @@ pub fn to_pb(endpoint: &Endpoint) -> v1::Endpoint {
         tunnel: tunnel.into(),
         locality: (!endpoint.zone.is_empty())
             .then(|| v1::Locality { region: String::new(), zone: endpoint.zone.to_string() }),
-        node: String::new(),
+        node: endpoint.node.to_string(),
         labels: endpoint
             .labels
             .iter()

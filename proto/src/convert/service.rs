@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use weft_core::policy::{
-    Algorithm, DETECT_TIMEOUT, HealthPolicy, Limits, LoadBalancing, Service, ServiceName, SuccessRate,
+    Algorithm, DETECT_TIMEOUT, HealthPolicy, Limits, LoadBalancing, Reach, Service, ServiceName, SuccessRate,
 };
 
 use super::{
@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     names::Name,
-    pb::v1::{self, load_balancing::Algorithm as PbAlgorithm},
+    pb::v1::{self, load_balancing::Algorithm as PbAlgorithm, service::Reach as PbReach},
 };
 
 /// Reads a service.
@@ -49,6 +49,13 @@ impl TryFrom<&v1::Service> for Service {
             endpoints: reference(&at.field("endpoints"), &pb.endpoints, "ep/ and end with /*", |name| {
                 matches!(name, Name::Collection(_))
             })?,
+            reach: match PbReach::try_from(pb.reach) {
+                Ok(PbReach::Unspecified) => Reach::Anywhere,
+                Ok(PbReach::Node) => Reach::Node,
+                Ok(PbReach::PreferNode) => Reach::PreferNode,
+                Ok(PbReach::PreferZone) => Reach::PreferZone,
+                Err(_) => return Err(at.field("reach").bad(Problem::UnknownValue(pb.reach))),
+            },
             pod: pod.transpose()?.map(Into::into),
             load_balancing: load_balancing(&at, pb.lb.as_ref())?,
             health: health(&at, pb.health.as_ref())?,
@@ -76,6 +83,12 @@ impl From<&Service> for v1::Service {
             Algorithm::RoundRobin => PbAlgorithm::RoundRobin,
             Algorithm::Random => PbAlgorithm::Random,
         };
+        let reach = match service.reach {
+            Reach::Anywhere => PbReach::Unspecified,
+            Reach::Node => PbReach::Node,
+            Reach::PreferNode => PbReach::PreferNode,
+            Reach::PreferZone => PbReach::PreferZone,
+        };
         Self {
             namespace: service.name.namespace.to_string(),
             name: service.name.name.to_string(),
@@ -89,6 +102,7 @@ impl From<&Service> for v1::Service {
                 algorithm: algorithm.into(),
                 ewma_decay_ms: Some(to_millis(service.load_balancing.ewma_decay)),
                 ewma_initial_ms: Some(to_millis(service.load_balancing.ewma_initial)),
+                by_client: service.load_balancing.by_client,
             }),
             health: Some(v1::HealthPolicy {
                 consecutive_failures: Some(service.health.consecutive_failures),
@@ -111,6 +125,7 @@ impl From<&Service> for v1::Service {
             timeouts: to_timeouts(&service.timeouts),
             retry: to_retry(&service.retry),
             requires: Vec::new(),
+            reach: reach.into(),
         }
     }
 }
@@ -145,6 +160,7 @@ fn load_balancing(at: &At<'_>, lb: Option<&v1::LoadBalancing>) -> Result<LoadBal
         ewma_decay: millis(&at.field("ewma_decay_ms"), lb.ewma_decay_ms)?.unwrap_or(default.ewma_decay),
         ewma_initial: millis(&at.field("ewma_initial_ms"), lb.ewma_initial_ms)?
             .unwrap_or(default.ewma_initial),
+        by_client: lb.by_client,
     })
 }
 

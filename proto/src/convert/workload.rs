@@ -13,14 +13,16 @@ use std::{
 use ipnet::IpNet;
 use weft_core::{
     identity::{PodUid, SpiffeId, TrustDomain},
-    policy::{Authorization, DETECT_TIMEOUT, Egress, InboundPolicy, MtlsMode, PortPolicy, Probe, Protocol},
+    policy::{
+        Authorization, DETECT_TIMEOUT, Egress, InboundPolicy, MtlsMode, Place, PortPolicy, Probe, Protocol,
+    },
 };
 
 use super::{
     Invalid, Problem,
     common::{
-        At, MAX_ITEMS, cut, identity, in_range, millis, port, protocol, requires, to_millis, to_protocol,
-        trust_domain,
+        At, MAX_ITEMS, MAX_LABEL, cut, identity, in_range, millis, port, protocol, requires, text, to_millis,
+        to_protocol, trust_domain,
     },
     decode,
 };
@@ -53,6 +55,8 @@ pub struct WorkloadResource {
     pub egress: Egress,
     /// Trust domains whose identities are accepted; the names of the bundles to subscribe follow from it.
     pub trust_domains: Vec<TrustDomain>,
+    /// Where the workload runs.
+    pub place: Place,
 }
 
 /// One port of a workload.
@@ -99,6 +103,7 @@ pub fn split(policy: &InboundPolicy, uid: &PodUid) -> (WorkloadResource, Vec<(St
         mesh_ranges: policy.mesh_ranges.clone(),
         egress: policy.egress,
         trust_domains: policy.trust_domains.clone(),
+        place: policy.place.clone(),
     };
     (resource, authorizations)
 }
@@ -135,6 +140,7 @@ impl WorkloadResource {
             mesh_ranges: self.mesh_ranges.clone(),
             egress: self.egress,
             trust_domains: self.trust_domains.clone(),
+            place: self.place.clone(),
         })
     }
 }
@@ -153,6 +159,7 @@ impl TryFrom<&v1::WorkloadConfig> for WorkloadResource {
             }
             Ok(())
         })?;
+        let zone = pb.locality.as_ref().map_or("", |locality| &locality.zone);
         let at_default = at.field("default_port");
         let default_port = pb.default_port.as_ref().ok_or_else(|| at_default.bad(Problem::Missing))?;
         in_range(&at_default.field("port"), default_port.port.into(), 0..=0)?;
@@ -174,6 +181,10 @@ impl TryFrom<&v1::WorkloadConfig> for WorkloadResource {
             egress,
             trust_domains: at
                 .each("trust_domains", &pb.trust_domains, MAX_ITEMS, |at, name| trust_domain(at, name))?,
+            place: Place {
+                node: text(&at.field("node"), &pb.node, MAX_LABEL)?,
+                zone: text(&at.field("locality").field("zone"), zone, MAX_LABEL)?,
+            },
         })
     }
 }
@@ -192,6 +203,9 @@ impl From<&WorkloadResource> for v1::WorkloadConfig {
             egress: egress.into(),
             trust_domains: workload.trust_domains.iter().map(ToString::to_string).collect(),
             requires: Vec::new(),
+            node: workload.place.node.to_string(),
+            locality: (!workload.place.zone.is_empty())
+                .then(|| v1::Locality { region: String::new(), zone: workload.place.zone.to_string() }),
         }
     }
 }

@@ -40,6 +40,57 @@ pub struct Service {
     /// features that a reader must know, else it NACKs
     #[prost(string, repeated, tag = "17")]
     pub requires: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// how far callers go for an endpoint
+    #[prost(enumeration = "service::Reach", tag = "18")]
+    pub reach: i32,
+}
+/// Nested message and enum types in `Service`.
+pub mod service {
+    #[derive(
+        Clone,
+        Copy,
+        Debug,
+        PartialEq,
+        Eq,
+        Hash,
+        PartialOrd,
+        Ord,
+        ::prost::Enumeration
+    )]
+    #[repr(i32)]
+    pub enum Reach {
+        /// anywhere
+        Unspecified = 0,
+        /// never off the caller's own node
+        Node = 1,
+        /// then its zone, then anywhere: while nobody nearer is ready
+        PreferNode = 2,
+        PreferZone = 3,
+    }
+    impl Reach {
+        /// String value of the enum field names used in the ProtoBuf definition.
+        ///
+        /// The values are not transformed in any way and thus are considered stable
+        /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+        pub fn as_str_name(&self) -> &'static str {
+            match self {
+                Self::Unspecified => "REACH_UNSPECIFIED",
+                Self::Node => "REACH_NODE",
+                Self::PreferNode => "REACH_PREFER_NODE",
+                Self::PreferZone => "REACH_PREFER_ZONE",
+            }
+        }
+        /// Creates an enum from field names used in the ProtoBuf definition.
+        pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+            match value {
+                "REACH_UNSPECIFIED" => Some(Self::Unspecified),
+                "REACH_NODE" => Some(Self::Node),
+                "REACH_PREFER_NODE" => Some(Self::PreferNode),
+                "REACH_PREFER_ZONE" => Some(Self::PreferZone),
+                _ => None,
+            }
+        }
+    }
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct LoadBalancing {
@@ -49,6 +100,9 @@ pub struct LoadBalancing {
     pub ewma_decay_ms: ::core::option::Option<u32>,
     #[prost(uint32, optional, tag = "3")]
     pub ewma_initial_ms: ::core::option::Option<u32>,
+    /// one calling pod stays with one endpoint
+    #[prost(bool, tag = "4")]
+    pub by_client: bool,
 }
 /// Nested message and enum types in `LoadBalancing`.
 pub mod load_balancing {
@@ -213,6 +267,7 @@ pub struct Endpoint {
     pub tunnel: i32,
     #[prost(message, optional, tag = "9")]
     pub locality: ::core::option::Option<Locality>,
+    /// empty: unknown, or the service's reach does not ask
     #[prost(string, tag = "10")]
     pub node: ::prost::alloc::string::String,
     #[prost(btree_map = "string, string", tag = "11")]
@@ -675,6 +730,11 @@ pub struct WorkloadConfig {
     pub trust_domains: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
     #[prost(string, repeated, tag = "7")]
     pub requires: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// where the workload runs; empty: unknown
+    #[prost(string, tag = "8")]
+    pub node: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "9")]
+    pub locality: ::core::option::Option<Locality>,
 }
 /// Nested message and enum types in `WorkloadConfig`.
 pub mod workload_config {

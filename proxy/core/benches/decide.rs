@@ -95,7 +95,8 @@ fn pick<const ROUND_ROBIN: usize>(bencher: Bencher<'_, '_>, n: u16) {
         Arc::new(Endpoint::new(PodUid::new(&format!("pod-{i}")).unwrap(), address))
     };
     let endpoints = (0..n).map(endpoint).collect();
-    let policy = BackendPolicy { service: Arc::new(service), endpoints, generation: 1, resolved: true };
+    let policy =
+        BackendPolicy { service: Arc::new(service), endpoints, generation: 1, resolved: true, client: 0 };
     let start = origin();
     balancer.update(&policy, start);
     let world = RefCell::new((balancer, start, SmallRng::seed_from_u64(1)));

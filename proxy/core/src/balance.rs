@@ -21,6 +21,13 @@
 //! Ejection takes an endpoint out altogether: never more than the cap, never the last one. When it ends,
 //! one request at a time probes.
 //!
+//! Endpoints that are about to go serve while there are no others: every pod of a service may be at its end at once,
+//! and what still answers is better than an error (KEP-1669).
+//!
+//! Where the service asks for it, a calling pod stays with one endpoint: the first, in an order that is the pod's own,
+//! that takes requests. Nothing has to be remembered for it, so that it outlives the sidecar, and an endpoint that
+//! comes or goes moves only its own callers.
+//!
 //! A balancer belongs to one worker: cells and `Rc`, no lock. A request holds a [`Lease`]; dropping it
 //! says that the caller left, whatever else happened.
 
@@ -50,8 +57,9 @@ pub struct Balancer {
     shared: Rc<Shared>,
     /// All endpoints, in the policy's order.
     slots: Vec<Rc<Slot>>,
-    /// Those that take new requests.
+    /// Those that take new requests; where callers stay with one endpoint, this caller's first.
     ready: Vec<Rc<Slot>>,
+    sticky: bool,
     /// Running sums of the weights of `ready`; empty when all are equal.
     weights: Vec<u64>,
     /// Removed by the policy, with requests still on them.
@@ -210,6 +218,7 @@ impl Balancer {
             shared: Rc::new(shared),
             slots: Vec::new(),
             ready: Vec::new(),
+            sticky: false,
             weights: Vec::new(),
             leaving: Vec::new(),
             current: None,
@@ -241,6 +250,7 @@ impl Balancer {
             let name = key(&slot.endpoint.borrow());
             known.insert(name, slot.clone());
         }
+        let none_ready = !backend.endpoints.iter().any(|endpoint| is_ready(endpoint));
         for endpoint in backend.endpoints.iter() {
             let slot = match known.remove(&key(endpoint)) {
                 Some(slot) => slot,
@@ -248,7 +258,8 @@ impl Balancer {
             };
             slot.removed.set(false);
             *slot.endpoint.borrow_mut() = endpoint.clone();
-            let was_ready = slot.is_ready.replace(is_ready(endpoint));
+            let was_ready =
+                slot.is_ready.replace(is_ready(endpoint) || (none_ready && still_serves(endpoint)));
             if !was_ready && !is_first {
                 slot.warm_from.set(Some(now));
             }
@@ -261,6 +272,10 @@ impl Balancer {
             slot.in_flight.get() > 0
         });
         self.ready = self.slots.iter().filter(|slot| slot.is_ready.get()).cloned().collect();
+        self.sticky = backend.service.load_balancing.by_client;
+        if self.sticky {
+            self.ready.sort_by_cached_key(|slot| turn(backend.client, &slot.endpoint.borrow().uid));
+        }
         self.draw_by_weight();
         self.plan_warm_up(now);
         self.bound_ejections(now);
@@ -324,6 +339,11 @@ impl Balancer {
     }
 
     fn choose(&mut self, tried: &[SocketAddr], now: Instant, rng: &mut dyn RngCore) -> Rc<Slot> {
+        if self.sticky
+            && let Some(own) = self.ready.iter().find(|slot| slot.takes(tried, now))
+        {
+            return own.clone();
+        }
         let algorithm = self.shared.lb.borrow().algorithm;
         let chosen = match algorithm {
             Algorithm::PeakEwma => self.two_choices(tried, now, rng, |slot| slot.cost(now)),
@@ -868,6 +888,28 @@ fn is_ready(endpoint: &Endpoint) -> bool {
     endpoint.health == EndpointHealth::Healthy && endpoint.weight > 0
 }
 
+/// About to go, and not gone yet.
+fn still_serves(endpoint: &Endpoint) -> bool {
+    endpoint.health == EndpointHealth::Draining && endpoint.weight > 0
+}
+
+/// What tells one calling pod from another ([`BackendPolicy::client`]), now and after a restart of its sidecar.
+pub fn client(pod: &PodUid) -> u64 {
+    turn(0, pod)
+}
+
+/// An endpoint's place in one caller's own order of them.
+fn turn(client: u64, endpoint: &PodUid) -> u64 {
+    // FNV-1a, then a mix: names that differ in their last letter must not be neighbours.
+    let start = client ^ 0xcbf2_9ce4_8422_2325;
+    let hash = endpoint
+        .as_str()
+        .bytes()
+        .fold(start, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3));
+    let hash = (hash ^ (hash >> 32)).wrapping_mul(0xd6e8_feb8_6659_fd93);
+    hash ^ (hash >> 32)
+}
+
 /// How often a draw may miss before everything is looked at: at the default cap of half the endpoints
 /// ejected, one pick in 4,096 looks.
 const DRAWS: u32 = 12;
@@ -939,7 +981,7 @@ mod tests {
         generation: u64,
     ) -> BackendPolicy {
         let endpoints = endpoints.into_iter().map(Arc::new).collect();
-        BackendPolicy { service: Arc::new(service), endpoints, generation, resolved: true }
+        BackendPolicy { service: Arc::new(service), endpoints, generation, resolved: true, client: 1 }
     }
 
     struct World {
@@ -1010,9 +1052,12 @@ mod tests {
         let mut w = World::new(service(Algorithm::PeakEwma), []);
         assert_eq!(w.balancer.pick(&[], w.now, &mut w.rng).unwrap_err(), PickError::NoEndpoints);
         let draining = Endpoint { health: EndpointHealth::Draining, ..endpoint(1) };
+        w.update([draining.clone()]);
+        assert_eq!(w.pick().endpoint().address, address(1), "nobody else is left");
         let not_ready = Endpoint { health: EndpointHealth::Unhealthy, ..endpoint(2) };
         let no_weight = Endpoint { weight: 0, ..endpoint(3) };
-        w.update([draining.clone(), not_ready.clone(), no_weight.clone()]);
+        let gone = Endpoint { weight: 0, ..draining.clone() };
+        w.update([gone, not_ready.clone(), no_weight.clone()]);
         assert_eq!(w.balancer.pick(&[], w.now, &mut w.rng).unwrap_err(), PickError::NoneReady);
         assert_eq!(w.state(address(2)), Health::NotReady);
         for algorithm in ALL {
@@ -1022,6 +1067,56 @@ mod tests {
             );
             let seen = w.run(200, MS);
             assert_eq!(seen.keys().copied().collect::<Vec<_>>(), [address(7), address(8)], "{algorithm:?}");
+        }
+    }
+
+    #[test]
+    fn those_about_to_go_serve_while_nobody_else_does() {
+        for algorithm in ALL {
+            let draining = |n| Endpoint { health: EndpointHealth::Draining, ..endpoint(n) };
+            let not_ready = Endpoint { health: EndpointHealth::Unhealthy, ..endpoint(3) };
+            let mut w = World::new(service(algorithm), [draining(1), draining(2), not_ready.clone()]);
+            let seen = w.run(200, MS);
+            assert_eq!(seen.keys().copied().collect::<Vec<_>>(), [address(1), address(2)], "{algorithm:?}");
+            // The first that is ready has it all, and they are left in peace.
+            w.update([draining(1), draining(2), Endpoint { health: EndpointHealth::Healthy, ..not_ready }]);
+            assert_eq!(w.run(50, MS).keys().copied().collect::<Vec<_>>(), [address(3)], "{algorithm:?}");
+            assert_eq!(w.state(address(1)), Health::Draining);
+        }
+    }
+
+    #[test]
+    fn a_caller_stays_with_one_endpoint_and_callers_are_spread() {
+        for algorithm in ALL {
+            let mut by_client = service(algorithm);
+            by_client.load_balancing.by_client = true;
+            let mut firsts: BTreeMap<SocketAddr, u32> = BTreeMap::new();
+            for client in 0..2_000 {
+                let mut b = Balancer::new(&by_client.load_balancing, &by_client.health);
+                let all = (0..10).map(|n| Arc::new(endpoint(n))).collect();
+                let service = Arc::new(by_client.clone());
+                let policy = BackendPolicy { service, endpoints: all, generation: 1, resolved: true, client };
+                b.update(&policy, origin());
+                let first = b.pick(&[], origin(), &mut SmallRng::seed_from_u64(client)).unwrap();
+                *firsts.entry(first.endpoint().address).or_default() += 1;
+            }
+            assert!(firsts.len() == 10 && firsts.values().all(|n| (140..260).contains(n)), "{firsts:?}");
+            let mut w = World::new(by_client, (0..10).map(endpoint));
+            let seen = w.run(100, MS);
+            assert_eq!(seen.len(), 1, "{algorithm:?} {seen:?}");
+            let home = *seen.keys().next().unwrap();
+            // Whoever else comes or goes moves nobody; its own end moves its callers, to one other.
+            let other = (0..10).map(address).find(|address| *address != home);
+            w.update((0..10).map(endpoint).filter(|endpoint| Some(endpoint.address) != other));
+            assert_eq!(w.run(20, MS).keys().copied().collect::<Vec<_>>(), [home]);
+            w.update((0..10).map(endpoint).filter(|e| e.address != home));
+            let next = w.run(20, MS);
+            assert!(next.len() == 1 && !next.contains_key(&home), "{next:?}");
+            w.update((0..10).map(endpoint));
+            assert_eq!(w.run(20, MS).keys().copied().collect::<Vec<_>>(), [home], "and back");
+            assert!(w.fail(home).is_some());
+            let other = w.pick();
+            assert_ne!(other.endpoint().address, home, "what is ejected is nobody's home");
         }
     }
 
@@ -1345,7 +1440,8 @@ mod tests {
                         let tried: Vec<_> = held.last().filter(|_| again).iter().map(|l| l.endpoint().address).collect();
                         match w.balancer.pick(&tried, w.now, &mut w.rng) {
                             Ok(lease) => {
-                                prop_assert!(is_ready(lease.endpoint()));
+                                let last = !w.balancer.slots.iter().any(|slot| is_ready(&slot.endpoint.borrow()));
+                                prop_assert!(is_ready(lease.endpoint()) || (last && still_serves(lease.endpoint())));
                                 held.push(lease);
                             }
                             Err(_) => prop_assert_eq!(w.balancer.ready(), 0),

@@ -22,6 +22,8 @@ pub mod route;
 
 pub mod authz;
 
+pub mod topology;
+
 pub mod balance;
 pub mod eject;
 pub mod ewma;

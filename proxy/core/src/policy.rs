@@ -10,7 +10,12 @@ use http::{HeaderName, HeaderValue, Method};
 use ipnet::IpNet;
 
 use crate::identity::{PodUid, SpiffeId, TrustDomain};
-pub use crate::{backoff::Backoff, budget::BudgetParams, route::RouteTable};
+pub use crate::{
+    backoff::Backoff,
+    budget::BudgetParams,
+    route::RouteTable,
+    topology::{Place, Reach},
+};
 
 /// One port of one service: `<namespace>/<name>:<port>`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -86,6 +91,8 @@ pub struct BackendPolicy {
     /// False while the control plane says that there is no such service: its share of requests
     /// is answered with 500 (Gateway API: a backendRef that does not resolve).
     pub resolved: bool,
+    /// Tells this calling pod from others ([`LoadBalancing::by_client`]).
+    pub client: u64,
 }
 
 /// What tells one backend from another, and so what is learned of the one from what is learned of the other:
@@ -111,6 +118,8 @@ pub struct Service {
     pub route: Option<Arc<str>>,
     /// Collection name of its endpoints; `None`: no endpoints.
     pub endpoints: Option<Arc<str>>,
+    /// How far its callers go for one of them.
+    pub reach: Reach,
     /// Set when the destination is one pod by its own address: no balancing, no routes.
     pub pod: Option<Arc<Endpoint>>,
     /// How to choose among endpoints.
@@ -146,6 +155,8 @@ pub struct Endpoint {
     pub tunnel: Tunnel,
     /// Topology zone; empty if unknown.
     pub zone: Arc<str>,
+    /// Its node; empty if unknown, or if nobody asks ([`Service::reach`]).
+    pub node: Arc<str>,
     /// For telemetry only, at most 8.
     pub labels: BTreeMap<Arc<str>, Arc<str>>,
 }
@@ -156,7 +167,7 @@ pub enum EndpointHealth {
     /// Ready.
     #[default]
     Healthy,
-    /// Keeps its open streams, takes no new ones.
+    /// Keeps its open streams, takes new ones only while nobody else does (KEP-1669).
     Draining,
     /// Not ready.
     Unhealthy,
@@ -181,6 +192,8 @@ pub struct LoadBalancing {
     pub ewma_decay: Duration,
     /// Latency assumed of an endpoint that has not answered yet.
     pub ewma_initial: Duration,
+    /// One calling pod stays with one endpoint (`sessionAffinity: ClientIP`), whatever the algorithm.
+    pub by_client: bool,
 }
 
 /// The balancing algorithms.
@@ -444,6 +457,8 @@ pub struct InboundPolicy {
     pub egress: Egress,
     /// Trust domains whose identities are accepted.
     pub trust_domains: Vec<TrustDomain>,
+    /// Where this workload runs.
+    pub place: Place,
 }
 
 /// What to do with destinations outside the mesh.
@@ -686,6 +701,7 @@ impl Service {
             detect_timeout: DETECT_TIMEOUT,
             route: None,
             endpoints: None,
+            reach: Reach::default(),
             pod: None,
             load_balancing: LoadBalancing::default(),
             health: HealthPolicy::default(),
@@ -709,6 +725,7 @@ impl Endpoint {
             identity: None,
             tunnel: Tunnel::None,
             zone: "".into(),
+            node: "".into(),
             labels: BTreeMap::new(),
         }
     }
@@ -748,6 +765,7 @@ impl Default for LoadBalancing {
             // linkerd's: 10 s decay, 30 ms first guess; long enough to smooth, short enough to follow.
             ewma_decay: Duration::from_secs(10),
             ewma_initial: Duration::from_millis(30),
+            by_client: false,
         }
     }
 }

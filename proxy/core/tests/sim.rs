@@ -168,7 +168,7 @@ impl World {
         let endpoints = (0..self.faults.len()).filter(|n| !without.contains(n));
         let endpoint = |n: usize| Endpoint::new(PodUid::new(&format!("pod-{n}")).unwrap(), address(n));
         let endpoints = endpoints.map(|n| Arc::new(endpoint(n))).collect();
-        BackendPolicy { service: Arc::new(service), endpoints, generation, resolved: true }
+        BackendPolicy { service: Arc::new(service), endpoints, generation, resolved: true, client: 0 }
     }
 
     fn run(&self) -> Report {

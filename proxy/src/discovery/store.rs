@@ -25,7 +25,8 @@ use tracing::{debug, info, warn};
 use weft_core::{
     identity::{PodUid, SpiffeId, TrustDomain},
     policy::{
-        Authorization, BackendKey, BackendPolicy, Endpoint, InboundPolicy, RouteTable, Service, ServiceName,
+        Authorization, BackendKey, BackendPolicy, Endpoint, InboundPolicy, Place, RouteTable, Service,
+        ServiceName,
     },
 };
 use weft_proto::{
@@ -179,6 +180,8 @@ enum Routes {
 struct Built {
     policy: Arc<BackendPolicy>,
     endpoints: u64,
+    /// Where this workload was, if it matters.
+    from: Place,
 }
 
 /// This workload's own policy.

@@ -20,7 +20,8 @@ use std::{
 use tokio::time::Instant;
 use tracing::{debug, info, warn};
 use weft_core::policy::{
-    Action, Authorization, BackendPolicy, Endpoint, OutboundPolicy, RouteTable, Service, ServiceName,
+    Action, Authorization, BackendPolicy, Endpoint, OutboundPolicy, Place, Reach, RouteTable, Service,
+    ServiceName,
 };
 use weft_proto::names::Name;
 
@@ -240,17 +241,32 @@ impl State {
                 Ok(_) | Err(_) => warn!(%collection, "not the name of a collection"),
             }
         }
+        let mut from = Place::default();
+        if service.reach != Reach::Anywhere {
+            let own = Name::Workload(self.uid.clone());
+            match self.held.get(&own).map(|held| &held.value) {
+                Some(Value::Workload(workload)) => from = workload.place.clone(),
+                _ => drop(missing.insert(own.clone())),
+            }
+            needs.insert(own);
+        }
         let key = service.key();
         if let Some(built) = self.backends.get(&key) {
             let policy = &built.policy;
             let same = Arc::ptr_eq(&policy.service, &service) || policy.service == service;
-            if same && policy.resolved == resolved && built.endpoints == version {
+            if same && policy.resolved == resolved && built.endpoints == version && built.from == from {
                 return Arc::clone(policy);
             }
         }
         self.generation += 1;
-        let policy = Arc::new(BackendPolicy { service, endpoints, generation: self.generation, resolved });
-        self.backends.insert(key, Built { policy: Arc::clone(&policy), endpoints: version });
+        let policy = Arc::new(BackendPolicy {
+            endpoints: service.reach.of(&endpoints, &from),
+            service,
+            generation: self.generation,
+            resolved,
+            client: weft_core::balance::client(&self.uid),
+        });
+        self.backends.insert(key, Built { policy: Arc::clone(&policy), endpoints: version, from });
         policy
     }
 
