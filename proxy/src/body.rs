@@ -11,6 +11,10 @@
 //! Why crumbs are gathered: HTTP/2 libraries end a connection on which too many small frames lie unread, or a hundred
 //! empty ones ever came. A connection between sidecars, or to the app, is shared: what one caller sends in crumbs must
 //! not end it for the others.
+//!
+//! Why crumbs are kept as copies: a byte that was read keeps the whole buffer alive into which it was read, and HTTP/1
+//! reads each into a new one (8 KiB) while the old one is held. A body that trickles would cost thousands of times its
+//! size.
 
 use std::{
     cell::RefCell,
@@ -43,6 +47,8 @@ use crate::{
 const PIECE: usize = 16 * 1024;
 /// What is smaller is joined with what is there already.
 const CRUMB: usize = 256;
+/// What is smaller is kept as a copy, but for what comes first: most bodies are one piece.
+const COPIED: usize = 4 * 1024;
 
 /// A request's or response's body on the data path.
 pub(crate) struct Body(Kind);
@@ -196,6 +202,8 @@ struct Kept {
     source: Incoming,
     /// What was read and is kept, in pieces.
     pieces: Vec<Bytes>,
+    /// And behind them, copies of small ones: passed by the running attempt as they came.
+    crumbs: BytesMut,
     len: usize,
     limit: usize,
     trailers: Option<HeaderMap>,
@@ -233,6 +241,7 @@ impl Replay {
             ended: source.is_end_stream(),
             source,
             pieces: Vec::new(),
+            crumbs: BytesMut::new(),
             len: 0,
             limit: limit + PIECE,
             trailers: None,
@@ -271,6 +280,7 @@ impl Replay {
         kept.attempt += 1;
         kept.reading = true;
         kept.passed = 0;
+        kept.close();
         if let Some(waker) = kept.waker.take() {
             waker.wake();
         }
@@ -306,7 +316,9 @@ impl Replay {
             let mut kept = self.0.borrow_mut();
             // Whichever attempt still has it reads no more.
             kept.attempt += 1;
-            (kept.keeping, kept.pieces, kept.next) = (false, Vec::new(), None);
+            kept.keeping = false;
+            kept.clear();
+            kept.next = None;
         }
         std::future::poll_fn(|cx| {
             let mut kept = self.0.borrow_mut();
@@ -333,8 +345,36 @@ impl Replay {
         kept.keeping = false;
         // A running attempt that has pieces before it clears them when it has passed them.
         if kept.passed >= kept.pieces.len() {
-            kept.pieces = Vec::new();
+            kept.clear();
         }
+    }
+}
+
+impl Kept {
+    /// Keeps a piece that the running attempt is given, behind all others.
+    fn keep(&mut self, piece: &Bytes) {
+        let first = self.pieces.is_empty() && self.crumbs.is_empty();
+        if first || piece.len() >= COPIED {
+            self.close();
+            self.pieces.push(piece.clone());
+        } else {
+            self.crumbs.extend_from_slice(piece);
+            if self.crumbs.len() >= PIECE {
+                self.close();
+            }
+        }
+    }
+
+    /// Makes a piece of what lies behind the pieces.
+    fn close(&mut self) {
+        if !self.crumbs.is_empty() {
+            self.pieces.push(std::mem::take(&mut self.crumbs).freeze());
+        }
+    }
+
+    /// Frees what is kept.
+    fn clear(&mut self) {
+        (self.pieces, self.crumbs) = (Vec::new(), BytesMut::new());
     }
 }
 
@@ -363,7 +403,7 @@ impl AttemptBody {
         }
         loop {
             if !kept.keeping && self.next >= kept.pieces.len() {
-                kept.pieces = Vec::new();
+                kept.clear();
                 self.next = 0;
             }
             if let Some(piece) = kept.pieces.get(self.next) {
@@ -377,12 +417,13 @@ impl AttemptBody {
                 kept.len += piece.len();
                 if kept.keeping && kept.len > kept.limit {
                     kept.keeping = false;
-                    kept.pieces.clear();
+                    kept.clear();
                     self.next = 0;
                 }
                 if kept.keeping {
-                    kept.pieces.push(piece);
-                    continue;
+                    kept.keep(&piece);
+                    self.next = kept.pieces.len();
+                    kept.passed = self.next;
                 }
                 return Poll::Ready(Some(Ok(Frame::data(piece))));
             }
@@ -577,5 +618,99 @@ impl Tail {
             connection.give_back(now);
         }
         self.exchange.finish(class, now);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use http_body_util::BodyExt as _;
+    use hyper_util::rt::TokioIo;
+    use tokio::io::AsyncWriteExt as _;
+
+    use super::*;
+
+    /// The body of a request that came over HTTP/1 in these pieces, each of them in a read of its own.
+    async fn came(pieces: impl Iterator<Item = Vec<u8>> + Clone + 'static) -> Incoming {
+        let length: usize = pieces.clone().map(|piece| piece.len()).sum();
+        let (mut client, server) = tokio::io::duplex(16 * 1024);
+        let (give, take) = tokio::sync::oneshot::channel();
+        let give = RefCell::new(Some(give));
+        tokio::task::spawn_local(async move {
+            let service = hyper::service::service_fn(move |request: http::Request<Incoming>| {
+                give.borrow_mut().take().unwrap().send(request.into_body()).unwrap();
+                std::future::pending::<Result<http::Response<Body>, std::convert::Infallible>>()
+            });
+            let _ = hyper::server::conn::http1::Builder::new()
+                .serve_connection(TokioIo::new(server), service)
+                .await;
+        });
+        tokio::task::spawn_local(async move {
+            let head = format!("POST / HTTP/1.1\r\nhost: a\r\ncontent-length: {length}\r\n\r\n");
+            client.write_all(head.as_bytes()).await.unwrap();
+            for piece in pieces {
+                client.write_all(&piece).await.unwrap();
+                // One thread: the server reads it before more is written.
+                for _ in 0..4 {
+                    tokio::task::yield_now().await;
+                }
+            }
+            std::future::pending::<()>().await;
+        });
+        take.await.unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_body_that_trickles_is_kept_whole_in_a_few_pieces() {
+        const LENGTH: usize = 50_000;
+        let trickle = (0..LENGTH).map(|n| vec![n as u8]);
+        let expected: Vec<u8> = trickle.clone().flatten().collect();
+        let test = async {
+            let replay = Replay::new(came(trickle).await, 64 * 1024);
+            let mut first = Body::attempt(replay.attempt());
+            let mut frames = 0;
+            let mut passed = Vec::new();
+            while let Some(frame) = first.frame().await {
+                frames += 1;
+                passed.extend_from_slice(frame.unwrap().data_ref().unwrap());
+                // Cut short: this attempt has failed, and its successor gets what was kept.
+                if passed.len() == LENGTH - 10 {
+                    break;
+                }
+            }
+            assert!(passed == expected[..LENGTH - 10]);
+            assert!(frames > LENGTH / 2, "read one by one: {frames}");
+            let pieces = replay.0.borrow().pieces.len();
+            assert!(pieces < 10, "each holds a buffer: {pieces}");
+            assert!(replay.is_replayable());
+            let again = Body::attempt(replay.attempt());
+            drop(first);
+            assert_eq!(again.size_hint().exact(), Some(LENGTH as u64));
+            let whole = again.collect().await.unwrap().to_bytes();
+            assert!(whole == expected);
+            assert!(replay.is_ended());
+        };
+        tokio::task::LocalSet::new().run_until(test).await;
+    }
+
+    #[tokio::test]
+    async fn whatever_the_sizes_each_attempt_sends_the_same() {
+        let sizes = [1_usize, 5_000, 3, 3, 4_095, 4_096, 17_000, 1, 9_000, 100, 2];
+        let pieces = sizes.into_iter().enumerate().map(|(n, size)| vec![n as u8; size]);
+        let expected: Vec<u8> = pieces.clone().flatten().collect();
+        let test = async {
+            for cut in [0, 1, 4_000, 9_000, 30_000, expected.len() - 1] {
+                let replay = Replay::new(came(pieces.clone()).await, 64 * 1024);
+                let mut first = Body::attempt(replay.attempt());
+                let mut passed = 0;
+                while passed < cut {
+                    passed += first.frame().await.unwrap().unwrap().data_ref().unwrap().len();
+                }
+                for _ in 0..2 {
+                    let again = Body::attempt(replay.attempt());
+                    assert!(again.collect().await.unwrap().to_bytes() == expected, "after {cut}");
+                }
+            }
+        };
+        tokio::task::LocalSet::new().run_until(test).await;
     }
 }
