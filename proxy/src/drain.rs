@@ -1,10 +1,13 @@
 //! Leaving without losing a request: lame duck, refuse, finish, then cut; the outbound side outlives the app.
 //!
 //! Why phases: Kubernetes runs `preStop` (`weft-proxy drain`) before the app hears of anything, while other
-//! sidecars still hold this pod in their endpoint lists. First they are told in-band (GOAWAY, `connection:
-//! close`) and still served. Then what arrives is answered "not sent", which callers send elsewhere whatever
+//! sidecars still hold this pod in their endpoint lists. First they are told in-band (GOAWAY, or `connection:
+//! close` with each answer) and still served. Then what arrives is answered "not sent", which callers send elsewhere whatever
 //! its method, until nothing is in flight. Only then may the app be stopped. SIGTERM, which a native sidecar
 //! gets after the app has gone, ends the outbound side too.
+//!
+//! Why an idle HTTP/1 connection is left open while peers are told: nothing can be told on it, and a request that its
+//! client has just sent would be reset.
 
 use std::{
     cell::Cell,
@@ -211,7 +214,7 @@ impl LocalDrain {
         // Whoever comes while requests are refused is told so with each; that all ends is told to everybody.
         let told = self.phase().min(Phase::Refusing);
         let place = self.0.changes.place();
-        Serve { connection: Box::pin(connection), drain: self.clone(), side, told, place, begun: false }
+        Serve { connection: Box::pin(connection), drain: self.clone(), side, told, place }
     }
 
     /// Waits until what is still open is cut: the time that [`Drain::stop`] gave has passed.
@@ -256,6 +259,9 @@ impl Drop for ConnectionGuard {
 
 /// A connection that can be asked to finish what it has and take nothing new.
 pub(crate) trait Graceful: Future<Output = hyper::Result<()>> {
+    /// Whether the peer can be told at any time; otherwise the answers tell it.
+    const TELLS: bool;
+
     fn graceful_shutdown(self: Pin<&mut Self>);
 }
 
@@ -267,6 +273,8 @@ where
     B: http_body::Body + 'static,
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
+    const TELLS: bool = false;
+
     fn graceful_shutdown(self: Pin<&mut Self>) {
         Self::graceful_shutdown(self);
     }
@@ -281,6 +289,8 @@ where
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
     E: hyper::rt::bounds::Http2ServerConnExec<S::Future, B>,
 {
+    const TELLS: bool = true;
+
     fn graceful_shutdown(self: Pin<&mut Self>) {
         Self::graceful_shutdown(self);
     }
@@ -293,7 +303,6 @@ pub(crate) struct Serve<C> {
     side: Component,
     told: Phase,
     place: Place,
-    begun: bool,
 }
 
 impl<C: Graceful> Serve<C> {
@@ -310,21 +319,18 @@ impl<C: Graceful> Future for Serve<C> {
         let this = &mut *self;
         let phase = this.drain.phase();
         let from = match this.side {
-            Component::Inbound => Phase::LameDuck,
+            Component::Inbound if C::TELLS => Phase::LameDuck,
+            Component::Inbound => Phase::Refusing,
             Component::Outbound => Phase::Stopping,
         };
         if phase != this.told && phase >= from {
-            // What was read before this connection began is a request: shut down before its first look, HTTP/1
-            // would close without having seen it.
-            if !this.begun {
-                this.begun = true;
-                if let Poll::Ready(ended) = this.connection.as_mut().poll(cx) {
-                    return Poll::Ready(ended);
-                }
+            // What has arrived is a request: shut down before it was looked at, HTTP/1 would close without having seen
+            // it.
+            if let Poll::Ready(ended) = this.connection.as_mut().poll(cx) {
+                return Poll::Ready(ended);
             }
             this.connection.as_mut().graceful_shutdown();
         }
-        this.begun = true;
         this.told = phase;
         this.place.wait(cx);
         this.connection.as_mut().poll(cx)
@@ -366,9 +372,9 @@ mod tests {
     }
 
     /// A connection that notes what is done to it: `p`olled, told to `s`hut down.
-    struct Noted(Rc<RefCell<String>>);
+    struct Noted<const TELLS: bool>(Rc<RefCell<String>>);
 
-    impl Future for Noted {
+    impl<const TELLS: bool> Future for Noted<TELLS> {
         type Output = hyper::Result<()>;
 
         fn poll(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Self::Output> {
@@ -377,7 +383,9 @@ mod tests {
         }
     }
 
-    impl Graceful for Noted {
+    impl<const TELLS: bool> Graceful for Noted<TELLS> {
+        const TELLS: bool = TELLS;
+
         fn graceful_shutdown(self: Pin<&mut Self>) {
             self.0.borrow_mut().push('s');
         }
@@ -394,10 +402,31 @@ mod tests {
             drain.advance(to);
             let local = LocalDrain::new(drain.clone());
             let seen = Rc::new(RefCell::new(String::new()));
-            let mut serving = local.serve(Noted(seen.clone()), side);
+            let mut serving = local.serve(Noted::<false>(seen.clone()), side);
             let polled = std::future::poll_fn(|cx| Poll::Ready(Pin::new(&mut serving).poll(cx))).await;
             assert!(polled.is_pending());
             assert_eq!(*seen.borrow(), noted, "{to:?} {side:?}");
         }
+    }
+
+    #[tokio::test]
+    async fn an_idle_connection_that_cannot_be_told_is_closed_last_and_not_unread() {
+        async fn phases<const TELLS: bool>() -> String {
+            let drain = Drain::new();
+            let local = LocalDrain::new(drain.clone());
+            let seen = Rc::new(RefCell::new(String::new()));
+            let mut serving = local.serve(Noted::<TELLS>(seen.clone()), Component::Inbound);
+            for phase in [Phase::Serving, Phase::LameDuck, Phase::Refusing] {
+                drain.advance(phase);
+                local.0.phase.set(phase);
+                let polled = std::future::poll_fn(|cx| Poll::Ready(Pin::new(&mut serving).poll(cx))).await;
+                assert!(polled.is_pending());
+                seen.borrow_mut().push(' ');
+            }
+            drop(serving);
+            seen.take()
+        }
+        assert_eq!(phases::<false>().await, "p p psp ");
+        assert_eq!(phases::<true>().await, "p psp psp ");
     }
 }

@@ -29,7 +29,7 @@ use super::{
 };
 use crate::{
     body::{Body, Held, Replay, Tail},
-    drain::{Graceful, RequestGuard},
+    drain::{Graceful, Phase, RequestGuard},
     error::{Component, Error, is_grpc},
     expect::{self, Gate},
     front::{self, Front, Requests},
@@ -278,6 +278,10 @@ impl Server {
         });
         if let Some(requests) = requests {
             requests.ends_after(upload.as_ref(), refused, &mut response).await;
+            if worker.drain.phase() >= Phase::LameDuck && response.status() != StatusCode::SWITCHING_PROTOCOLS
+            {
+                response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+            }
         }
         response
     }
