@@ -2,6 +2,9 @@
 //!
 //! Why not `copy_bidirectional`: it turns a reset on one side into a clean end on the other, so that an app
 //! takes a truncated stream for a whole one; and its buffers do not grow with the stream.
+//!
+//! Why a side that cannot be written to is still read: a server that says why and closes while its client goes on sending
+//! is a reset to whoever writes to it. What it said lies here by then, and without a mesh its client could read it.
 
 use std::{
     cell::Cell,
@@ -25,6 +28,8 @@ const BUFFER_MIN: usize = 8 * 1024;
 const BUFFER_MAX: usize = 128 * 1024;
 /// What a direction keeps while it waits: the buffers of bursts go back.
 const BUFFER_IDLE: usize = 32 * 1024;
+/// For the last words of a side that has gone, should the other one be slow to take them.
+const LAST_WORDS: Duration = Duration::from_secs(5);
 
 /// A byte stream over TCP, plain or TLS.
 pub(crate) trait Stream: AsyncRead + AsyncWrite + Unpin {
@@ -161,23 +166,63 @@ pub(crate) async fn splice<A: Stream, B: Stream>(
 ) -> Result<(), Broken> {
     let mut up = Direction { moved: Some(&moved.up), ..Direction::default() };
     let mut down = Direction { moved: Some(&moved.down), ..Direction::default() };
-    let result = poll_fn(|cx| {
-        let up = up.poll(cx, client, server);
-        if let Poll::Ready(Err(side)) = up {
-            return Poll::Ready(Err(if side == Side::Reader { Broken::Client } else { Broken::Server }));
+    let result = match poll_fn(|cx| carry(cx, &mut up, &mut down, client, server)).await {
+        Err(Cut { side, unread: true }) => {
+            (up.last_words, down.last_words) = (true, true);
+            let words = poll_fn(|cx| match side {
+                Broken::Server => down.poll(cx, server, client),
+                Broken::Client => up.poll(cx, client, server),
+            });
+            // Whether all of them could be said or not, the end is the same.
+            let _ = tokio::time::timeout(LAST_WORDS, words).await;
+            Err(side)
         }
-        let down = down.poll(cx, server, client);
-        if let Poll::Ready(Err(side)) = down {
-            return Poll::Ready(Err(if side == Side::Reader { Broken::Server } else { Broken::Client }));
-        }
-        if up.is_ready() && down.is_ready() { Poll::Ready(Ok(())) } else { Poll::Pending }
-    })
-    .await;
+        Err(Cut { side, unread: false }) => Err(side),
+        Ok(()) => Ok(()),
+    };
     if result.is_err() {
         reset(client.tcp());
         reset(server.tcp());
     }
     result
+}
+
+/// How carrying was cut short.
+struct Cut {
+    side: Broken,
+    /// It may have said more than was read.
+    unread: bool,
+}
+
+/// Both directions once.
+fn carry<A, B>(
+    cx: &mut Context<'_>,
+    up: &mut Direction<'_>,
+    down: &mut Direction<'_>,
+    client: &mut A,
+    server: &mut B,
+) -> Poll<Result<(), Cut>>
+where
+    A: AsyncRead + AsyncWrite + Unpin,
+    B: AsyncRead + AsyncWrite + Unpin,
+{
+    let up = up.poll(cx, client, server);
+    if let Poll::Ready(Err(side)) = up {
+        let (side, unread) = match side {
+            Side::Reader => (Broken::Client, false),
+            Side::Writer => (Broken::Server, true),
+        };
+        return Poll::Ready(Err(Cut { side, unread }));
+    }
+    let down = down.poll(cx, server, client);
+    if let Poll::Ready(Err(side)) = down {
+        let (side, unread) = match side {
+            Side::Reader => (Broken::Server, false),
+            Side::Writer => (Broken::Client, true),
+        };
+        return Poll::Ready(Err(Cut { side, unread }));
+    }
+    if up.is_ready() && down.is_ready() { Poll::Ready(Ok(())) } else { Poll::Pending }
 }
 
 /// The same until `stop`, after which both sides see a reset. It is asked first, and so before a byte has passed.
@@ -238,6 +283,8 @@ struct Direction<'a> {
     to: usize,
     read_ended: bool,
     unflushed: bool,
+    /// The reader has gone: its end is none, and is not passed on.
+    last_words: bool,
     done: bool,
 }
 
@@ -263,6 +310,9 @@ impl Direction<'_> {
                         self.unflushed = true;
                     }
                 }
+            }
+            if self.read_ended && self.last_words {
+                return Pin::new(&mut *writer).poll_flush(cx).map_err(|_| Side::Writer);
             }
             if self.read_ended {
                 return match ready!(Pin::new(&mut *writer).poll_shutdown(cx)) {
@@ -382,5 +432,27 @@ mod tests {
         let mut got = Vec::new();
         server.read_to_end(&mut got).await.unwrap();
         assert!(got == expected);
+    }
+
+    #[tokio::test]
+    async fn a_server_that_says_why_and_goes_is_heard_though_its_client_still_sends() {
+        let (mut client, mut near) = pair().await;
+        let (mut far, mut server) = pair().await;
+        // Closed on what it has not read, its kernel resets: all of that has come when the first byte is carried.
+        far.write_all(b"what it has not read").await.unwrap();
+        server.readable().await.unwrap();
+        server.write_all(b"-ERR max clients").await.unwrap();
+        drop(server);
+        far.ready(tokio::io::Interest::ERROR).await.unwrap();
+        client.write_all(b"more").await.unwrap();
+        near.readable().await.unwrap();
+        let moved = Moved::default();
+        assert_eq!(splice(&mut near, &mut far, &moved).await, Err(Broken::Server));
+        drop((near, far));
+        let mut words = [0; 16];
+        client.read_exact(&mut words).await.unwrap();
+        assert_eq!(&words, b"-ERR max clients");
+        let error = client.read(&mut words).await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionReset, "and that it did not end well");
     }
 }
