@@ -11,7 +11,7 @@ use std::{
     io,
     net::{IpAddr, Ipv4Addr, SocketAddr},
     path::Path,
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
     time::Duration,
 };
 
@@ -25,6 +25,7 @@ use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::{TcpListener, UnixListener, UnixStream},
     sync::Semaphore,
+    task::AbortHandle,
     time::{sleep, timeout},
 };
 use tracing::{info, warn};
@@ -74,18 +75,15 @@ pub async fn start(
     let open = bind(config.admin_addr).await?;
     let socket = bind_socket(&config.admin_socket)?;
     info!(open = %config.admin_addr, socket = %config.admin_socket.display(), "admin");
-    let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     tokio::spawn({
-        let (admin, slots) = (Arc::clone(&admin), slots);
+        let admin = Arc::clone(&admin);
         async move {
-            let peers = Arc::new(Peers::default());
+            let mut held = Held::default();
             loop {
                 match open.accept().await {
                     Ok((stream, peer)) => {
-                        let share = Share::take(&peers, peer.ip());
-                        if let Some(share) = share {
-                            admin.clone().spawn(stream, Door::Open, &slots, Some(share));
-                        }
+                        let serving = tokio::spawn(admin.clone().serve(stream, Door::Open));
+                        held.add(peer.ip(), serving.abort_handle());
                     }
                     Err(error) => pause(&error).await,
                 }
@@ -100,7 +98,13 @@ pub async fn start(
             match socket.accept().await {
                 Ok((stream, _)) => match stream.peer_cred() {
                     Ok(peer) if peer.uid() == us || peer.uid() == 0 => {
-                        admin.clone().spawn(stream, Door::Socket, &slots, None);
+                        if let Ok(slot) = Arc::clone(&slots).try_acquire_owned() {
+                            let serving = admin.clone().serve(stream, Door::Socket);
+                            tokio::spawn(async move {
+                                serving.await;
+                                drop(slot);
+                            });
+                        }
                     }
                     Ok(peer) => warn!(uid = peer.uid(), "admin socket refused"),
                     Err(error) => warn!(%error, "admin socket refused"),
@@ -139,25 +143,21 @@ pub async fn call(socket: &Path, method: Method, target: &str, limit: Duration) 
 }
 
 impl Admin {
-    fn spawn<S>(self: Arc<Self>, stream: S, door: Door, slots: &Arc<Semaphore>, share: Option<Share>)
+    async fn serve<S>(self: Arc<Self>, stream: S, door: Door)
     where
         S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     {
-        let Ok(slot) = Arc::clone(slots).try_acquire_owned() else { return };
-        tokio::spawn(async move {
-            let _slot = (slot, share);
-            let service = service_fn(move |request: Request<Incoming>| {
-                let admin = Arc::clone(&self);
-                async move { Ok::<_, std::convert::Infallible>(admin.answer(request, door).await) }
-            });
-            let served = http1::Builder::new()
-                .timer(TokioTimer::new())
-                .header_read_timeout(HEADER_TIMEOUT)
-                .max_buf_size(MAX_HEAD)
-                .serve_connection(TokioIo::new(stream), service);
-            // How a prober leaves is its own business.
-            let _ = served.await;
+        let service = service_fn(move |request: Request<Incoming>| {
+            let admin = Arc::clone(&self);
+            async move { Ok::<_, std::convert::Infallible>(admin.answer(request, door).await) }
         });
+        let served = http1::Builder::new()
+            .timer(TokioTimer::new())
+            .header_read_timeout(HEADER_TIMEOUT)
+            .max_buf_size(MAX_HEAD)
+            .serve_connection(TokioIo::new(stream), service);
+        // How a prober leaves is its own business.
+        let _ = served.await;
     }
 
     /// Boxed once a request: what answers is large, and most connections ask for one line.
@@ -318,34 +318,27 @@ impl Admin {
     }
 }
 
-/// Connections at the open door by who holds them.
-type Peers = Mutex<HashMap<IpAddr, usize>>;
+/// Connections at the open door, the oldest first, and who holds them.
+///
+/// Why whoever comes is let in and another one goes: who could keep others out would fail the kubelet's probes, and with
+/// them the pod. Whoever holds most makes room, so that many connections buy nobody anything.
+#[derive(Default)]
+struct Held(Vec<(IpAddr, AbortHandle)>);
 
-/// One connection's share of the open door. Why there are shares: whoever could hold all connections would
-/// fail the kubelet's probes, and with them the pod.
-struct Share(Arc<Peers>, IpAddr);
-
-impl Share {
-    /// `None`: that address has as many as it may.
-    fn take(peers: &Arc<Peers>, peer: IpAddr) -> Option<Self> {
-        let peer = peer.to_canonical();
-        let mut held = peers.lock().unwrap_or_else(PoisonError::into_inner);
-        let count = held.entry(peer).or_default();
-        (*count < MAX_OF_ONE).then(|| {
-            *count += 1;
-            Self(Arc::clone(peers), peer)
-        })
-    }
-}
-
-impl Drop for Share {
-    fn drop(&mut self) {
-        let mut held = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(count) = held.get_mut(&self.1) {
-            *count -= 1;
-            if *count == 0 {
-                held.remove(&self.1);
-            }
+impl Held {
+    fn add(&mut self, peer: IpAddr, serving: AbortHandle) {
+        let held = &mut self.0;
+        held.retain(|(_, serving)| !serving.is_finished());
+        held.push((peer.to_canonical(), serving));
+        let mut counts = HashMap::new();
+        for (peer, _) in held.iter() {
+            *counts.entry(*peer).or_insert(0) += 1;
+        }
+        let most = counts.values().copied().max().unwrap_or(0);
+        if (most > MAX_OF_ONE || held.len() > MAX_CONNECTIONS)
+            && let Some(oldest) = held.iter().position(|(peer, _)| counts[peer] == most)
+        {
+            held.remove(oldest).1.abort();
         }
     }
 }
@@ -471,18 +464,24 @@ const MAX_ANSWER: usize = 64 * 1024 * 1024;
 mod tests {
     use super::*;
 
-    #[test]
-    fn one_address_does_not_hold_the_open_door() {
-        let peers = Arc::new(Peers::default());
-        let (prober, hostile) = (IpAddr::from([10, 0, 0, 1]), IpAddr::from([10, 0, 0, 2]));
-        let mut held: Vec<_> = (0..MAX_OF_ONE).filter_map(|_| Share::take(&peers, hostile)).collect();
-        assert_eq!(held.len(), MAX_OF_ONE);
-        assert!(Share::take(&peers, hostile).is_none());
-        assert!(Share::take(&peers, prober).is_some());
-        held.pop();
-        assert!(Share::take(&peers, hostile).is_some());
-        drop(held);
-        assert!(peers.lock().unwrap().is_empty());
+    #[tokio::test]
+    async fn whoever_holds_many_connections_at_the_open_door_keeps_nobody_out() {
+        let (_config, _drain, dir, port) = lonely("held").await;
+        let mut held = Vec::new();
+        for n in 0..MAX_CONNECTIONS * 2 {
+            // As many addresses as it takes.
+            held.push(connect([127, 0, 1, u8::try_from(n / MAX_OF_ONE).unwrap()], port).await);
+        }
+        for from in [[127, 0, 0, 9], [127, 0, 1, 0]] {
+            assert_eq!(over_tcp(connect(from, port).await, "/live").await, 200, "{from:?}");
+        }
+        // Nor is one that is there already what goes when others come.
+        let asking = connect([127, 0, 0, 9], port).await;
+        for n in 0..MAX_CONNECTIONS {
+            held.push(connect([127, 0, 1, u8::try_from(n / MAX_OF_ONE).unwrap()], port).await);
+        }
+        assert_eq!(over_tcp(asking, "/live").await, 200);
+        std::fs::remove_dir_all(&dir).unwrap();
     }
 
     #[test]
@@ -512,8 +511,8 @@ mod tests {
     }
 
     /// A sidecar whose controller is away, and its two doors.
-    async fn lonely() -> (Arc<Config>, Drain, std::path::PathBuf, u16) {
-        let dir = std::env::temp_dir().join(format!("weft-doors-{}", std::process::id()));
+    async fn lonely(test: &str) -> (Arc<Config>, Drain, std::path::PathBuf, u16) {
+        let dir = std::env::temp_dir().join(format!("weft-doors-{test}-{}", std::process::id()));
         let socket = dir.join("admin.sock").display().to_string();
         let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let address = format!("127.0.0.1:{free}");
@@ -532,7 +531,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_each_door_answers() {
-        let (config, drain, dir, port) = lonely().await;
+        let (config, drain, dir, port) = lonely("doors").await;
         let limit = Duration::from_secs(5);
         let ask = async |method: Method, target: &str| {
             call(&config.admin_socket, method, target, limit).await.unwrap()
@@ -562,7 +561,7 @@ mod tests {
             ("/drain", 404),
             ("/loglevel", 404),
         ] {
-            assert_eq!(over_tcp(port, target).await, status, "{target}");
+            assert_eq!(over_tcp(connect([127, 0, 0, 1], port).await, target).await, status, "{target}");
         }
 
         assert_eq!(ask(Method::POST, "/drain").await, (200, "drained\n".into()));
@@ -570,9 +569,14 @@ mod tests {
         std::fs::remove_dir_all(&dir).unwrap();
     }
 
-    async fn over_tcp(port: u16, target: &str) -> u16 {
+    async fn connect(from: [u8; 4], port: u16) -> tokio::net::TcpStream {
+        let socket = tokio::net::TcpSocket::new_v4().unwrap();
+        socket.bind((from, 0).into()).unwrap();
+        socket.connect(([127, 0, 0, 1], port).into()).await.unwrap()
+    }
+
+    async fn over_tcp(mut stream: tokio::net::TcpStream, target: &str) -> u16 {
         use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-        let mut stream = tokio::net::TcpStream::connect(("127.0.0.1", port)).await.unwrap();
         let request = format!("GET {target} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
         stream.write_all(request.as_bytes()).await.unwrap();
         let mut answer = String::new();
