@@ -2,7 +2,9 @@
 //!
 //! Why one server for both: one port, one certificate, one thing that can be down. Why a bound on everything: an
 //! admission that hangs is a cluster that cannot deploy. What is asked is bounded in size, in time and in number, and
-//! what is above the bound is told to come again rather than made to wait.
+//! what is above the bound is told to come again rather than made to wait. The API server's address is nobody's to
+//! know, so each address has the same share of everything: a pod that connects and says nothing, or says it slowly,
+//! uses up its own.
 //!
 //! The two paths of injection differ only in what a pod that says nothing gets: `/inject` is for namespaces that ask
 //! for sidecars, `/inject/asked` for pods that ask for themselves elsewhere.
@@ -36,7 +38,7 @@ use crate::{
     index::validate,
     injector::{Outcome, Values, inject},
     resources::{Header, Kind, Meaning, Object},
-    serve::closed,
+    serve::{Share, Shares, closed},
 };
 
 mod certificate;
@@ -92,6 +94,7 @@ impl Webhook {
             .timeout(REQUEST_TIMEOUT)
             .service(service_fn(move |request| answer(request, values.clone())));
         let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+        let (shares, reviews) = (Shares::for_all(MAX_OF_ONE), Shares::for_all(MAX_REQUESTS_OF_ONE));
         loop {
             let Ok(slot) = connections.clone().acquire_owned().await else { return };
             let accepted = tokio::select! {
@@ -99,17 +102,22 @@ impl Webhook {
                 () = closed(&mut closing) => return,
                 accepted = self.listener.accept() => accepted,
             };
-            let stream = match accepted {
-                Ok((stream, _)) => stream,
+            let (stream, peer) = match accepted {
+                Ok((stream, peer)) => (stream, peer.ip()),
                 Err(error) => {
                     tracing::warn!(%error, "accept failed");
                     sleep(ACCEPT_PAUSE).await;
                     continue;
                 }
             };
+            let Some(share) = Share::take(&shares, peer) else {
+                tracing::debug!(%peer, "too many connections of one address");
+                continue;
+            };
             let (tls, service, mut closing) = (tls.load_full(), service.clone(), closing.clone());
+            let reviews = reviews.clone();
             tokio::spawn(async move {
-                let _slot = slot;
+                let _slot = (slot, share);
                 let stream = match timeout(HANDSHAKE_TIMEOUT, handshake(tls, stream)).await {
                     Ok(Ok(stream)) => stream,
                     Ok(Err(error)) => return tracing::debug!(%error, "handshake failed"),
@@ -122,9 +130,17 @@ impl Webhook {
                     .timer(TokioTimer::new())
                     .keep_alive_interval(IDLE)
                     .max_concurrent_streams(100);
+                let asked = watch::Sender::new(0_usize);
+                let mut under_way = asked.subscribe();
                 let service = hyper::service::service_fn(move |request| {
-                    let answered = service.clone().oneshot(request);
-                    async move { Ok::<_, Infallible>(answered.await.unwrap_or_else(|error| unanswered(&error))) }
+                    let share = Share::take(&reviews, peer);
+                    let (service, busy) = (service.clone(), Busy::new(&asked));
+                    async move {
+                        let _busy = busy;
+                        let Some(_share) = share else { return Ok(too_many()) };
+                        let answered = service.oneshot(request).await;
+                        Ok::<_, Infallible>(answered.unwrap_or_else(|error| unanswered(&error)))
+                    }
                 });
                 let connection = builder.serve_connection(TokioIo::new(stream), service);
                 tokio::pin!(connection);
@@ -132,6 +148,7 @@ impl Webhook {
                 let ended = tokio::select! {
                     ended = connection.as_mut() => Some(ended),
                     () = sleep(MAX_AGE) => None,
+                    () = idle(&mut under_way) => None,
                     () = closed(&mut closing) => None,
                 };
                 let ended = match ended {
@@ -146,6 +163,34 @@ impl Webhook {
                 }
             });
         }
+    }
+}
+
+/// Waits until nothing was asked for a while.
+async fn idle(under_way: &mut watch::Receiver<usize>) {
+    loop {
+        // Its sender lives as long as the connection.
+        let _ = under_way.wait_for(|reviews| *reviews == 0).await;
+        tokio::select! {
+            () = sleep(IDLE) => return,
+            _ = under_way.changed() => {}
+        }
+    }
+}
+
+/// One review under way on a connection.
+struct Busy(watch::Sender<usize>);
+
+impl Busy {
+    fn new(of: &watch::Sender<usize>) -> Self {
+        of.send_modify(|reviews| *reviews += 1);
+        Self(of.clone())
+    }
+}
+
+impl Drop for Busy {
+    fn drop(&mut self) {
+        self.0.send_modify(|reviews| *reviews -= 1);
     }
 }
 
@@ -184,6 +229,10 @@ fn unanswered(error: &BoxError) -> Response<Full<Bytes>> {
     if error.is::<tower::timeout::error::Elapsed>() {
         return text(StatusCode::REQUEST_TIMEOUT, "the review took too long to arrive");
     }
+    too_many()
+}
+
+fn too_many() -> Response<Full<Bytes>> {
     text(StatusCode::SERVICE_UNAVAILABLE, "too many reviews at a time: ask again")
 }
 
@@ -304,8 +353,13 @@ fn decode<T: DeserializeOwned>(object: &Value) -> Result<T, String> {
 /// An object of the API server is 1.5 MiB at most, and a review holds the old one too.
 const MAX_BODY: usize = 4 * 1024 * 1024;
 /// At a time: a review is microseconds of work, so this is for those whose body is slow to come.
-const MAX_REQUESTS: usize = 32;
-const MAX_CONNECTIONS: usize = 256;
+const MAX_REQUESTS: usize = 64;
+/// … of one address.
+const MAX_REQUESTS_OF_ONE: usize = 24;
+/// 30 KiB each.
+const MAX_CONNECTIONS: usize = 1_024;
+/// An API server has one or two.
+const MAX_OF_ONE: usize = 16;
 /// The webhook configurations say 10 s.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(8);
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);

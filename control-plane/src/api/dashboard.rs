@@ -2,6 +2,9 @@
 //!
 //! Why it is bounded: it shows the whole mesh and merges histograms to do so. At most 16 questions are
 //! worked on at a time, each for at most ten seconds, off the threads that serve sidecars.
+//!
+//! Why `/live` and `/ready` are not: whoever keeps a kubelet from its answer has the controller killed. They cost
+//! nothing, wait for nobody, and no address but the kubelet's own can take all connections.
 
 use std::{
     collections::BTreeMap,
@@ -31,7 +34,7 @@ use crate::{
     metrics::{Metrics, Sample},
     resources::values::GatewayDuration,
     serve::{
-        closed,
+        Share, Shares, closed,
         identity::Certify,
         published::Published,
         publisher::{State, now_ms},
@@ -81,6 +84,9 @@ pub async fn serve(
     mut closing: watch::Receiver<bool>,
 ) {
     let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    // The API itself is asked by whoever is on this machine, and by nobody else.
+    let shares = if probes_only { Shares::for_all(MAX_OF_ONE) } else { Shares::new(MAX_OF_ONE) };
+    let probed = api.clone();
     let work = ServiceBuilder::new()
         .load_shed()
         .concurrency_limit(MAX_REQUESTS)
@@ -109,16 +115,23 @@ pub async fn serve(
             () = closed(&mut closing) => return,
             accepted = listener.accept() => accepted,
         };
-        let Ok((stream, _)) = accepted else {
+        let Ok((stream, peer)) = accepted else {
             tokio::time::sleep(Duration::from_millis(200)).await;
             continue;
         };
-        let (work, mut closing) = (work.clone(), closing.clone());
+        let Some(share) = Share::take(&shares, peer.ip()) else {
+            tracing::debug!(%peer, "too many connections of one address");
+            continue;
+        };
+        let (work, probed, mut closing) = (work.clone(), probed.clone(), closing.clone());
         tokio::spawn(async move {
-            let _slot = slot;
-            let service = service_fn(move |request| {
-                let work = work.clone();
+            let _slot = (slot, share);
+            let service = service_fn(move |request: Request<Incoming>| {
+                let (work, probed) = (work.clone(), probed.clone());
                 async move {
+                    if matches!(request.uri().path(), "/live" | "/ready") {
+                        return Ok(probed.answer(&request.into_parts().0, Others::new()));
+                    }
                     let answer = work.oneshot(request).await.unwrap_or_else(|error| {
                         Refused(StatusCode::SERVICE_UNAVAILABLE, format!("try again: {error}")).response()
                     });
@@ -420,7 +433,9 @@ fn seconds(at: SystemTime) -> i64 {
     i64::try_from(since.as_secs()).unwrap_or(i64::MAX)
 }
 
-const MAX_CONNECTIONS: usize = 64;
+const MAX_CONNECTIONS: usize = 1_024;
+/// Connections of one address: a kubelet has one for each probe, a Prometheus one.
+const MAX_OF_ONE: usize = 16;
 const MAX_REQUESTS: usize = 16;
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 const HEADER_TIMEOUT: Duration = Duration::from_secs(5);

@@ -24,6 +24,10 @@ async fn controller(fake: &Fake) -> Controller {
 }
 
 async fn replica(fake: &Fake, pod: &str) -> Controller {
+    Controller::start(config(fake, pod)).await.unwrap()
+}
+
+fn config(fake: &Fake, pod: &str) -> Config {
     let mut config = Config::loopback(PathBuf::new(), PathBuf::new()).unwrap();
     config.source = Source::Kubernetes(Box::new(Cluster {
         server: Some(fake.uri()),
@@ -35,7 +39,7 @@ async fn replica(fake: &Fake, pod: &str) -> Controller {
         webhook: (Ipv4Addr::LOCALHOST, 0).into(),
         values: Arc::default(),
     }));
-    Controller::start(config).await.unwrap()
+    config
 }
 
 /// The chart's own, which owns what is made.
@@ -118,6 +122,34 @@ async fn a_cluster_is_served_and_custom_kinds_may_come_later() {
     eventually(|| has("route/shop/cart:80")).await;
     fake.delete(ROUTES[0], "shop", "r");
     eventually(|| !has("route/shop/cart:80")).await;
+    controller.stop().await;
+}
+
+#[tokio::test]
+async fn connections_of_one_pod_that_say_nothing_keep_no_kubelet_from_its_answer() {
+    let fake = Fake::start().await;
+    let mut config = config(&fake, "one");
+    let free = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = free.local_addr().unwrap();
+    drop(free);
+    config.probes = Some(address);
+    let controller = Controller::start(config).await.unwrap();
+    let mut silent = Vec::new();
+    for _ in 0..100 {
+        let socket = tokio::net::TcpSocket::new_v4().unwrap();
+        socket.bind("127.0.0.2:0".parse().unwrap()).unwrap();
+        silent.push(socket.connect(address).await.unwrap());
+    }
+    // The last is hung up on at once, while the first may still say what it wants.
+    let ended = silent.last_mut().unwrap().read(&mut [0]).await;
+    assert!(matches!(ended, Ok(0) | Err(_)), "{ended:?}");
+    let mut kubelet = tokio::net::TcpStream::connect(address).await.unwrap();
+    kubelet.write_all(b"GET /live HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").await.unwrap();
+    let mut answer = String::new();
+    kubelet.read_to_string(&mut answer).await.unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    let first = silent[0].try_read(&mut [0]).unwrap_err();
+    assert_eq!(first.kind(), std::io::ErrorKind::WouldBlock, "it has its share");
     controller.stop().await;
 }
 

@@ -215,29 +215,37 @@ pub(crate) async fn closed(closing: &mut watch::Receiver<bool>) {
 
 /// Places by address. Why: silent connections of one address would keep everybody else waiting.
 #[derive(Debug)]
-struct Shares {
+pub(crate) struct Shares {
     of_one: usize,
+    /// Whether our own host may have all: a laptop's whole mesh is there.
+    own_has_all: bool,
     held: Mutex<HashMap<IpAddr, usize>>,
 }
 
 impl Shares {
-    fn new(of_one: usize) -> Arc<Self> {
-        Arc::new(Self { of_one, held: Mutex::default() })
+    /// `of_one` for each address but our own.
+    pub(crate) fn new(of_one: usize) -> Arc<Self> {
+        Arc::new(Self { of_one, own_has_all: true, held: Mutex::default() })
+    }
+
+    /// `of_one` for each address.
+    pub(crate) fn for_all(of_one: usize) -> Arc<Self> {
+        Arc::new(Self { of_one, own_has_all: false, held: Mutex::default() })
     }
 }
 
 /// One place.
 #[derive(Debug)]
-struct Share(Arc<Shares>, IpAddr);
+pub(crate) struct Share(Arc<Shares>, IpAddr);
 
 impl Share {
-    /// `None`: that address has as many as it may. Our own host may have all: a laptop's whole mesh is there.
-    fn take(shares: &Arc<Shares>, peer: IpAddr) -> Option<Self> {
+    /// `None`: that address has as many as it may.
+    pub(crate) fn take(shares: &Arc<Shares>, peer: IpAddr) -> Option<Self> {
         let peer = peer.to_canonical();
         let mut held = shares.held.lock().unwrap_or_else(PoisonError::into_inner);
-        let count = held.entry(peer).or_default();
-        (*count < shares.of_one || peer.is_loopback()).then(|| {
-            *count += 1;
+        let count = held.get(&peer).copied().unwrap_or_default();
+        (count < shares.of_one || (shares.own_has_all && peer.is_loopback())).then(|| {
+            held.insert(peer, count + 1);
             Self(shares.clone(), peer)
         })
     }
@@ -317,10 +325,10 @@ impl Wake {
 
 /// Connections of one port; 53 KiB each.
 const MAX_CONNECTIONS: usize = 20_000;
-/// Handshakes under way: each may cost a millisecond of CPU.
-const MAX_HANDSHAKES: usize = 256;
-/// … of which one address may have so many: a node's sidecars behind one address are fewer.
-const MAX_HANDSHAKES_OF_ONE: usize = 64;
+/// Handshakes under way: each may cost a millisecond of CPU, once; whoever stays silent costs 20 KiB for ten seconds.
+const MAX_HANDSHAKES: usize = 1_024;
+/// … of which one address may have so many: dozens of silent pods leave the others their places.
+const MAX_HANDSHAKES_OF_ONE: usize = 32;
 /// Connections of one address.
 const MAX_OF_ONE: usize = 1_024;
 /// Connections a second, before the handshake.
@@ -348,8 +356,11 @@ mod tests {
         assert_eq!(held.len(), 2);
         let one = Share::take(&shares, other);
         assert!(one.is_some());
-        let own: Vec<_> = (0..5).filter_map(|_| Share::take(&shares, IpAddr::from([127, 0, 0, 1]))).collect();
-        assert_eq!(own.len(), 5);
+        let loopback = |shares: &Arc<Shares>| -> Vec<_> {
+            (0..5).filter_map(|_| Share::take(shares, IpAddr::from([127, 0, 0, 1]))).collect()
+        };
+        let own = loopback(&shares);
+        assert_eq!((own.len(), loopback(&Shares::for_all(2)).len()), (5, 2));
         drop((held, one, own));
         assert!(shares.held.lock().unwrap().is_empty());
     }
