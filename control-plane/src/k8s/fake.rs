@@ -35,6 +35,8 @@ struct State {
     history: Vec<(u64, Id, Value)>,
     /// Nothing before this version is remembered.
     forgotten: u64,
+    /// Names whose status nobody may write.
+    spoilt: BTreeSet<String>,
     /// Requests that wrote something, as `METHOD path`.
     writes: Vec<String>,
 }
@@ -81,6 +83,7 @@ impl Fake {
             changes,
             history: Vec::new(),
             forgotten: 0,
+            spoilt: BTreeSet::new(),
             writes: Vec::new(),
         };
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -135,6 +138,11 @@ impl Fake {
     /// Serves more kinds, as a CRD does that is installed.
     pub(crate) fn install(&self, kinds: &[&str]) {
         self.state.lock().unwrap().kinds.extend(kinds.iter().map(ToString::to_string));
+    }
+
+    /// Refuses each status of an object, as a schema does that the object does not fit any more.
+    pub(crate) fn spoil(&self, name: &str) {
+        self.state.lock().unwrap().spoilt.insert(name.to_owned());
     }
 
     pub(crate) fn token(&self, token: &str, status: Value) {
@@ -235,6 +243,9 @@ async fn answer(state: Arc<Mutex<State>>, request: Request<Incoming>) -> Result<
         let named = &body["metadata"]["resourceVersion"];
         !named.is_null() && *named != there["metadata"]["resourceVersion"]
     };
+    if sub == "status" && state.spoilt.contains(&name) {
+        return Ok(refuse(422, "Invalid"));
+    }
     let answered = match (head.method.clone(), name.is_empty()) {
         (Method::GET, false) => match state.objects.get(&id) {
             Some(object) => send(StatusCode::OK, object),

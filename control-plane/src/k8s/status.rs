@@ -79,7 +79,8 @@ pub async fn write<F: Future<Output = Option<Status>>>(
 ) {
     let instance = (!pod.is_empty()).then_some(pod);
     let recorder = Recorder::new(client.clone(), Reporter { controller: CONTROLLER.to_owned(), instance });
-    let mut writer = Writer { client, recorder, written: HashMap::new(), told: HashMap::new() };
+    let mut writer =
+        Writer { client, recorder, written: HashMap::new(), refused: HashMap::new(), told: HashMap::new() };
     loop {
         if leads.wait_for(|leads| *leads).await.is_err() {
             return;
@@ -96,6 +97,8 @@ struct Writer {
     recorder: Recorder,
     /// Versions that were written over (what was heard is older than what was said), what was said, and when.
     written: HashMap<ObjectKey, (String, Value, Instant)>,
+    /// Versions whose status the API server refused to take, why, and when.
+    refused: HashMap<ObjectKey, (String, String, Instant)>,
     /// What authors were told by an event.
     told: HashMap<ObjectKey, String>,
 }
@@ -115,12 +118,17 @@ impl Writer {
         let live = statuses.all();
         self.told.retain(|key, _| live.iter().any(|(known, _)| known == key));
         self.written.retain(|key, _| live.iter().any(|(known, _)| known == key));
+        self.refused.retain(|key, _| live.iter().any(|(known, _)| known == key));
         for (key, live) in live {
             let text = key.to_string();
             let (object, problem) = (objects.get(&text).copied(), problems.get(&*text).copied());
             self.tell(&key, &live, problem).await;
             let last = self.written.get(&key);
             if last.is_some_and(|(version, ..)| *version == live.version) {
+                continue;
+            }
+            let refused = self.refused.get(&key);
+            if refused.is_some_and(|(version, _, at)| *version == live.version && at.elapsed() < AGAIN) {
                 continue;
             }
             // Not read yet, or gone already: nothing is known of it that could be said.
@@ -149,11 +157,21 @@ impl Writer {
             let patch = json!({"metadata": {"resourceVersion": live.version}, "status": wanted});
             match api.patch_status(&key.name, &PatchParams::default(), &Patch::Merge(&patch)).await {
                 Ok(_) => {
+                    self.refused.remove(&key);
                     self.written.insert(key, (live.version, wanted, Instant::now()));
                 }
                 // Changed meanwhile: the next look has heard of it.
                 Err(kube::Error::Api(answer)) if answer.code == 409 => {}
                 Err(kube::Error::Api(answer)) if answer.code == 404 => statuses.remove(&key),
+                // About this object alone: a schema that is newer than it, somebody's webhook, a right that lacks.
+                // The others do not wait for it.
+                Err(kube::Error::Api(answer)) if !matches!(answer.code, 429 | 503 | 504) => {
+                    let reason = answer.message.clone();
+                    if self.refused.get(&key).is_none_or(|(_, known, _)| *known != reason) {
+                        tracing::warn!(object = %key, %reason, "the API server does not take its status");
+                    }
+                    self.refused.insert(key, (live.version, reason, Instant::now()));
+                }
                 Err(error) => {
                     tracing::debug!(%error, object = %key, "status cannot be written");
                     return;

@@ -326,6 +326,22 @@ async fn authors_read_on_their_objects_what_became_of_them() {
 }
 
 #[tokio::test]
+async fn an_object_whose_status_is_refused_keeps_no_others_from_theirs() {
+    let fake = Fake::start().await;
+    shop(&fake);
+    fake.install(&ROUTES);
+    // In the order of their names.
+    fake.apply(ROUTES[0], route("a-refused"));
+    fake.apply(ROUTES[0], route("good"));
+    fake.spoil("a-refused");
+    let controller = controller(&fake).await;
+    eventually(|| fake.get(ROUTES[0], "shop", "good").is_some_and(|good| !good["status"].is_null())).await;
+    let tries = fake.writes().iter().filter(|write| write.contains("/a-refused/")).count();
+    assert_eq!(tries, 1, "and is not asked for again at once");
+    controller.stop().await;
+}
+
+#[tokio::test]
 async fn a_question_to_one_replica_is_answered_by_all() {
     let fake = Fake::start().await;
     shop(&fake);
