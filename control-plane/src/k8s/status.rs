@@ -2,7 +2,8 @@
 //!
 //! Why the whole list of parents is written, with the version that it was read at: `status.parents` is one list that
 //! several controllers share. Other controllers' entries are put back as they were found, and a write that is based
-//! on an old version is refused by the API server and made again from the new one.
+//! on an old version is refused by the API server and made again from the new one. Everybody's entries keep their
+//! places: two controllers that each put their own last would write in turns for ever.
 //!
 //! Why it is compared first: a status that says the same is not written, so a mesh at rest writes nothing.
 
@@ -237,12 +238,12 @@ fn route(
     now: &str,
 ) -> Option<Vec<Value>> {
     let there = live.status["parents"].as_array().cloned().unwrap_or_default();
-    let is_ours = |entry: &&Value| entry["controllerName"] == CONTROLLER_NAME;
-    let mut wanted: Vec<Value> = there.iter().filter(|entry| !is_ours(entry)).cloned().collect();
+    let is_ours = |entry: &Value| entry["controllerName"] == CONTROLLER_NAME;
     let route_name = (key.namespace.clone(), key.name.clone());
+    let mut own = Vec::new();
     for (position, raw) in live.parents.iter().enumerate() {
         let Ok(parent) = serde_json::from_value::<ParentRef>(raw.clone()) else { continue };
-        if crate::index::parent_service(&route_name, &parent).is_none() || wanted.len() >= MAX_PARENTS {
+        if crate::index::parent_service(&route_name, &parent).is_none() {
             continue;
         }
         let mut said: Vec<ConditionStatus> =
@@ -257,14 +258,23 @@ fn route(
                 ..ConditionStatus::default()
             });
         }
-        let old = there.iter().filter(is_ours).find(|entry| entry["parentRef"] == *raw);
+        let old = there.iter().find(|entry| is_ours(entry) && entry["parentRef"] == *raw);
         let known = old.map(|entry| &entry["conditions"]).unwrap_or(&Value::Null);
         let conditions = list(&said, known, live.generation, now);
         if !said.is_empty() {
-            wanted
-                .push(json!({"parentRef": raw, "controllerName": CONTROLLER_NAME, "conditions": conditions}));
+            own.push(json!({"parentRef": raw, "controllerName": CONTROLLER_NAME, "conditions": conditions}));
         }
     }
+    let mut wanted = Vec::new();
+    for entry in &there {
+        if !is_ours(entry) {
+            wanted.push(entry.clone());
+        } else if let Some(at) = own.iter().position(|new| new["parentRef"] == entry["parentRef"]) {
+            wanted.push(own.remove(at));
+        }
+    }
+    let room = MAX_PARENTS.saturating_sub(wanted.len());
+    wanted.extend(own.into_iter().take(room));
     (wanted != there).then_some(wanted)
 }
 
@@ -384,6 +394,10 @@ mod tests {
         assert_eq!(wanted[2]["conditions"][0]["status"], "False");
         live.status = json!({ "parents": wanted });
         assert_eq!(route(&key(), &live, &said, None, "T2"), None, "it stands there");
+        // Another controller puts its own last: that is no reason to write.
+        live.status["parents"].as_array_mut().unwrap().rotate_left(1);
+        assert_eq!(route(&key(), &live, &said, None, "T2"), None, "in another order");
+        live.status["parents"].as_array_mut().unwrap().rotate_right(1);
         // The generation moves on: what did not turn keeps its time, what turned gets a new one.
         live.generation = 4;
         let said = [accepted(1, true), accepted(2, true)];
