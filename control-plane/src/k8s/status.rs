@@ -8,7 +8,7 @@
 //! Why it is compared first: a status that says the same is not written, so a mesh at rest writes nothing.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -59,6 +59,16 @@ impl Statuses {
     /// It is gone.
     pub fn remove(&self, key: &ObjectKey) {
         self.lock().remove(key);
+    }
+
+    /// A whole list of one kind has been seen: what is not in it is gone.
+    pub fn keep_of(&self, kind: Kind, seen: &BTreeSet<ObjectKey>) {
+        self.lock().retain(|key, _| key.kind != kind || seen.contains(key));
+    }
+
+    #[cfg(test)]
+    pub(super) fn len(&self) -> usize {
+        self.lock().len()
     }
 
     fn all(&self) -> Vec<(ObjectKey, Live)> {

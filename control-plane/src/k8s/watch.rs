@@ -61,7 +61,7 @@ pub async fn watch(
     let mut view = View::new(ALL);
     let mut problems: Vec<Problem> = Vec::new();
     // A pod may ask for a sidecar by itself.
-    let mut with_pods = BTreeSet::new();
+    let mut with_pods = WithPods::default();
     let mut synced = false;
     loop {
         let tick = view.next_tick().map(tokio::time::Instant::from_std);
@@ -81,9 +81,9 @@ pub async fn watch(
             () = batches.closed() => return,
         }
         let (events, found) = (view.take_events(), view.problems());
-        with_pods.extend(events.iter().filter_map(injected_pod));
+        events.iter().for_each(|event| with_pods.hear(event));
         injected.send_if_modified(|known| {
-            let now: BTreeSet<_> = view.injected().union(&with_pods).cloned().collect();
+            let now: BTreeSet<_> = view.injected().iter().chain(with_pods.namespaces()).cloned().collect();
             let differs = *known != now;
             *known = now;
             differs
@@ -100,12 +100,35 @@ pub async fn watch(
     }
 }
 
-/// The namespace of a pod that has a sidecar.
-fn injected_pod(event: &Event) -> Option<Arc<str>> {
-    let Event::Apply { object, .. } = event else { return None };
-    let meta = object.metadata();
-    let is_injected = object.kind() == Kind::Pod && lookup(&meta.annotations, INJECTED) == Some("true");
-    meta.namespace.as_deref().filter(|_| is_injected).map(Into::into)
+/// Pods that have a sidecar, by namespace.
+#[derive(Debug, Default)]
+struct WithPods(BTreeMap<Arc<str>, BTreeSet<Arc<str>>>);
+
+impl WithPods {
+    fn hear(&mut self, event: &Event) {
+        let (key, has_sidecar) = match event {
+            Event::Apply { object, .. } => {
+                (object.key(), lookup(&object.metadata().annotations, INJECTED) == Some("true"))
+            }
+            Event::Delete(key) => (key.clone(), false),
+            Event::Unreadable { .. } | Event::Zone { .. } => return,
+        };
+        if key.kind != Kind::Pod {
+            return;
+        }
+        if has_sidecar {
+            self.0.entry(key.namespace).or_default().insert(key.name);
+        } else if let Some(pods) = self.0.get_mut(&key.namespace) {
+            pods.remove(&key.name);
+            if pods.is_empty() {
+                self.0.remove(&key.namespace);
+            }
+        }
+    }
+
+    fn namespaces(&self) -> impl Iterator<Item = &Arc<str>> {
+        self.0.keys()
+    }
 }
 
 /// What one list's task says.
@@ -147,16 +170,40 @@ async fn follow(client: Client, of: Watched, statuses: Statuses, tell: mpsc::Sen
             | Kind::AuthorizationPolicy
             | Kind::MeshConfig),
         ) => {
-            let read = move |object: DynamicObject| {
-                let key = key_of(kind, &object.metadata);
-                statuses.set(key, live(&object));
-                dynamic(kind, object)
-            };
-            run(Api::all_with(client, &resource(kind)), of, read, tell).await;
+            let mut listed = None;
+            let note = move |event: &watcher::Event<DynamicObject>| note(&statuses, kind, &mut listed, event);
+            let read = move |object: DynamicObject| dynamic(kind, object);
+            run_noted(Api::all_with(client, &resource(kind)), of, note, read, tell).await;
         }
         Watched::Nodes => run(Api::<PartialObjectMeta<Node>>::all(client), of, node, tell).await,
         Watched::Namespaces => {
             run(Api::<PartialObjectMeta<Namespace>>::all(client), of, namespace, tell).await
+        }
+    }
+}
+
+/// Keeps what status needs in step with what there is.
+fn note(
+    statuses: &Statuses,
+    kind: Kind,
+    listed: &mut Option<BTreeSet<ObjectKey>>,
+    event: &watcher::Event<DynamicObject>,
+) {
+    match event {
+        watcher::Event::Init => *listed = Some(BTreeSet::new()),
+        watcher::Event::Apply(object) => statuses.set(key_of(kind, &object.metadata), live(object)),
+        watcher::Event::InitApply(object) => {
+            let key = key_of(kind, &object.metadata);
+            if let Some(listed) = listed {
+                listed.insert(key.clone());
+            }
+            statuses.set(key, live(object));
+        }
+        watcher::Event::Delete(object) => statuses.remove(&key_of(kind, &object.metadata)),
+        watcher::Event::InitDone => {
+            if let Some(listed) = listed.take() {
+                statuses.keep_of(kind, &listed);
+            }
         }
     }
 }
@@ -199,10 +246,26 @@ async fn run<K>(api: Api<K>, of: Watched, read: impl Fn(K) -> Option<Seen>, tell
 where
     K: Resource + Clone + Debug + DeserializeOwned + Send + 'static,
 {
+    run_noted(api, of, |_| {}, read, tell).await;
+}
+
+/// The same; `note` sees each event first.
+async fn run_noted<K>(
+    api: Api<K>,
+    of: Watched,
+    mut note: impl FnMut(&watcher::Event<K>),
+    read: impl Fn(K) -> Option<Seen>,
+    tell: mpsc::Sender<Heard>,
+) where
+    K: Resource + Clone + Debug + DeserializeOwned + Send + 'static,
+{
     let config = watcher::Config::default().timeout(WATCH_SECONDS);
     let mut events = std::pin::pin!(watcher(api.clone(), config.clone()));
     let mut failures = 0;
     while let Some(event) = events.next().await {
+        if let Ok(event) = &event {
+            note(event);
+        }
         let news = match event {
             Ok(watcher::Event::Init) => News::Restart,
             Ok(watcher::Event::InitDone) => {
@@ -442,3 +505,55 @@ const MOST: usize = 1_024;
 const WATCH_SECONDS: u32 = 60;
 const RETRY_LEAST: Duration = Duration::from_millis(200);
 const RETRY_MOST: Duration = Duration::from_secs(5);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::source::Origin;
+
+    #[test]
+    fn what_is_gone_has_no_status_to_be_written() {
+        let route = |name: &str| {
+            let mut object = DynamicObject::new(name, &resource(Kind::HttpRoute));
+            object.metadata.namespace = Some("shop".to_owned());
+            object
+        };
+        let statuses = Statuses::default();
+        let mut listed = None;
+        let mut hear = |event| note(&statuses, Kind::HttpRoute, &mut listed, &event);
+        hear(watcher::Event::Init);
+        hear(watcher::Event::InitApply(route("a")));
+        hear(watcher::Event::InitDone);
+        hear(watcher::Event::Apply(route("b")));
+        assert_eq!(statuses.len(), 2);
+        hear(watcher::Event::Delete(route("a")));
+        assert_eq!(statuses.len(), 1);
+        // It went while nobody watched; other kinds are none of this list's.
+        statuses.set(ObjectKey::new(Kind::GrpcRoute, "shop", "b"), Live::default());
+        hear(watcher::Event::Init);
+        assert_eq!(statuses.len(), 2);
+        hear(watcher::Event::InitDone);
+        assert_eq!(statuses.len(), 1);
+    }
+
+    #[test]
+    fn a_namespace_is_published_to_for_as_long_as_it_has_sidecars() {
+        let pod = |name: &str, injected: bool| {
+            let mut pod = Pod::default();
+            (pod.metadata.namespace, pod.metadata.name) = (Some("shop".to_owned()), Some(name.to_owned()));
+            pod.metadata.annotations = Some([(INJECTED.to_owned(), injected.to_string())].into());
+            Event::Apply {
+                object: Box::new(Object::Pod(Box::new(pod))),
+                origin: Origin { file: "".into(), line: 0 },
+            }
+        };
+        let mut with_pods = WithPods::default();
+        with_pods.hear(&pod("a", true));
+        with_pods.hear(&pod("b", true));
+        with_pods.hear(&pod("c", false));
+        with_pods.hear(&Event::Delete(ObjectKey::new(Kind::Pod, "shop", "a")));
+        assert_eq!(with_pods.namespaces().count(), 1);
+        with_pods.hear(&pod("b", false));
+        assert_eq!(with_pods.namespaces().count(), 0);
+    }
+}
