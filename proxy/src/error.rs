@@ -17,6 +17,8 @@ pub(crate) const WEFT_REASON: HeaderName = HeaderName::from_static("weft-reason"
 /// On a response of an inbound sidecar: the app has not seen the request, so the caller may send it
 /// elsewhere whatever its method.
 pub(crate) const WEFT_UNSENT: HeaderName = HeaderName::from_static("weft-unsent");
+/// What an inbound sidecar says in [`WEFT_REASON`] whose app refuses connections.
+pub(crate) const APP_REFUSES: &str = "inbound;connect_refused";
 
 /// Which half of a sidecar speaks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -171,7 +173,7 @@ impl Error {
     /// What a failed attempt becomes when no other attempt follows.
     pub(crate) fn from_failure(failure: Failure) -> Self {
         match failure {
-            Failure::Refused => Self::Refused,
+            Failure::Refused | Failure::AppRefused => Self::Refused,
             Failure::ConnectTimeout => Self::ConnectTimeout,
             Failure::Unreachable => Self::Unreachable,
             Failure::Identity => Self::Identity,
@@ -296,6 +298,7 @@ mod tests {
         }
         let response = Error::Refused.response(Component::Inbound, false);
         assert_eq!(response.headers()[WEFT_UNSENT], "1");
+        assert_eq!(response.headers()[WEFT_REASON], APP_REFUSES);
     }
 
     #[test]

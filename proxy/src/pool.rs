@@ -86,6 +86,8 @@ const READ_BUFFER: usize = 64 * 1024;
 const USER_TIMEOUT: Duration = Duration::from_secs(14);
 /// How often a connection may be closed as soon as it is open before that counts as a failure of the endpoint.
 const MAX_OPENED: usize = 3;
+/// An app that listens accepts at once: within the call, unless its queue is full.
+const OWN_ANSWERS: Duration = Duration::from_millis(20);
 /// The source address by which inbound reaches its app: capture rules let it pass.
 const INBOUND_SOURCE: IpAddr = IpAddr::V4(Ipv4Addr::new(127, 0, 0, 6));
 
@@ -799,7 +801,21 @@ impl Pool {
         as_inbound: bool,
         timeout: Duration,
     ) -> Result<TcpStream, ConnectError> {
-        let connecting = async { socket(address, as_inbound)?.connect(address).await };
+        let connecting = async {
+            let mut connecting = std::pin::pin!(socket(address, as_inbound)?.connect(address));
+            if as_inbound && address.is_ipv6() {
+                if let Ok(connected) = tokio::time::timeout(OWN_ANSWERS, &mut connecting).await {
+                    return connected;
+                }
+                // The kernel drops a refusal by one of its own addresses to `::1`; one by `::1` arrives.
+                let local = SocketAddr::new(IpAddr::V6(std::net::Ipv6Addr::LOCALHOST), address.port());
+                let refused = socket(local, as_inbound)?.connect(local).await.map(drop);
+                refused.or_else(|e| {
+                    if e.kind() == io::ErrorKind::ConnectionRefused { Err(e) } else { Ok(()) }
+                })?;
+            }
+            connecting.await
+        };
         let stream = match tokio::time::timeout(timeout, connecting).await {
             Ok(Ok(stream)) => stream,
             Ok(Err(error)) => return Err(self.connect_failed(address, &error)),

@@ -300,7 +300,7 @@ impl Balancer {
         Ok(self.shared.lease(slot, now, random::unit(rng)))
     }
 
-    /// A connection to this pod broke off. `None` if it is none of the endpoints, or one that gets nothing anyhow.
+    /// A connection to this pod broke off. `None` if it is none of the endpoints, or one that is being asked already.
     pub fn doubt(
         &self,
         address: SocketAddr,
@@ -313,7 +313,8 @@ impl Balancer {
             endpoint.address == address && endpoint.uid == *uid
         })?;
         let mut seen = slot.seen.borrow_mut();
-        if seen.tracker.is_out() || seen.tracker.is_doubted() {
+        let known = seen.tracker.is_out() && seen.tracker.reason() == Some(Reason::NoConnection);
+        if known || seen.tracker.is_doubted() {
             return None;
         }
         seen.tracker.doubt(true);
@@ -619,16 +620,16 @@ impl Lease {
             Outcome::Failure(failure) => {
                 seen.latency.at_least(took.max(shared.slow()), now);
                 seen.failing.learn(1.0, decay, now);
-                let no_connection = policy.consecutive_failures > 0 && is_nobody(failure, took);
+                let nobody = nobody(failure, took).filter(|_| policy.consecutive_failures > 0);
                 let reason = if !seen.tracker.is_out() {
                     let counted = seen.tracker.failure(&policy, now);
-                    let reason = if no_connection { Reason::NoConnection } else { counted? };
+                    let reason = nobody.or(counted)?;
                     if !shared.takes_out(&slot) {
                         return None;
                     }
                     reason
                 } else if self.probe {
-                    if no_connection { Reason::NoConnection } else { Reason::ProbeFailed }
+                    nobody.unwrap_or(Reason::ProbeFailed)
                 } else {
                     return None; // sent before the ejection
                 };
@@ -660,16 +661,17 @@ impl Doubt {
         let Outcome::Failure(failure) = outcome else { return None };
         let mut seen = self.slot.seen.borrow_mut();
         let policy = self.shared.health.borrow();
-        // A request that was sent before may have ejected it meanwhile.
-        let ejects = policy.consecutive_failures > 0
-            && is_nobody(failure, took)
-            && !seen.tracker.is_out()
-            && self.shared.takes_out(&self.slot);
-        if !ejects {
+        let reason = nobody(failure, took).filter(|_| policy.consecutive_failures > 0)?;
+        if seen.tracker.is_out() {
+            // By the requests that were cut off: that nobody is there any more only the question has shown.
+            seen.tracker.found(reason);
             return None;
         }
-        let until = seen.tracker.eject(&policy, Reason::NoConnection, now, self.draw);
-        Some(Ejection { endpoint: self.endpoint.clone(), reason: Reason::NoConnection, until })
+        if !self.shared.takes_out(&self.slot) {
+            return None;
+        }
+        let until = seen.tracker.eject(&policy, reason, now, self.draw);
+        Some(Ejection { endpoint: self.endpoint.clone(), reason, until })
     }
 }
 
@@ -869,18 +871,19 @@ impl Waiting {
     }
 }
 
-/// Whether a failure after so long means that nobody is there.
-fn is_nobody(failure: Failure, took: Duration) -> bool {
+/// Whether a failure after so long means that nobody is there: one is enough.
+fn nobody(failure: Failure, took: Duration) -> Option<Reason> {
     match failure {
-        Failure::ConnectTimeout => took >= SILENCE,
-        Failure::Refused | Failure::Unreachable => true,
+        Failure::ConnectTimeout => (took >= SILENCE).then_some(Reason::NoConnection),
+        Failure::Refused | Failure::Unreachable => Some(Reason::NoConnection),
+        Failure::AppRefused => Some(Reason::AppRefuses),
         Failure::Status(_)
         | Failure::Grpc(_)
         | Failure::Reset
         | Failure::Malformed
         | Failure::Timeout
         | Failure::Identity
-        | Failure::NotProcessed => false,
+        | Failure::NotProcessed => None,
     }
 }
 
@@ -1241,6 +1244,15 @@ mod tests {
         // A refusal comes at once and says as much.
         let refused = find(&mut w, 2).finish(Outcome::Failure(Failure::Refused), w.now).unwrap();
         assert_eq!(refused.reason, Reason::NoConnection);
+        // So does a sidecar for its app; only a request finds out whether that is back.
+        let mut w = World::of(3);
+        let refused = find(&mut w, 2).finish(Outcome::Failure(Failure::AppRefused), w.now).unwrap();
+        assert_eq!(refused.reason, Reason::AppRefuses);
+        w.now = refused.until;
+        let probe = find(&mut w, 2);
+        assert!(!probe.only_connects());
+        let again = probe.finish(Outcome::Failure(Failure::AppRefused), w.now).unwrap();
+        assert_eq!(again.until - w.now, 2 * S);
     }
 
     #[test]
@@ -1282,6 +1294,16 @@ mod tests {
             // All of them doubted, and the only one: somebody gets it.
             let _doubts = [0, 2].map(|n| doubt(&mut w, n).unwrap());
             w.pick();
+            // Ejected by requests that were cut off: the question still decides how it is probed.
+            let mut w = World::new(service(algorithm), (0..3).map(endpoint));
+            let until = w.fail(address(1)).unwrap().until;
+            let asked = doubt(&mut w, 1).unwrap();
+            assert!(asked.settle(Outcome::Failure(Failure::Refused), w.now).is_none());
+            w.now = until;
+            let probe =
+                std::iter::repeat_with(|| w.pick()).find(|l| l.endpoint().address == address(1)).unwrap();
+            assert!(probe.only_connects());
+            drop(probe);
             // Another pod at the same address is another endpoint.
             let World { balancer, now, rng, .. } = &mut w;
             assert!(balancer.doubt(address(0), &uid(7), *now, rng).is_none());

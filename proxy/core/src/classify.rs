@@ -36,6 +36,8 @@ pub enum Failure {
     ConnectTimeout,
     /// Connection refused.
     Refused,
+    /// Its sidecar is there, and says that the app behind it refuses connections.
+    AppRefused,
     /// The peer is not who was expected.
     Identity,
     /// The peer said that it did not process it (GOAWAY below it, REFUSED_STREAM, "not sent").
@@ -64,6 +66,7 @@ impl Failure {
             Self::Status(_) | Self::Grpc(_) | Self::Reset | Self::Malformed | Self::Timeout => true,
             Self::ConnectTimeout
             | Self::Refused
+            | Self::AppRefused
             | Self::Identity
             | Self::NotProcessed
             | Self::Unreachable => false,
@@ -79,6 +82,7 @@ impl Failure {
             | Self::Reset
             | Self::Malformed
             | Self::Timeout
+            | Self::AppRefused
             | Self::NotProcessed => false,
         }
     }
@@ -93,6 +97,7 @@ impl Failure {
             Self::Timeout => "timeout",
             Self::ConnectTimeout => "connect-timeout",
             Self::Refused => "refused",
+            Self::AppRefused => "app-refused",
             Self::Identity => "identity",
             Self::NotProcessed => "not-processed",
             Self::Unreachable => "unreachable",
@@ -113,6 +118,7 @@ impl Outcome {
                 | Failure::Timeout
                 | Failure::ConnectTimeout
                 | Failure::Refused
+                | Failure::AppRefused
                 | Failure::Identity
                 | Failure::NotProcessed
                 | Failure::Unreachable,

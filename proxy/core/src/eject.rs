@@ -9,6 +9,8 @@
 //! endpoint that swallows packets costs each request that meets it a second. A request is not sent to find out whether
 //! it is back either: whoever probes it only connects.
 //!
+//! An app that is gone while its sidecar is there says so itself, in an answer: as good as a refused connection.
+//!
 //! Why doubt comes before ejection: a connection that breaks says that something happened, not what. A killed pod refuses
 //! the next one, a restarted sidecar takes it. Until that is known nothing is sent there, and nothing is held against it.
 //!
@@ -49,6 +51,9 @@ pub enum Reason {
     ProbeFailed,
     /// A connection to it was refused, or did not come about in time.
     NoConnection,
+    /// Its app refuses connections. Its sidecar does not, so that only a request finds out if it is back; one that it does
+    /// not take is sent elsewhere.
+    AppRefuses,
 }
 
 /// What was seen of one endpoint.
@@ -208,6 +213,13 @@ impl Tracker {
         let until = now + length;
         self.ejected = Some(Ejected { until, probe: None });
         until
+    }
+
+    /// It is ejected, and this is why, as is known only now: the time stays, and it is probed accordingly.
+    pub fn found(&mut self, reason: Reason) {
+        if let Some((last, _)) = &mut self.last {
+            *last = reason;
+        }
     }
 
     /// Back to normal rotation, with a clean record.

@@ -114,6 +114,7 @@ impl<'p> Attempts<'p> {
             Failure::Reset | Failure::Malformed | Failure::Timeout => self.policy.on_reset,
             Failure::ConnectTimeout
             | Failure::Refused
+            | Failure::AppRefused
             | Failure::Identity
             | Failure::NotProcessed
             | Failure::Unreachable => true,
@@ -213,6 +214,7 @@ mod tests {
         }
         for failure in [
             Failure::Refused,
+            Failure::AppRefused,
             Failure::ConnectTimeout,
             Failure::Identity,
             Failure::NotProcessed,

@@ -16,7 +16,7 @@ use weft_core::{
 
 use crate::{
     body::{Body, Held, Replay, Tail},
-    error::{Component, Error, WEFT_REASON, WEFT_UNSENT, is_grpc},
+    error::{APP_REFUSES, Component, Error, WEFT_REASON, WEFT_UNSENT, is_grpc},
     expect::{self, Gate},
     front::{self, Front, Requests},
     head::{self, Outgoing, Upgrade},
@@ -474,7 +474,12 @@ impl Client {
             Ok(sent) => {
                 let head = &sent.response;
                 if sent.private && head.headers().contains_key(WEFT_UNSENT) {
-                    return Outcome::Failure(Failure::NotProcessed);
+                    let refused = head.headers().get(WEFT_REASON).is_some_and(|why| why == APP_REFUSES);
+                    return Outcome::Failure(if refused {
+                        Failure::AppRefused
+                    } else {
+                        Failure::NotProcessed
+                    });
                 }
                 match classify::grpc_status(head.headers()) {
                     Some(code) if sending.grpc => classify::grpc_under(code, &sending.rule.retry),

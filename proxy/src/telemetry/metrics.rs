@@ -602,6 +602,7 @@ pub fn endpoint_report(backend: &Arc<str>, view: EndpointView, now: Instant) -> 
         }
         Some(Reason::ProbeFailed) => "the probe failed".to_owned(),
         Some(Reason::NoConnection) => "it could not be connected to".to_owned(),
+        Some(Reason::AppRefuses) => "its app refuses connections".to_owned(),
         None => String::new(),
     };
     EndpointReport {
