@@ -6,7 +6,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use weft_control_plane::cli::demo::mesh::Workload;
+use weft_control_plane::cli::demo::{
+    mesh::{Options, Workload, wait},
+    netns::Process,
+};
 use weft_harness::{
     apps::output,
     wire::{Backend, Message, Wire, ok},
@@ -15,7 +18,7 @@ use weft_harness::{
 use crate::{
     ECHO, ECHO_ADDRESS,
     filters::{applied, http_route},
-    scripted,
+    pair_with, scripted,
 };
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -284,4 +287,30 @@ fn an_app_that_closes_without_a_word_costs_a_502_with_a_reason_and_no_post_is_se
     }
     // The client's own connection is as good as before.
     assert_eq!(client.ask(post("/ok")).unwrap().text(), "ok");
+}
+
+#[test]
+fn a_kept_connection_of_a_caller_without_a_sidecar_is_served_while_its_pod_drains() {
+    // The test ends before the drain does.
+    let times = [("WEFT_LAME_DUCK", "60s"), ("WEFT_DRAIN_TIMEOUT", "90s")];
+    let options = Options {
+        sidecar_env: times.map(|(name, value)| (name.to_owned(), value.to_owned())).into(),
+        ..Options::default()
+    };
+    let Some(pair) = pair_with("drain_plain", options, &[]) else { return };
+    let legacy = pair.mesh.plain(&Workload::new("shop", "legacy-1")).unwrap();
+    let server = format!("{}:8080", pair.server.sidecar.pod.ip);
+    let post = "POST /head HTTP/1.1\r\nHost: a\r\nContent-Length: 2\r\n\r\nhi";
+    let mut kept: Vec<_> = (0..8).map(|_| Wire::dial(&legacy, &server).unwrap()).collect();
+    for wire in &mut kept {
+        let answer = wire.ask(post).unwrap();
+        assert_eq!((answer.status(), answer.header("connection")), (200, None), "{}", answer.head);
+    }
+    let _drain = Process::spawn(&mut pair.server.sidecar.draining()).unwrap();
+    wait(PATIENCE, || Ok(pair.server.sidecar.admin("GET", "/ready")?.1.contains("draining"))).unwrap();
+    for wire in &mut kept {
+        let answer = wire.ask(post).expect("a request on a kept connection is answered");
+        assert_eq!((answer.status(), answer.header("connection")), (200, Some("close")), "{}", answer.head);
+        assert_eq!(wire.rest().unwrap(), b"", "and ends well");
+    }
 }

@@ -453,9 +453,14 @@ impl Meshed {
 
     /// What the pod's preStop hook runs. Returns when nothing is in flight any more.
     pub fn drain(&self) -> Result<()> {
+        run(&mut self.draining()).map(drop)
+    }
+
+    /// The same, to be run beside something else.
+    pub fn draining(&self) -> Command {
         let mut command = self.pod.command_as(ports::PROXY_UID, ports::PROXY_UID, &self.proxy_binary);
         command.arg("drain").arg("--socket").arg(self.dir.join("admin.sock"));
-        run(&mut command).map(drop)
+        command
     }
 
     /// Asks the sidecar's admin socket.
