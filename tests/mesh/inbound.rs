@@ -7,7 +7,10 @@ use weft_control_plane::cli::demo::{
     mesh::{Workload, wait},
     netns::{Pod, Process},
 };
-use weft_harness::apps::{service, start, testapp};
+use weft_harness::{
+    apps::{service, start, testapp},
+    wire::Wire,
+};
 
 use crate::{Pair, pair};
 
@@ -118,4 +121,30 @@ fn an_open_plaintext_connection_ends_when_mtls_is_required() {
     ends(opaque);
     ends(upgraded);
     assert!(by_mesh.running(), "the mesh's own connection stays");
+}
+
+#[test]
+fn a_caller_that_speaks_late_is_judged_by_what_it_says_where_only_identities_are_admitted() {
+    let Some(pair) = pair("late_identity", &[]) else { return };
+    let pod = &pair.server.sidecar.pod;
+    let _app = start(&mut testapp(&pair.mesh, pod, &["tcp", "--port", "9100"]), pod, 9100).unwrap();
+    service(&pair.mesh, "shop", "echo", "10.96.0.1", &[("web", 80, 8080), ("raw", 91, 9100)]).unwrap();
+    let outsider = pair.mesh.plain(&Workload::new("shop", "legacy-1")).unwrap();
+    let address = format!("{}:9100", pod.ip);
+    policy(
+        &pair,
+        serde_json::json!({"action": "Allow", "rules": [{"from": [{"identities": ["spiffe://cluster.local/ns/shop/sa/client"]}]}]}),
+    );
+    let refused = || {
+        let mut stranger = Wire::dial(&outsider, &address)?;
+        stranger.say("talk\n")?;
+        Ok(!stranger.gone()?.starts_with(b"talk"))
+    };
+    wait(Duration::from_secs(10), refused).unwrap();
+    // A ClientHello may be lost once, and comes a second later: only what is said decides.
+    let mut late = Wire::dial(&outsider, &address).unwrap();
+    assert!(late.is_silent_for(Duration::from_secs(1)).unwrap(), "it was judged before it spoke");
+    let answer = late.ask("GET /head HTTP/1.1\r\nHost: a\r\n\r\n").unwrap();
+    assert_eq!(answer.status(), 403, "{}", answer.head);
+    drop(talk(&pair.client.pod, "10.96.0.1", 91, "talk\n"));
 }

@@ -45,8 +45,10 @@ pub(crate) async fn serve(worker: Rc<Worker>, mut accepted: Accepted) {
     };
     let port = port_policy(&policy, accepted.original.port());
     let http = port.protocol.is_http();
-    // Where the client must speak first (HTTP, and a sidecar where nobody else is admitted), a slow one is waited for.
-    let must_speak = http || port.mtls == MtlsMode::Strict;
+    // Where the client must speak first (HTTP, and a sidecar or a request where no stranger's bytes are admitted), a slow
+    // one is waited for: what it says may admit it.
+    let stranger = Caller::outside(accepted.client.ip());
+    let must_speak = http || port.mtls == MtlsMode::Strict || !tcp::permits(port, &stranger);
     let silence = if must_speak { worker.config.times.header } else { port.detect_timeout };
     match detect::begin(&mut accepted.stream, Some(silence), worker.config.times.header).await {
         Ok(Begun::Spoke(first)) => spoken(worker, accepted, first).await,

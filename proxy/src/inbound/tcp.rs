@@ -119,7 +119,8 @@ pub(super) async fn whoever_speaks(worker: &Rc<Worker>, mut accepted: Accepted) 
     None
 }
 
-fn permits(port: &PortPolicy, caller: &Caller) -> bool {
+/// Whether bytes of this caller that nobody reads are admitted.
+pub(super) fn permits(port: &PortPolicy, caller: &Caller) -> bool {
     authz::authorize(&port.authorization, &caller.peer(), &Ask::Opaque).is_permit()
 }
 
