@@ -413,7 +413,8 @@ async fn keep_certified(
 const LAST_GOOD_OBJECTS: &str = "last-good-objects.jsonl";
 /// Beside that of the probes.
 const SERVERS: usize = 3;
-const STOP: Duration = Duration::from_secs(6);
+/// The webhook goes on for five seconds, then ends what it has.
+const STOP: Duration = Duration::from_secs(8);
 const TIDY_EVERY: Duration = Duration::from_secs(10);
 const RENEW_RETRY: Duration = Duration::from_secs(1);
 /// A signing request and a token.

@@ -6,10 +6,21 @@
 //! know, so each address has the same share of everything: a pod that connects and says nothing, or says it slowly,
 //! uses up its own.
 //!
+//! Why it goes on for some seconds when it is told to end: the API server and kube-proxy send here until they have heard
+//! that it ends, and an admission that is refused is a pod that is not made.
+//!
 //! The two paths of injection differ only in what a pod that says nothing gets: `/inject` is for namespaces that ask
 //! for sidecars, `/inject/asked` for pods that ask for themselves elsewhere.
 
-use std::{convert::Infallible, io, sync::Arc, time::Duration};
+use std::{
+    convert::Infallible,
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use arc_swap::ArcSwap;
 use base64::Engine as _;
@@ -58,6 +69,8 @@ pub struct Webhook {
     listener: TcpListener,
     /// What sidecars are like.
     values: Arc<Values>,
+    /// Whether anybody ever connected.
+    asked: Arc<AtomicBool>,
     /// Of what it makes.
     owner: Option<OwnerReference>,
 }
@@ -65,29 +78,47 @@ pub struct Webhook {
 impl Webhook {
     /// A server of `values`, whose certificate is still to come.
     pub fn new(listener: TcpListener, values: Arc<Values>, owner: Option<OwnerReference>) -> Self {
-        Self { listener, values, owner }
+        Self { listener, values, asked: Arc::default(), owner }
     }
 
     /// Serves with a certificate that `client`'s API server believes, until `closing` says so.
-    pub async fn run(self, client: Client, mut closing: watch::Receiver<bool>) {
+    pub async fn run(self, client: Client, closing: watch::Receiver<bool>) {
+        let owner = self.owner.clone();
+        self.run_with(async move |first| certificate::keep(client, owner, first).await, closing).await;
+    }
+
+    async fn run_with(
+        self,
+        keep: impl AsyncFnOnce(oneshot::Sender<Arc<ArcSwap<ServerConfig>>>),
+        mut closing: watch::Receiver<bool>,
+    ) {
         let (first, certified) = oneshot::channel();
-        let keep = certificate::keep(client, self.owner.clone(), first);
-        let seen = closing.clone();
+        let keep = keep(first);
+        let (close, seen) = watch::channel(false);
+        let asked = self.asked.clone();
         let serve = async move {
             if let Ok(tls) = certified.await {
                 self.serve(tls, seen).await;
             }
         };
+        let end = async move {
+            closed(&mut closing).await;
+            // Whoever was never asked is not about to be.
+            if asked.load(Ordering::Relaxed) {
+                sleep(LINGER).await;
+            }
+            close.send_replace(true);
+        };
+        let both = async { tokio::join!(serve, end) };
         tokio::select! {
             () = keep => {}
-            () = serve => {}
-            () = closed(&mut closing) => {}
+            _ = both => {}
         }
     }
 
     async fn serve(&self, tls: Arc<ArcSwap<ServerConfig>>, mut closing: watch::Receiver<bool>) {
         let values = self.values.clone();
-        // Shed, not queued: the API server asks another replica, or again.
+        // Shed, not queued: the API server asks again in a second.
         let service = ServiceBuilder::new()
             .load_shed()
             .concurrency_limit(MAX_REQUESTS)
@@ -110,6 +141,7 @@ impl Webhook {
                     continue;
                 }
             };
+            self.asked.store(true, Ordering::Relaxed);
             let Some(share) = Share::take(&shares, peer) else {
                 tracing::debug!(%peer, "too many connections of one address");
                 continue;
@@ -233,7 +265,10 @@ fn unanswered(error: &BoxError) -> Response<Full<Bytes>> {
 }
 
 fn too_many() -> Response<Full<Bytes>> {
-    text(StatusCode::SERVICE_UNAVAILABLE, "too many reviews at a time: ask again")
+    let mut response = text(StatusCode::SERVICE_UNAVAILABLE, "too many reviews at a time: ask again");
+    // Without it the API server does not.
+    response.headers_mut().insert(http::header::RETRY_AFTER, http::HeaderValue::from_static("1"));
+    response
 }
 
 fn text(status: StatusCode, reason: &str) -> Response<Full<Bytes>> {
@@ -366,9 +401,13 @@ const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
 const IDLE: Duration = Duration::from_secs(60);
 const MAX_AGE: Duration = Duration::from_secs(30 * 60);
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// Until every node has heard that this replica ends.
+const LINGER: Duration = Duration::from_secs(5);
 
 #[cfg(test)]
 mod tests {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
     use super::*;
 
     fn ask(path: &str, object: Value) -> Value {
@@ -384,6 +423,40 @@ mod tests {
             "spec": { "containers": [{ "name": "web", "image": "web:1" }] } });
         json_patch::merge(&mut pod, &more);
         pod
+    }
+
+    #[tokio::test]
+    async fn a_webhook_that_ends_is_there_until_everybody_has_heard_of_it() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let webhook = Webhook::new(listener, Arc::default(), None);
+        let key = rcgen::generate_simple_self_signed(vec!["weft".to_owned()]).unwrap();
+        let tls = ServerConfig::builder_with_provider(crate::serve::tls::provider())
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_no_client_auth()
+            .with_single_cert(vec![key.cert.der().clone()], key.signing_key.into())
+            .unwrap();
+        let (close, closing) = watch::channel(false);
+        let certified = async move |first: oneshot::Sender<_>| {
+            let _ = first.send(Arc::new(ArcSwap::from_pointee(tls)));
+            std::future::pending().await
+        };
+        let running = tokio::spawn(webhook.run_with(certified, closing));
+        let mut early = TcpStream::connect(address).await.unwrap();
+        // It says nothing that is TLS: what is written back is that it was heard.
+        early.write_all(b"GET / HTTP/1.1\r\n\r\n").await.unwrap();
+        assert!(early.read(&mut [0; 64]).await.is_ok());
+        close.send_replace(true);
+        let mut late = TcpStream::connect(address).await.unwrap();
+        late.write_all(b"GET / HTTP/1.1\r\n\r\n").await.unwrap();
+        assert!(late.read(&mut [0; 64]).await.unwrap() > 0, "answered, be it with an alert");
+        running.abort();
+    }
+
+    #[test]
+    fn who_is_to_ask_again_is_told_when() {
+        assert_eq!(too_many().headers()[http::header::RETRY_AFTER], "1");
     }
 
     #[test]
