@@ -60,6 +60,12 @@ pub enum TokenError {
 /// Whoever knows whether a token is good, and whose it is.
 #[tonic::async_trait]
 pub trait TokenCheck: Send + Sync + std::fmt::Debug {
+    /// What one says of itself, unproven: who could not be right need not be asked about.
+    ///
+    /// # Errors
+    /// It says nothing, or that it is for somebody else, or over.
+    fn claimed(&self, token: &str) -> Result<Claims, TokenError>;
+
     /// Checks one.
     async fn check(&self, token: &str) -> Result<Claims, TokenError>;
 }

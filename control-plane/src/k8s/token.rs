@@ -4,7 +4,8 @@
 //! once in half a day by each pod; that is what a review costs.
 //!
 //! Why what is asked is looked at first: whoever reaches the port can send anything, and must not make the API
-//! server work for it. What says itself that it is for somebody else, or over, is not asked about.
+//! server work for it. What says itself that it is for somebody else, or over, is not asked about, nor what names a pod
+//! that is not there; how often one address may ask is bounded where the question comes in.
 
 use std::{
     sync::Arc,
@@ -35,12 +36,9 @@ impl Reviewer {
             asking: Semaphore::new(AT_A_TIME),
         })
     }
-}
 
-#[tonic::async_trait]
-impl TokenCheck for Reviewer {
-    async fn check(&self, token: &str) -> Result<Claims, TokenError> {
-        let token = token.trim();
+    /// What is for us, and not over.
+    fn said(&self, token: &str) -> Result<Said, TokenError> {
         let said = said(token)?;
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
         if said.exp <= now {
@@ -49,22 +47,45 @@ impl TokenCheck for Reviewer {
         if !said.aud.has(&self.audience) {
             return Err(TokenError::Unknown);
         }
+        Ok(said)
+    }
+}
+
+#[tonic::async_trait]
+impl TokenCheck for Reviewer {
+    fn claimed(&self, token: &str) -> Result<Claims, TokenError> {
+        let said = self.said(token.trim())?;
+        let about = said.about.ok_or(TokenError::Claims)?;
+        let pod = about.pod.ok_or(TokenError::Claims)?;
+        Ok(Claims {
+            ns: about.namespace,
+            sa: about.serviceaccount.name,
+            uid: pod.uid,
+            pod: pod.name,
+            exp: said.exp,
+        })
+    }
+
+    async fn check(&self, token: &str) -> Result<Claims, TokenError> {
+        let token = token.trim();
+        let said = self.said(token)?;
         let review = TokenReview {
             spec: TokenReviewSpec { token: token.to_owned(), audiences: Some(vec![self.audience.clone()]) },
             ..TokenReview::default()
         };
-        let ask = async {
-            let _one = self.asking.acquire().await;
-            self.api.create(&PostParams::default(), &review).await
+        // Who waits for others waits no shorter for the answer.
+        let Ok(_one) = tokio::time::timeout(PATIENCE, self.asking.acquire()).await else {
+            return Err(TokenError::Unavailable);
         };
-        let answer = match tokio::time::timeout(PATIENCE, ask).await {
-            Ok(Ok(answer)) => answer,
-            Ok(Err(error)) => {
-                tracing::warn!(%error, "a token could not be reviewed");
-                return Err(TokenError::Unavailable);
-            }
-            Err(_) => return Err(TokenError::Unavailable),
-        };
+        let answer =
+            match tokio::time::timeout(PATIENCE, self.api.create(&PostParams::default(), &review)).await {
+                Ok(Ok(answer)) => answer,
+                Ok(Err(error)) => {
+                    tracing::warn!(%error, "a token could not be reviewed");
+                    return Err(TokenError::Unavailable);
+                }
+                Err(_) => return Err(TokenError::Unavailable),
+            };
         claims(answer.status.as_ref(), &self.audience, said.exp)
     }
 }
@@ -80,6 +101,22 @@ impl std::fmt::Debug for Reviewer {
 struct Said {
     aud: Audience,
     exp: u64,
+    #[serde(rename = "kubernetes.io")]
+    about: Option<About>,
+}
+
+#[derive(Deserialize)]
+struct About {
+    namespace: String,
+    serviceaccount: Named,
+    pod: Option<Named>,
+}
+
+#[derive(Deserialize)]
+struct Named {
+    name: String,
+    #[serde(default)]
+    uid: String,
 }
 
 #[derive(Deserialize)]

@@ -6,10 +6,14 @@
 //! Why rate limits here: a certificate costs a signature and this port needs no certificate to reach. One
 //! workload that asks in a loop must not keep the others from renewing: each pod has its bound, all pods of one
 //! identity together have half of everything.
+//!
+//! Why most tokens are never judged: the API server's work is for whoever could be right. A token that names no pod that
+//! is there, or another account than the pod's, is refused for what it says itself, and one address has few tries.
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, PoisonError, atomic::Ordering},
+    net::IpAddr,
+    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::Ordering},
     time::{Duration, SystemTime},
 };
 
@@ -19,12 +23,12 @@ use weft_core::identity::{PodUid, SpiffeId};
 use weft_proto::pb::v1::{CertifyRequest, CertifyResponse, identity_server::Identity};
 
 use super::{
-    Bucket,
+    Bucket, CameFrom,
     published::{NO_POD, Published},
 };
 use crate::{
     api::types::WorkloadCertificate,
-    ca::{Ca, TokenCheck, TokenError, workload_subject},
+    ca::{Ca, Claims, Subject, TokenCheck, TokenError, workload_subject},
     metrics::Metrics,
 };
 
@@ -45,11 +49,27 @@ struct Limits {
     all: Bucket,
     by_identity: HashMap<SpiffeId, Bucket>,
     by_pod: HashMap<PodUid, Bucket>,
+    /// Questions about tokens.
+    by_address: HashMap<IpAddr, Bucket>,
 }
 
 impl Limits {
     fn new() -> Self {
-        Self { all: Bucket::new(RATE, RATE), by_identity: HashMap::new(), by_pod: HashMap::new() }
+        Self {
+            all: Bucket::new(RATE, RATE),
+            by_identity: HashMap::new(),
+            by_pod: HashMap::new(),
+            by_address: HashMap::new(),
+        }
+    }
+
+    /// `Some`: no token of that address is judged before so long.
+    fn ask(&mut self, from: IpAddr, now: Instant) -> Option<Duration> {
+        if self.by_address.len() >= MAX_PODS {
+            self.by_address.retain(|_, bucket| !bucket.is_full(now));
+        }
+        let bucket = || Bucket::new(ADDRESS_RATE, ADDRESS_BURST);
+        self.by_address.entry(from.to_canonical()).or_insert_with(bucket).take(now)
     }
 
     /// `Some`: not before so long. Whoever is refused by a narrower bound takes nothing from a wider one.
@@ -92,45 +112,24 @@ impl Certify {
         all
     }
 
-    async fn certify_now(&self, request: &CertifyRequest) -> Result<CertifyResponse, Status> {
+    async fn certify_now(
+        &self,
+        request: &CertifyRequest,
+        from: Option<IpAddr>,
+    ) -> Result<CertifyResponse, Status> {
         let now = SystemTime::now();
-        // Whoever has no good token hears no more than that.
-        let refused = || Status::unauthenticated("the token is refused");
         let checked = match &self.tokens {
-            Some(tokens) => tokens.check(&request.token).await,
+            Some(tokens) => {
+                self.subject(&tokens.claimed(&request.token).map_err(judged)?)?;
+                if let Some(wait) = from.and_then(|from| self.limits().ask(from, Instant::now())) {
+                    return Err(too_often(wait));
+                }
+                tokens.check(&request.token).await
+            }
             None => self.ca.check_token(&request.token, now),
         };
-        let claims = checked.map_err(|error| {
-            tracing::warn!(%error, "token refused");
-            match error {
-                TokenError::Unavailable => Status::unavailable("tokens cannot be checked now: ask again"),
-                TokenError::Syntax
-                | TokenError::Signature
-                | TokenError::Expired
-                | TokenError::Claims
-                | TokenError::Unknown => refused(),
-            }
-        })?;
-        let subject = workload_subject(self.ca.trust_domain(), &claims).map_err(|_| refused())?;
-        let uid = PodUid::new(&claims.uid).map_err(|_| refused())?;
-        // A token says who, and outlives its pod: the pod must be there, and both must agree. A sidecar that starts
-        // before its pod was seen, or while nothing has been seen yet, asks again.
-        if !*self.published.synced().borrow() {
-            return Err(Status::unavailable("not synced yet: ask again"));
-        }
-        match self.published.workload(&uid) {
-            Some(known) if known == subject.identity => {}
-            Some(known) => {
-                tracing::warn!(%uid, token = %subject.identity, pod = %known, "token and pod disagree");
-                return Err(Status::permission_denied(
-                    "the token is for another service account than the pod's",
-                ));
-            }
-            None => {
-                tracing::warn!(%uid, token = %subject.identity, "a token for a pod that is not there");
-                return Err(Status::permission_denied(NO_POD));
-            }
-        }
+        let claims = checked.map_err(judged)?;
+        let (subject, uid) = self.subject(&claims)?;
         self.admit(&subject.identity, &uid)?;
         let issued = self.ca.issue(&request.csr_der, &subject).map_err(|error| {
             tracing::warn!(%uid, %error, "not certified");
@@ -155,14 +154,37 @@ impl Certify {
         Ok(response)
     }
 
-    fn admit(&self, identity: &SpiffeId, uid: &PodUid) -> Result<(), Status> {
-        let mut limits = self.limits.lock().unwrap_or_else(PoisonError::into_inner);
-        match limits.take(identity, uid, Instant::now()) {
-            None => Ok(()),
-            Some(wait) => {
-                Err(Status::resource_exhausted(format!("too many requests: try again in {wait:?}")))
+    /// Whom claims are about, if that pod is there.
+    fn subject(&self, claims: &Claims) -> Result<(Subject, PodUid), Status> {
+        let subject = workload_subject(self.ca.trust_domain(), claims).map_err(|_| refused())?;
+        let uid = PodUid::new(&claims.uid).map_err(|_| refused())?;
+        // A token says who, and outlives its pod: the pod must be there, and both must agree. A sidecar that starts
+        // before its pod was seen, or while nothing has been seen yet, asks again.
+        if !*self.published.synced().borrow() {
+            return Err(Status::unavailable("not synced yet: ask again"));
+        }
+        match self.published.workload(&uid) {
+            Some(known) if known == subject.identity => {}
+            Some(known) => {
+                tracing::warn!(%uid, token = %subject.identity, pod = %known, "token and pod disagree");
+                return Err(Status::permission_denied(
+                    "the token is for another service account than the pod's",
+                ));
+            }
+            None => {
+                tracing::warn!(%uid, token = %subject.identity, "a token for a pod that is not there");
+                return Err(Status::permission_denied(NO_POD));
             }
         }
+        Ok((subject, uid))
+    }
+
+    fn admit(&self, identity: &SpiffeId, uid: &PodUid) -> Result<(), Status> {
+        self.limits().take(identity, uid, Instant::now()).map_or(Ok(()), |wait| Err(too_often(wait)))
+    }
+
+    fn limits(&self) -> MutexGuard<'_, Limits> {
+        self.limits.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn remember(&self, uid: PodUid, certificate: WorkloadCertificate, now: SystemTime) {
@@ -180,7 +202,8 @@ impl Certify {
 #[tonic::async_trait]
 impl Identity for Certify {
     async fn certify(&self, request: Request<CertifyRequest>) -> Result<Response<CertifyResponse>, Status> {
-        let result = self.certify_now(&request.into_inner()).await;
+        let from = request.extensions().get::<CameFrom>().map(|CameFrom(address)| *address);
+        let result = self.certify_now(&request.into_inner(), from).await;
         let counter = match result {
             Ok(_) => &self.metrics.certificates_issued,
             Err(_) => &self.metrics.certificates_refused,
@@ -188,6 +211,27 @@ impl Identity for Certify {
         counter.fetch_add(1, Ordering::Relaxed);
         result.map(Response::new)
     }
+}
+
+/// Whoever has no good token hears no more than that.
+fn refused() -> Status {
+    Status::unauthenticated("the token is refused")
+}
+
+fn judged(error: TokenError) -> Status {
+    tracing::warn!(%error, "token refused");
+    match error {
+        TokenError::Unavailable => Status::unavailable("tokens cannot be checked now: ask again"),
+        TokenError::Syntax
+        | TokenError::Signature
+        | TokenError::Expired
+        | TokenError::Claims
+        | TokenError::Unknown => refused(),
+    }
+}
+
+fn too_often(wait: Duration) -> Status {
+    Status::resource_exhausted(format!("too many requests: try again in {wait:?}"))
 }
 
 fn seconds(at: SystemTime) -> i64 {
@@ -203,11 +247,16 @@ const IDENTITY_RATE: f64 = 250.0;
 /// Certificates a second for one pod, and at once: restarts, rotations, not a loop.
 const POD_RATE: f64 = 0.5;
 const POD_BURST: f64 = 20.0;
+/// Tokens a second of one address that are judged, and at once: a node's pods may share one.
+const ADDRESS_RATE: f64 = 10.0;
+const ADDRESS_BURST: f64 = 128.0;
 /// Pods that are remembered.
 const MAX_PODS: usize = 100_000;
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::AtomicUsize;
+
     use super::*;
 
     #[test]
@@ -227,5 +276,55 @@ mod tests {
         let burst = IDENTITY_RATE as usize - POD_BURST as usize;
         assert_eq!(granted(&greedy, 1..1_000, 1), burst, "many pods of one identity");
         assert_eq!(granted(&other, 1_000..2_000, 1), IDENTITY_RATE as usize, "the other half is there");
+    }
+
+    /// Believes everything, and counts how often it was asked.
+    #[derive(Debug, Default)]
+    struct Judge(AtomicUsize);
+
+    #[tonic::async_trait]
+    impl TokenCheck for Judge {
+        fn claimed(&self, token: &str) -> Result<Claims, TokenError> {
+            let (sa, uid) = token.split_once('/').ok_or(TokenError::Syntax)?;
+            let (ns, pod) = ("shop".to_owned(), String::new());
+            Ok(Claims { ns, sa: sa.to_owned(), uid: uid.to_owned(), pod, exp: u64::MAX })
+        }
+
+        async fn check(&self, token: &str) -> Result<Claims, TokenError> {
+            self.0.fetch_add(1, Ordering::Relaxed);
+            self.claimed(token)
+        }
+    }
+
+    #[tokio::test]
+    async fn nobody_is_asked_about_a_token_that_cannot_be_right_nor_endlessly_by_one_address() {
+        let domain = weft_core::identity::TrustDomain::new("cluster.local").unwrap();
+        let roots = crate::ca::Roots::open_in(crate::ca::Place::Memory(Default::default()), &domain).unwrap();
+        let ca = Arc::new(Ca::with_roots(roots, domain.clone(), Duration::from_secs(3_600)));
+        let published = Arc::new(Published::new(domain));
+        let uid = PodUid::new("pod-1").unwrap();
+        let cart: SpiffeId = "spiffe://cluster.local/ns/shop/sa/cart".parse().unwrap();
+        published.workloads.update([(uid, Some(cart))]);
+        let judge = Arc::new(Judge::default());
+        let certify = Certify::new(ca, published.clone(), Arc::default()).with_tokens(judge.clone());
+        let ask = async |token: &str, from: [u8; 4]| {
+            let request = CertifyRequest { token: token.to_owned(), ..CertifyRequest::default() };
+            let code = certify.certify_now(&request, Some(from.into())).await.unwrap_err().code();
+            (code, judge.0.load(Ordering::Relaxed))
+        };
+        let (one, two) = ([10, 0, 0, 1], [10, 0, 0, 2]);
+        assert_eq!(ask("cart/pod-1", one).await, (tonic::Code::Unavailable, 0), "nothing is known yet");
+        published.set_synced();
+        assert_eq!(ask("cart/pod-2", one).await, (tonic::Code::PermissionDenied, 0), "no such pod");
+        assert_eq!(ask("other/pod-1", one).await, (tonic::Code::PermissionDenied, 0), "not its account");
+        assert_eq!(ask("cart", one).await, (tonic::Code::Unauthenticated, 0));
+        assert_eq!(ask("cart/pod-1", one).await, (tonic::Code::InvalidArgument, 1), "no key is in it");
+        for _ in 0..1_000 {
+            ask("cart/pod-1", one).await;
+        }
+        let (code, asked) = ask("cart/pod-1", one).await;
+        assert_eq!(code, tonic::Code::ResourceExhausted);
+        assert!(asked < 900, "{asked}");
+        assert_eq!(ask("cart/pod-1", two).await.1, asked + 1, "others are heard");
     }
 }

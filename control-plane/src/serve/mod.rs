@@ -53,6 +53,10 @@ mod wire_tests;
 #[derive(Clone, Debug)]
 pub struct Closing(pub watch::Receiver<bool>);
 
+/// The address that a request came from.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct CameFrom(pub(crate) IpAddr);
+
 /// One listening port.
 pub struct Server {
     /// Listening already, so that a port in use is an error at start.
@@ -90,7 +94,7 @@ impl Server {
                 () = closed(&mut closing) => break,
                 accepted = server.listener.accept() => accepted,
             };
-            let (stream, peer) = match accepted {
+            let (stream, from) = match accepted {
                 Ok((stream, peer)) => (stream, peer.ip()),
                 Err(error) => {
                     // EMFILE and the like pass; a loop without a pause would not let them.
@@ -99,10 +103,10 @@ impl Server {
                     continue;
                 }
             };
-            let (Some(share), Some(new)) = (Share::take(&all_of_one, peer), Share::take(&new_of_one, peer))
+            let (Some(share), Some(new)) = (Share::take(&all_of_one, from), Share::take(&new_of_one, from))
             else {
                 server.metrics.handshakes_failed.fetch_add(1, Ordering::Relaxed);
-                tracing::debug!(%peer, "too many connections of one address");
+                tracing::debug!(peer = %from, "too many connections of one address");
                 continue;
             };
             let (server, closing) = (server.clone(), closing.clone());
@@ -113,7 +117,7 @@ impl Server {
                 match timeout(HANDSHAKE_TIMEOUT, server.handshake(stream)).await {
                     Ok(Ok((stream, peer))) => {
                         drop(handshake);
-                        server.serve(stream, peer, closing).await;
+                        server.serve(stream, from, peer, closing).await;
                     }
                     Ok(Err(error)) => {
                         server.metrics.handshakes_failed.fetch_add(1, Ordering::Relaxed);
@@ -148,6 +152,7 @@ impl Server {
     async fn serve(
         &self,
         stream: tokio_rustls::server::TlsStream<TcpStream>,
+        from: IpAddr,
         peer: Option<tls::Peer>,
         closing: watch::Receiver<bool>,
     ) {
@@ -158,7 +163,7 @@ impl Server {
         {
             age = age.min(left);
         }
-        connection(stream, peer, self.routes.clone(), age, closing).await;
+        serve_connection(stream, Some(CameFrom(from)), peer, self.routes.clone(), age, closing).await;
     }
 }
 
@@ -168,11 +173,25 @@ pub async fn connection(
     peer: Option<tls::Peer>,
     routes: Routes,
     age: Duration,
+    closing: watch::Receiver<bool>,
+) {
+    serve_connection(stream, None, peer, routes, age, closing).await;
+}
+
+async fn serve_connection(
+    stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    from: Option<CameFrom>,
+    peer: Option<tls::Peer>,
+    routes: Routes,
+    age: Duration,
     mut closing: watch::Receiver<bool>,
 ) {
     let (close, close_seen) = watch::channel(false);
     let service = routes.map_request(move |mut request: http::Request<hyper::body::Incoming>| {
         request.extensions_mut().insert(Closing(close_seen.clone()));
+        if let Some(from) = from {
+            request.extensions_mut().insert(from);
+        }
         if let Some(peer) = &peer {
             request.extensions_mut().insert(peer.clone());
         }
