@@ -111,7 +111,7 @@ IMAGES := target/images
 images: deps-cluster ## Images from scratch of the static programs, in target/images (PROFILE=release for real ones)
 	@RUSTC_WORKSPACE_WRAPPER=$(CURDIR)/tests/cluster/static.sh $(CARGO) build --locked --quiet --profile $(PROFILE) --workspace --bins
 	mkdir -p $(IMAGES)/programs
-	for program in weft-proxy weft-controller weft weft-iptables weft-echo; do
+	for program in weft-proxy weft-controller weft weft-iptables weft-echo weft-testapp; do
 	  strip -o $(IMAGES)/programs/$$program $(BUILT)/$(PROFILE:dev=debug)/$$program
 	done
 	$(BUILT)/$(PROFILE:dev=debug)/weft-cluster images --programs $(IMAGES)/programs --of bed

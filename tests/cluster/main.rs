@@ -8,6 +8,9 @@
 
 mod bed;
 mod images;
+mod install;
+mod pods;
+mod traffic;
 
 use weft_harness::apps;
 use weft_harness::cluster::{self, Cluster};
@@ -20,4 +23,11 @@ fn cluster_or_skip(test: &str) -> Option<Cluster> {
         apps::skip(test, "no cluster is up (make cluster-up)");
     }
     up
+}
+
+/// The same with Weft on it, installed by helm as it is by default.
+fn mesh_or_skip(test: &str) -> Option<Cluster> {
+    let cluster = cluster_or_skip(test)?;
+    cluster.with_weft().unwrap();
+    Some(cluster)
 }

@@ -17,6 +17,8 @@ use weft_control_plane::cli::demo::{
 /// What `weft-testapp load` saw.
 #[derive(Clone, Debug, Default, Deserialize)]
 pub struct Summary {
+    #[serde(default)]
+    pub done: bool,
     pub sent: u64,
     pub ok: u64,
     pub failed: u64,

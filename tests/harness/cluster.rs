@@ -22,6 +22,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 
 pub mod builds;
+pub mod capture;
 pub mod certificates;
 pub mod components;
 pub mod conformance;
@@ -29,6 +30,8 @@ pub mod images;
 pub mod kubectl;
 pub mod nodes;
 mod processes;
+pub mod weft;
+pub mod workloads;
 
 use kubectl::Kubectl;
 use nodes::Node;
@@ -298,6 +301,16 @@ impl Cluster {
             }
         }
         Ok(())
+    }
+
+    /// Writes an image and imports it into every node, where it is not there yet.
+    pub fn load_image(&self, image: &images::Image) -> Result<()> {
+        let there = self.ctr(&self.nodes[0], ["-n", "k8s.io", "images", "ls", "-q"])?;
+        if there.lines().any(|name| name == image.name) {
+            return Ok(());
+        }
+        let written = image.write(&images::bed_folder())?;
+        self.load(&[written.archive])
     }
 
     /// How to use it from a shell.

@@ -105,6 +105,9 @@ struct Load {
     /// Stops early when this file exists.
     #[arg(long)]
     until: Option<PathBuf>,
+    /// What has come of it so far, as the summary, several times a second; and the summary at the end.
+    #[arg(long)]
+    status: Option<PathBuf>,
     /// Ids of what was sent, with their outcome, are appended here.
     #[arg(long)]
     ids: Option<PathBuf>,
@@ -167,6 +170,7 @@ struct Held {
 /// What the client saw.
 #[derive(Debug, Default, Serialize, Deserialize)]
 struct Summary {
+    done: bool,
     sent: u64,
     ok: u64,
     failed: u64,
@@ -652,8 +656,11 @@ impl Load {
             // Open loop: latency counts from when a request was due, not from when it could be sent.
             let due = started + Duration::from_nanos(n * 1_000_000_000 / self.rate);
             tokio::time::sleep_until(due.into()).await;
-            if n % 64 == 0 && self.until.as_ref().is_some_and(|path| path.exists()) {
-                break;
+            if n % 32 == 0 {
+                self.tell(&shared.summary.lock().unwrap_or_else(PoisonError::into_inner))?;
+                if self.until.as_ref().is_some_and(|path| path.exists()) {
+                    break;
+                }
             }
             tell.send((n, due)).await?;
         }
@@ -670,8 +677,18 @@ impl Load {
         if let Some(ids) = &shared.ids {
             ids.lock().unwrap_or_else(PoisonError::into_inner).flush()?;
         }
+        summary.done = true;
+        self.tell(&summary)?;
         println!("{}", serde_json::to_string(&summary)?);
         Ok(())
+    }
+
+    fn tell(&self, summary: &Summary) -> Result<()> {
+        let Some(path) = &self.status else { return Ok(()) };
+        // Renamed into place: a reader never sees half of it.
+        let written = path.with_extension("new");
+        std::fs::write(&written, serde_json::to_string(summary)?)?;
+        Ok(std::fs::rename(&written, path)?)
     }
 }
 

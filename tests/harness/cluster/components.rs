@@ -19,6 +19,8 @@ const SERVICES6: &str = "fd00:10:96::/112";
 pub(super) const DNS: &str = "10.96.0.10";
 /// What holds a pod's namespaces; ours, so that nothing is pulled.
 pub(super) const PAUSE: &str = "weft.test/pause:1";
+/// What the API server writes down.
+const AUDIT: &str = "audit-policy.json";
 const SOCKET: &str = "/run/containerd/containerd.sock";
 
 /// Every certificate and kubeconfig of a cluster.
@@ -66,7 +68,6 @@ impl Cluster {
     /// etcd, the API server and what acts for it, on the first node.
     pub(super) fn start_control_plane(&self) -> Result<()> {
         let node = &self.nodes[0];
-        let pki = |name: &str| self.pki().join(name).display().to_string();
         let mut etcd = node.on_network(&ETCD.program("etcd")?);
         etcd.args(["--name=bed", "--unsafe-no-fsync", "--log-level=warn"])
             .arg(format!("--data-dir={}", self.state.join("etcd").display()))
@@ -81,12 +82,9 @@ impl Cluster {
             .arg("--initial-cluster=bed=http://127.0.0.1:2380");
         processes::start(&self.state, "etcd", etcd)?;
 
-        let services =
-            if self.options.dual { format!("{SERVICES},{SERVICES6}") } else { SERVICES.to_owned() };
-        let audit = self.state.join("audit-policy.json");
         // Who did what to which kind: what a role is compared with.
         fs::write(
-            &audit,
+            self.state.join(AUDIT),
             json!({
                 "apiVersion": "audit.k8s.io/v1",
                 "kind": "Policy",
@@ -98,6 +96,45 @@ impl Cluster {
             })
             .to_string(),
         )?;
+        self.start_api()?;
+        self.start_managers()
+    }
+
+    /// What acts on what the API server holds.
+    fn start_managers(&self) -> Result<()> {
+        let node = &self.nodes[0];
+        let pki = |name: &str| self.pki().join(name).display().to_string();
+        let services = self.services();
+        let mut manager = node.on_network(&KUBERNETES.program("kube-controller-manager")?);
+        for flag in ["kubeconfig", "authentication-kubeconfig", "authorization-kubeconfig"] {
+            manager.arg(format!("--{flag}={}", pki("kube-controller-manager.kubeconfig")));
+        }
+        manager
+            .args([
+                "--allocate-node-cidrs=false",
+                "--leader-elect=false",
+                "--use-service-account-credentials=true",
+            ])
+            .arg(format!("--service-cluster-ip-range={services}"))
+            .arg(format!("--service-account-private-key-file={}", pki("sa.key")))
+            .arg(format!("--root-ca-file={}", pki("ca.crt")))
+            .arg(format!("--cluster-signing-cert-file={}", pki("ca.crt")))
+            .arg(format!("--cluster-signing-key-file={}", pki("ca.key")));
+        processes::start(&self.state, "kube-controller-manager", manager)?;
+
+        let mut scheduler = node.on_network(&KUBERNETES.program("kube-scheduler")?);
+        for flag in ["kubeconfig", "authentication-kubeconfig", "authorization-kubeconfig"] {
+            scheduler.arg(format!("--{flag}={}", pki("kube-scheduler.kubeconfig")));
+        }
+        scheduler.arg("--leader-elect=false");
+        processes::start(&self.state, "kube-scheduler", scheduler)
+    }
+
+    /// The API server, on what etcd holds.
+    fn start_api(&self) -> Result<()> {
+        let node = &self.nodes[0];
+        let pki = |name: &str| self.pki().join(name).display().to_string();
+        let services = self.services();
         let mut api = node.on_network(&KUBERNETES.program("kube-apiserver")?);
         api.args(["--etcd-servers=http://127.0.0.1:2379", "--secure-port=6443"])
             .arg(format!("--advertise-address={}", node.ip()))
@@ -123,7 +160,7 @@ impl Cluster {
             .arg(format!("--proxy-client-key-file={}", pki("front-proxy.key")))
             // No route leads from here to a ClusterIP before kube-proxy made one: webhooks are dialled at endpoints.
             .arg("--enable-aggregator-routing=true")
-            .arg(format!("--audit-policy-file={}", audit.display()))
+            .arg(format!("--audit-policy-file={}", self.state.join(AUDIT).display()))
             .arg(format!("--audit-log-path={}", self.state.join("logs/audit.log").display()));
         processes::start(&self.state, "kube-apiserver", api)?;
         processes::until("the API server's readiness", || {
@@ -139,30 +176,26 @@ impl Cluster {
                 .last()
                 .unwrap_or_default()
         );
+        Ok(())
+    }
 
-        let mut manager = node.on_network(&KUBERNETES.program("kube-controller-manager")?);
-        for flag in ["kubeconfig", "authentication-kubeconfig", "authorization-kubeconfig"] {
-            manager.arg(format!("--{flag}={}", pki("kube-controller-manager.kubeconfig")));
-        }
-        manager
-            .args([
-                "--allocate-node-cidrs=false",
-                "--leader-elect=false",
-                "--use-service-account-credentials=true",
-            ])
-            .arg(format!("--service-cluster-ip-range={services}"))
-            .arg(format!("--service-account-private-key-file={}", pki("sa.key")))
-            .arg(format!("--root-ca-file={}", pki("ca.crt")))
-            .arg(format!("--cluster-signing-cert-file={}", pki("ca.crt")))
-            .arg(format!("--cluster-signing-key-file={}", pki("ca.key")));
-        processes::start(&self.state, "kube-controller-manager", manager)?;
+    /// Ends the API server as a crash does.
+    pub fn stop_api_server(&self) -> Result<()> {
+        processes::end(&self.state, "kube-apiserver")
+    }
 
-        let mut scheduler = node.on_network(&KUBERNETES.program("kube-scheduler")?);
-        for flag in ["kubeconfig", "authentication-kubeconfig", "authorization-kubeconfig"] {
-            scheduler.arg(format!("--{flag}={}", pki("kube-scheduler.kubeconfig")));
+    /// Starts it again, and what acts on it: elsewhere these lose their lease meanwhile, end, and are started again.
+    /// Here there is no lease to lose, and they would come back late, one watch after the other.
+    pub fn start_api_server(&self) -> Result<()> {
+        self.start_api()?;
+        for name in ["kube-controller-manager", "kube-scheduler"] {
+            processes::end(&self.state, name)?;
         }
-        scheduler.arg("--leader-elect=false");
-        processes::start(&self.state, "kube-scheduler", scheduler)
+        self.start_managers()
+    }
+
+    fn services(&self) -> String {
+        if self.options.dual { format!("{SERVICES},{SERVICES6}") } else { SERVICES.to_owned() }
     }
 
     /// containerd of a node.

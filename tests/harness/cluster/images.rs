@@ -235,7 +235,11 @@ fn libraries(program: &Path) -> Result<Vec<PathBuf>> {
 /// The name that the official suite's manifests ask for.
 pub const ECHO: &str = "registry.k8s.io/gateway-api/echo-advanced:v1.5.1";
 
-/// The images of the bed itself, of the static `weft-echo`: what holds a pod, and the suite's echo pair.
+/// The tests' own apps.
+pub const TESTAPP: &str = "weft.test/testapp:1";
+
+/// The images of the bed itself, of the static `weft-echo`: what holds a pod, and the suite's echo pair; and the tests'
+/// apps, of `weft-testapp`.
 pub fn of_the_bed(programs: &Path) -> Result<Vec<Image>> {
     let echo = programs.join("weft-echo");
     let key = rcgen::KeyPair::generate()?;
@@ -256,8 +260,19 @@ pub fn of_the_bed(programs: &Path) -> Result<Vec<Image>> {
             .link("/usr/local/bin/client", "server")
             .file("/cert.crt", certificate.pem().as_bytes())
             .file("/cert.key", key.serialize_pem().as_bytes()),
+        Image::new(TESTAPP, &["/testapp"], "1000:1000")
+            .program("/testapp", &programs.join("weft-testapp"))?,
     ])
 }
+
+/// kubectl in an image: a client of the API server as an operator or a controller is one.
+pub fn of_kubectl() -> Result<Image> {
+    Image::new(KUBECTL, &["/kubectl"], "1000:1000")
+        .program("/kubectl", &builds::KUBERNETES.program("kubectl")?)
+}
+
+/// See [`of_kubectl`].
+pub const KUBECTL: &str = "weft.test/kubectl:1";
 
 /// CoreDNS under a name of ours.
 pub(super) fn coredns_name() -> Result<String> {
@@ -275,8 +290,9 @@ pub(super) fn for_the_cluster() -> Result<Vec<PathBuf>> {
     let coredns = Image::new(&coredns_name()?, &["/coredns"], "0:0")
         .program("/coredns", &COREDNS.program("coredns")?)?;
     coredns.write(&folder)?;
-    let archives: Vec<_> =
-        ["pause", "echo-advanced", "coredns"].iter().map(|name| folder.join(format!("{name}.tar"))).collect();
+    let archives: Vec<_> = ["pause", "echo-advanced", "testapp", "coredns"]
+        .map(|name| folder.join(format!("{name}.tar")))
+        .into();
     for archive in &archives {
         ensure!(archive.exists(), "{} is missing (make images)", archive.display());
     }

@@ -126,6 +126,12 @@ impl Cluster {
             .map(drop)
     }
 
+    /// The same without waiting: for the end of a test.
+    pub fn leave(&self, namespace: &str) -> Result<()> {
+        let args = ["delete", "namespace", namespace, "--ignore-not-found", "--wait=false"];
+        self.kubectl(args).run().map(drop)
+    }
+
     /// Asks until it holds, for at most three minutes.
     pub fn until(&self, what: &str, holds: impl FnMut() -> Result<bool>) -> Result<()> {
         processes::until(what, holds)

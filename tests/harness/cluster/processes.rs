@@ -71,6 +71,13 @@ pub(super) fn ended(folder: &Path, name: &str) -> bool {
     stat.map_or(true, |stat| stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with('Z')))
 }
 
+/// Kills a process that was started under that name, and waits until it is gone.
+pub(super) fn end(folder: &Path, name: &str) -> Result<()> {
+    let pid = pid_of(folder, name).with_context(|| format!("{name} does not run"))?;
+    kill(Pid::from_raw(i32::try_from(pid)?), Signal::SIGKILL)?;
+    until(&format!("the end of {name}"), || Ok(ended(folder, name)))
+}
+
 /// Asks again and again, for at most three minutes: on a busy machine even a local answer takes its time.
 pub(super) fn until(what: &str, mut holds: impl FnMut() -> Result<bool>) -> Result<()> {
     let deadline = Instant::now() + Duration::from_secs(180);
@@ -106,6 +113,20 @@ fn ours() -> BTreeSet<u32> {
                 .any(|line| line.splitn(3, ':').nth(2).is_some_and(|path| path.starts_with(&below)))
         {
             found.insert(pid);
+        }
+    }
+    found
+}
+
+/// The processes below a cgroup of a name, with their command lines; those that only hold a pod are left out.
+pub(super) fn of_group(name: &str) -> Vec<(u32, String)> {
+    let below = format!("/{name}/");
+    let mut found = Vec::new();
+    for pid in ours() {
+        let read = |file: &str| fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap_or_default();
+        let command = read("cmdline").trim_end_matches('\0').replace('\0', " ");
+        if read("cgroup").lines().any(|line| line.contains(&below)) && command != "/pause" {
+            found.push((pid, command));
         }
     }
     found
