@@ -72,6 +72,8 @@ pub(crate) enum BodyError {
     Unasked,
     /// The policy of now refuses the request.
     Revoked,
+    /// Its stream was reset before its end.
+    Cut,
 }
 
 impl fmt::Display for BodyError {
@@ -81,6 +83,7 @@ impl fmt::Display for BodyError {
             Self::Superseded => f.write_str("another attempt took over"),
             Self::Unasked => f.write_str("the body was not asked for"),
             Self::Revoked => f.write_str("policy refuses the request now"),
+            Self::Cut => f.write_str("its stream was reset before its end"),
         }
     }
 }
@@ -89,7 +92,7 @@ impl StdError for BodyError {
     fn source(&self) -> Option<&(dyn StdError + 'static)> {
         match self {
             Self::Hyper(e) => e.source(),
-            Self::Superseded | Self::Unasked | Self::Revoked => None,
+            Self::Superseded | Self::Unasked | Self::Revoked | Self::Cut => None,
         }
     }
 }
@@ -103,14 +106,15 @@ impl Body {
         Self(Kind::Full(data.into()))
     }
 
-    pub(crate) fn watched(inner: Incoming, tail: Tail) -> Self {
+    /// An answer's body; `h2`: as it came.
+    pub(crate) fn watched(inner: Incoming, h2: bool, tail: Tail) -> Self {
         if inner.is_end_stream() {
             let mut tail = tail;
             tail.first_byte();
             tail.end(None);
             return Self(Kind::Incoming(inner));
         }
-        Self(Kind::Watched(Box::new(Watched { inner, next: None, tail: Some(tail) })))
+        Self(Kind::Watched(Box::new(Watched { inner, h2, next: None, tail: Some(tail) })))
     }
 
     pub(crate) fn attempt(body: AttemptBody) -> Self {
@@ -163,11 +167,17 @@ impl HttpBody for Body {
 enum Next {
     End,
     Frame(Frame<Bytes>),
-    Failed(hyper::Error),
+    Failed(BodyError),
+}
+
+/// What it means that nothing more comes. The library tells a stream that was reset without an error (RFC 9113 §8.1) as if
+/// it had come to its end, and half of a body would pass for all of it.
+fn end_of(source: &Incoming, h2: bool) -> Next {
+    if h2 && !source.is_end_stream() { Next::Failed(BodyError::Cut) } else { Next::End }
 }
 
 /// Data, and if it is a crumb whatever of the same body is there already; and what ended the gathering.
-fn gather(first: Bytes, source: &mut Incoming, cx: &mut Context<'_>) -> (Bytes, Option<Next>) {
+fn gather(first: Bytes, source: &mut Incoming, h2: bool, cx: &mut Context<'_>) -> (Bytes, Option<Next>) {
     if first.len() >= CRUMB || source.is_end_stream() {
         return (first, None);
     }
@@ -176,8 +186,8 @@ fn gather(first: Bytes, source: &mut Incoming, cx: &mut Context<'_>) -> (Bytes, 
     while second.len() < PIECE && !source.is_end_stream() {
         let next = match Pin::new(&mut *source).poll_frame(cx) {
             Poll::Pending => break,
-            Poll::Ready(None) => Next::End,
-            Poll::Ready(Some(Err(error))) => Next::Failed(error),
+            Poll::Ready(None) => end_of(source, h2),
+            Poll::Ready(Some(Err(error))) => Next::Failed(BodyError::Hyper(error)),
             Poll::Ready(Some(Ok(frame))) => match frame.data_ref() {
                 Some(data) if data.len() < PIECE => {
                     if second.is_empty() {
@@ -200,6 +210,8 @@ pub(crate) struct Replay(Rc<RefCell<Kept>>);
 
 struct Kept {
     source: Incoming,
+    /// It comes by HTTP/2.
+    h2: bool,
     /// What was read and is kept, in pieces.
     pieces: Vec<Bytes>,
     /// And behind them, copies of small ones: passed by the running attempt as they came.
@@ -235,11 +247,12 @@ pub(crate) struct AttemptBody {
 }
 
 impl Replay {
-    /// Keeps up to `limit` bytes (and one piece more).
-    pub(crate) fn new(source: Incoming, limit: usize) -> Self {
+    /// Keeps up to `limit` bytes (and one piece more). `h2`: as it comes.
+    pub(crate) fn new(source: Incoming, h2: bool, limit: usize) -> Self {
         Self(Rc::new(RefCell::new(Kept {
             ended: source.is_end_stream(),
             source,
+            h2,
             pieces: Vec::new(),
             crumbs: BytesMut::new(),
             len: 0,
@@ -278,6 +291,10 @@ impl Replay {
     pub(crate) fn attempt(&self) -> AttemptBody {
         let mut kept = self.0.borrow_mut();
         kept.attempt += 1;
+        if let Some(gate) = &kept.gate {
+            // Shut behind an attempt that was given up; this one is asked for itself.
+            gate.again();
+        }
         kept.reading = true;
         kept.passed = 0;
         kept.close();
@@ -441,8 +458,8 @@ impl AttemptBody {
                         kept.waker = Some(cx.waker().clone());
                         return Poll::Pending;
                     }
-                    Poll::Ready(None) => Next::End,
-                    Poll::Ready(Some(Err(error))) => Next::Failed(error),
+                    Poll::Ready(None) => end_of(&kept.source, kept.h2),
+                    Poll::Ready(Some(Err(error))) => Next::Failed(BodyError::Hyper(error)),
                     Poll::Ready(Some(Ok(frame))) => Next::Frame(frame),
                 },
             };
@@ -451,11 +468,11 @@ impl AttemptBody {
                 Next::Failed(error) => {
                     kept.failed = true;
                     kept.ended = true;
-                    return Poll::Ready(Some(Err(BodyError::Hyper(error))));
+                    return Poll::Ready(Some(Err(error)));
                 }
                 Next::Frame(frame) => match frame.into_data() {
                     Ok(data) => {
-                        (kept.rest, kept.next) = gather(data, &mut kept.source, cx);
+                        (kept.rest, kept.next) = gather(data, &mut kept.source, kept.h2, cx);
                         kept.ended = kept.next.is_none() && kept.source.is_end_stream();
                     }
                     Err(frame) => {
@@ -523,6 +540,8 @@ pub(crate) struct Tail {
 
 struct Watched {
     inner: Incoming,
+    /// It comes by HTTP/2.
+    h2: bool,
     next: Option<Next>,
     tail: Option<Tail>,
 }
@@ -533,8 +552,8 @@ impl Watched {
             let next = match self.next.take() {
                 Some(next) => next,
                 None => match ready!(Pin::new(&mut self.inner).poll_frame(cx)) {
-                    None => Next::End,
-                    Some(Err(error)) => Next::Failed(error),
+                    None => end_of(&self.inner, self.h2),
+                    Some(Err(error)) => Next::Failed(BodyError::Hyper(error)),
                     Some(Ok(frame)) => Next::Frame(frame),
                 },
             };
@@ -547,7 +566,7 @@ impl Watched {
                     if let Some(tail) = self.tail.take() {
                         tail.settle(Outcome::Failure(Failure::Reset), Class::ServerError, false);
                     }
-                    return Poll::Ready(Some(Err(BodyError::Hyper(error))));
+                    return Poll::Ready(Some(Err(error)));
                 }
                 Next::Frame(frame) => frame,
             };
@@ -558,7 +577,7 @@ impl Watched {
             }
             let mut frame = match frame.into_data() {
                 Ok(data) => {
-                    let (data, next) = gather(data, &mut self.inner, cx);
+                    let (data, next) = gather(data, &mut self.inner, self.h2, cx);
                     self.next = next;
                     if data.is_empty() && !(self.next.is_none() && self.inner.is_end_stream()) {
                         continue;
@@ -665,7 +684,7 @@ mod tests {
         let trickle = (0..LENGTH).map(|n| vec![n as u8]);
         let expected: Vec<u8> = trickle.clone().flatten().collect();
         let test = async {
-            let replay = Replay::new(came(trickle).await, 64 * 1024);
+            let replay = Replay::new(came(trickle).await, false, 64 * 1024);
             let mut first = Body::attempt(replay.attempt());
             let mut frames = 0;
             let mut passed = Vec::new();
@@ -699,7 +718,7 @@ mod tests {
         let expected: Vec<u8> = pieces.clone().flatten().collect();
         let test = async {
             for cut in [0, 1, 4_000, 9_000, 30_000, expected.len() - 1] {
-                let replay = Replay::new(came(pieces.clone()).await, 64 * 1024);
+                let replay = Replay::new(came(pieces.clone()).await, false, 64 * 1024);
                 let mut first = Body::attempt(replay.attempt());
                 let mut passed = 0;
                 while passed < cut {

@@ -88,6 +88,11 @@ impl Gate {
         self.set(SHUT);
     }
 
+    /// Undoes [`Self::shut`]: the request goes to another endpoint.
+    pub(crate) fn again(&self) {
+        let _ = self.0.state.compare_exchange(SHUT, 0, Ordering::AcqRel, Ordering::Acquire);
+    }
+
     fn set(&self, state: u8) {
         // Whichever comes first stays.
         let _ = self.0.state.compare_exchange(0, state, Ordering::AcqRel, Ordering::Acquire);

@@ -388,8 +388,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Front<S> {
             if let Poll::Ready(polled) = Pin::new(&mut self.inner).poll_read(cx, &mut read) {
                 polled?;
                 if read.filled().is_empty() {
-                    // Gone; nobody waits for the answer.
-                    return Poll::Ready(Ok(false));
+                    return self.poll_half_closed(cx).map_ok(|()| false);
                 }
                 self.prefix = Bytes::copy_from_slice(read.filled());
             }

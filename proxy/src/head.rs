@@ -33,7 +33,14 @@ const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
 const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
-const PRIVATE: &str = "weft-";
+
+/// Whether a name is ours alone, also as apps read it that take `_` for `-` (CGI, WSGI, Rack): `weft-`, and where a caller
+/// comes from in that other spelling, which no sidecar writes.
+fn is_private(name: &str) -> bool {
+    let after = name.strip_prefix("weft");
+    after.is_some_and(|rest| rest.starts_with(['-', '_']))
+        || matches!(name, "x_forwarded_for" | "x-forwarded_for" | "x_forwarded-for")
+}
 
 /// A request to be sent on, once or more often.
 #[derive(Clone)]
@@ -51,6 +58,16 @@ pub(crate) struct Outgoing {
     pub(crate) upgrade: Option<Upgrade>,
     /// The body waits to be asked for; whoever holds it back says so.
     pub(crate) expects: bool,
+    /// What the app is told of its caller. Not among `headers`: these are what is authorized, also when it is asked again.
+    pub(crate) from: Option<Provenance>,
+}
+
+/// Who sent a request, for its app.
+#[derive(Clone)]
+pub(crate) struct Provenance {
+    pub(crate) address: HeaderValue,
+    /// By its certificate, if it has shown one.
+    pub(crate) id: Option<HeaderValue>,
 }
 
 /// A change of protocol.
@@ -124,6 +141,7 @@ impl Outgoing {
             absolute: uri.scheme.filter(|_| absolute),
             upgrade,
             expects: false,
+            from: None,
         };
         Ok((outgoing, body))
     }
@@ -165,6 +183,12 @@ impl Outgoing {
             }
             if self.expects {
                 headers.insert(WEFT_EXPECT, HeaderValue::from_static("1"));
+            }
+        }
+        if let Some(from) = &self.from {
+            headers.append(X_FORWARDED_FOR, from.address.clone());
+            if let Some(id) = &from.id {
+                headers.insert(WEFT_CLIENT_ID, id.clone());
             }
         }
         if attempt > 1 {
@@ -308,11 +332,11 @@ pub(crate) fn remove_connection_headers(headers: &mut HeaderMap) {
             "connection" => connection = true,
             "te" => te = true,
             "keep-alive" | "proxy-connection" | "transfer-encoding" | "upgrade" => hop = true,
-            other => private |= other.starts_with(PRIVATE),
+            other => private |= is_private(other),
         }
     }
     if private {
-        let names: Vec<_> = headers.keys().filter(|n| n.as_str().starts_with(PRIVATE)).cloned().collect();
+        let names: Vec<_> = headers.keys().filter(|n| is_private(n.as_str())).cloned().collect();
         for name in names {
             headers.remove(name);
         }
@@ -353,7 +377,7 @@ pub(crate) fn remove_connection_headers(headers: &mut HeaderMap) {
 
 /// Removes from trailers what only a head may say (RFC 9110 §6.5.1), and what is ours alone: some apps read both alike.
 pub(crate) fn clean_trailers(trailers: &mut HeaderMap) {
-    let of_a_head = |name: &HeaderName| OF_A_HEAD.contains(name) || name.as_str().starts_with(PRIVATE);
+    let of_a_head = |name: &HeaderName| OF_A_HEAD.contains(name) || is_private(name.as_str());
     if trailers.keys().any(of_a_head) {
         let names: Vec<_> = trailers.keys().filter(|name| of_a_head(name)).cloned().collect();
         for name in names {
@@ -370,7 +394,7 @@ pub(crate) fn hide_status(response: &mut http::response::Parts) {
 
 /// Whether there is any header that is ours alone: most answers have none, and each is searched for otherwise.
 pub(crate) fn has_private(headers: &HeaderMap) -> bool {
-    headers.keys().any(|name| name.as_str().starts_with(PRIVATE))
+    headers.keys().any(|name| is_private(name.as_str()))
 }
 
 /// Takes back what [`hide_status`] did; whether it did.
@@ -429,11 +453,6 @@ fn set_unique(headers: &mut HeaderMap, unique: bool) -> [bool; 2] {
         }
         None => false,
     })
-}
-
-/// Appends the caller's address to `x-forwarded-for`, as a line of its own: whatever lines are there stay.
-pub(crate) fn forwarded_for(headers: &mut HeaderMap, address: &HeaderValue) {
-    headers.append(X_FORWARDED_FOR, address.clone());
 }
 
 /// How long a gRPC caller waits: `grpc-timeout`, at most eight digits and a unit (gRPC over HTTP/2).
@@ -612,10 +631,43 @@ mod tests {
     }
 
     #[test]
-    fn the_callers_address_is_appended() {
-        let mut h = headers(&[("x-forwarded-for", "198.51.100.1")]);
-        forwarded_for(&mut h, &HeaderValue::from_static("10.0.0.1"));
-        let all: Vec<_> = h.get_all("x-forwarded-for").iter().collect();
+    fn an_app_is_told_of_its_caller_and_what_was_authorized_stays_as_it_was() {
+        let outgoing = Outgoing {
+            method: Method::GET,
+            authority: None,
+            path: PathAndQuery::from_static("/"),
+            headers: headers(&[("x-forwarded-for", "198.51.100.1")]),
+            version: Version::HTTP_11,
+            absolute: None,
+            upgrade: None,
+            expects: false,
+            from: Some(Provenance {
+                address: HeaderValue::from_static("10.0.0.1"),
+                id: Some(HeaderValue::from_static("spiffe://cluster.local/ns/shop/sa/a")),
+            }),
+        };
+        let peer = Peer::App { address: "10.0.0.2:80".parse().unwrap(), h2: false };
+        let request = outgoing.request(&peer, Body::empty(), 1).unwrap();
+        let all: Vec<_> = request.headers().get_all("x-forwarded-for").iter().collect();
         assert_eq!(all, ["198.51.100.1", "10.0.0.1"]);
+        assert_eq!(request.headers()["weft-client-id"], "spiffe://cluster.local/ns/shop/sa/a");
+        assert_eq!(outgoing.headers, headers(&[("x-forwarded-for", "198.51.100.1")]));
+    }
+
+    #[test]
+    fn who_calls_cannot_be_said_in_another_spelling() {
+        let mut h = headers(&[
+            ("weft_client_id", "spiffe://cluster.local/ns/shop/sa/admin"),
+            ("weft-client_id", "spiffe://cluster.local/ns/shop/sa/admin"),
+            ("x_forwarded_for", "10.0.0.9"),
+            ("weftage", "mine"),
+            ("x-forwarded-for", "198.51.100.1"),
+        ]);
+        assert!(has_private(&h));
+        remove_connection_headers(&mut h);
+        assert_eq!(h, headers(&[("weftage", "mine"), ("x-forwarded-for", "198.51.100.1")]));
+        let mut trailers = headers(&[("weft_client_id", "a"), ("x-sum", "1")]);
+        clean_trailers(&mut trailers);
+        assert_eq!(trailers, headers(&[("x-sum", "1")]));
     }
 }

@@ -145,6 +145,13 @@ impl Peer {
         }
     }
 
+    pub(crate) fn is_h2(&self) -> bool {
+        match self {
+            Self::Mesh { .. } => true,
+            Self::Plain { h2, .. } | Self::App { h2, .. } => *h2,
+        }
+    }
+
     pub(crate) fn address(&self) -> SocketAddr {
         match self {
             Self::Mesh { address, .. } | Self::Plain { address, .. } | Self::App { address, .. } => *address,
@@ -399,6 +406,7 @@ impl Pool {
         // A connection that closes before it takes the request gives it back; a second and a third is tried.
         let mut last = None;
         for _ in 0..3 {
+            options.connected.set(false);
             let h2 = self.h2(peer, options.cap, options.connect_timeout).await.map_err(SendError::from)?;
             options.connected.set(true);
             h2.in_flight.set(h2.in_flight.get() + 1);
@@ -468,6 +476,7 @@ impl Pool {
             gate.opens_at_100(&mut request);
         }
         loop {
+            options.connected.set(false);
             let mut connection = match entry.take_idle(options) {
                 Some(idle) => idle,
                 None => {
@@ -622,12 +631,15 @@ impl Pool {
             .max_header_list_size(self.0.config.limits.header_list())
             // Until its SETTINGS nobody knows how many streams a peer takes; what is too much would wait within the
             // library, perhaps behind streams that never end.
-            .initial_max_send_streams(0)
-            .keep_alive_interval(PING_INTERVAL)
-            .keep_alive_timeout(PING_TIMEOUT)
-            .keep_alive_while_idle(true);
+            .initial_max_send_streams(0);
         match peer {
             Peer::Mesh { address, uid, identity } => {
+                // Sidecars only: gRPC servers take a client that pings more often than every five minutes for an abuser,
+                // and end its connection with all that is on it (gRFC A8). The kernel looks after those.
+                builder
+                    .keep_alive_interval(PING_INTERVAL)
+                    .keep_alive_timeout(PING_TIMEOUT)
+                    .keep_alive_while_idle(true);
                 let Meshed { mut tls, generation, belief } =
                     self.connect_mesh(*address, uid, identity, Alpn::H2, timeout).await?;
                 // Fails only on a socket that is closed already.

@@ -9,7 +9,7 @@ use std::{
 use anyhow::Result;
 use weft_control_plane::cli::demo::mesh::Workload;
 use weft_harness::{
-    apps::{curl, output, rss_kib, service},
+    apps::{curl, mesh_or_skip, output, rss_kib, service},
     wire::{Backend, Message, Wire, answer_all, ok},
 };
 
@@ -275,6 +275,46 @@ fn expect_100_continue_is_not_answered_before_there_is_an_endpoint() {
         "{}",
         answer.head
     );
+}
+
+#[test]
+fn a_body_that_nobody_asked_for_can_be_sent_to_another_endpoint() {
+    let Some(mesh) = mesh_or_skip("expect_retry") else { return };
+    service(&mesh, "shop", "echo", "10.96.0.1", &[("web", 80, 8080)]).unwrap();
+    crate::policy(
+        &mesh,
+        "echo",
+        serde_json::json!({"retries": {"statuses": ["503"], "maxRetries": 2}, "loadBalancing": {"algorithm": "RoundRobin"}}),
+    );
+    let mut pods = Vec::new();
+    for n in 1..=2 {
+        // Without sidecars: the client's own asks them.
+        let pod = mesh.plain(&Workload::new("shop", &format!("echo-{n}"))).unwrap();
+        let backend = Backend::start(&pod, 8080, move |mut wire, _| {
+            loop {
+                let mut request = Message { head: wire.head()?, ..Message::default() };
+                if n == 1 {
+                    wire.say("HTTP/1.1 503 Busy\r\nContent-Length: 4\r\n\r\nbusy")?;
+                    wire.rest()?;
+                    return Ok(());
+                }
+                wire.say("HTTP/1.1 100 Continue\r\n\r\n")?;
+                wire.body_of(&mut request)?;
+                wire.say(ok(&request.text()))?;
+            }
+        });
+        pods.push((pod, backend.unwrap()));
+    }
+    let client = mesh.workload(Workload::new("shop", "client")).unwrap();
+    for _ in 0..4 {
+        let mut wire = Wire::dial(&client.pod, ECHO_ADDRESS).unwrap();
+        wire.say("PUT / HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: 5\r\n\r\n").unwrap();
+        let asked = wire.head().unwrap();
+        assert!(asked.starts_with("HTTP/1.1 100 "), "{asked}");
+        wire.say("hello").unwrap();
+        let answer = wire.message().unwrap();
+        assert_eq!((answer.status(), answer.text().as_str()), (200, "hello"), "{}", answer.head);
+    }
 }
 
 /// A backend that has its say before the body of a request that expects: by path, it refuses, asks, or asks for nothing.

@@ -11,8 +11,8 @@ use weft_control_plane::cli::demo::{
     netns::Process,
 };
 use weft_harness::{
-    apps::output,
-    wire::{Backend, Message, Wire, ok},
+    apps::{output, service},
+    wire::{Backend, Message, Wire, ok, within},
 };
 
 use crate::{
@@ -172,6 +172,44 @@ fn an_answer_that_comes_before_its_upload_has_ended_says_that_the_connection_end
         client.finish().unwrap();
         assert!(client.rest().unwrap().is_empty(), "{address}: it ends");
     }
+}
+
+#[test]
+fn an_app_that_dies_of_a_request_takes_no_other_pod_with_it() {
+    let Some(mesh) = weft_harness::apps::mesh_or_skip("poison") else { return };
+    service(&mesh, "shop", "echo", "10.96.0.1", &[("web", 80, 8080)]).unwrap();
+    let died = Arc::new(Mutex::new(Vec::new()));
+    let mut pods = Vec::new();
+    for n in 1..=3 {
+        let name = format!("echo-{n}");
+        let pod = mesh.workload(Workload::new("shop", &name)).unwrap();
+        let app = Arc::new(Mutex::new(None));
+        let (died, itself) = (died.clone(), app.clone());
+        let backend = Backend::start(&pod.pod, 8080, move |mut wire, _| {
+            loop {
+                if wire.head()?.contains("/poison") {
+                    died.lock().unwrap().push(name.clone());
+                    // Nobody listens any more when the connection breaks.
+                    itself.lock().unwrap().take();
+                    return wire.reset();
+                }
+                wire.say(ok(&name))?;
+            }
+        });
+        *app.lock().unwrap() = Some(backend.unwrap());
+        pods.push((pod, app));
+    }
+    let client = mesh.workload(Workload::new("shop", "client")).unwrap();
+    let mut wire = Wire::dial(&client.pod, ECHO_ADDRESS).unwrap();
+    // Each has a connection that was used before.
+    let mut known = std::collections::BTreeSet::new();
+    assert!(within(PATIENCE, || {
+        known.insert(wire.ask("GET / HTTP/1.1\r\nHost: a\r\n\r\n").unwrap().text());
+        known.len() == 3
+    }));
+    let answer = wire.ask("GET /poison HTTP/1.1\r\nHost: a\r\n\r\n").unwrap();
+    assert_eq!(answer.status(), 502, "{}", answer.head);
+    assert_eq!(died.lock().unwrap().len(), 1, "{died:?}");
 }
 
 #[test]

@@ -117,12 +117,111 @@ fn goaway_and_refused_streams_are_sent_elsewhere_whatever_the_method() {
                 assert_eq!(answered.await?.status(), 200, "{name} {n}");
             }
             let mut seen = std::mem::take(&mut *done.lock().unwrap());
+            let times = seen.len();
             seen.sort();
             seen.dedup();
+            assert_eq!(times, seen.len(), "{name}: done twice");
             let refused = refused.load(Ordering::Relaxed);
             println!("figure: {name}: {refused} refusals of 20 POSTs, 0 failed, {} done once", seen.len());
             assert!(refused > 0 && seen.len() == 20, "{name}: {refused} {seen:?}");
         }
+        Ok(())
+    });
+}
+
+#[test]
+fn a_body_that_is_reset_without_an_error_does_not_pass_for_a_whole_one() {
+    let Some(world) = world("cut", 100, |request, mut respond| async move {
+        read(request.into_body()).await?;
+        let mut body = respond.send_response(Response::new(()), false)?;
+        body.send_data(Bytes::from_static(b"half"), false)?;
+        // It has left, and is not overtaken by the reset.
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        body.send_reset(h2::Reason::NO_ERROR);
+        Ok(())
+    }) else {
+        return;
+    };
+    streams::run(async {
+        let sender = connect(&world.client.pod, ECHO_ADDRESS).await?;
+        let (answered, _) = send(&sender, head("GET", "/"), true).await?;
+        let cut = read(answered.await?.into_body()).await;
+        assert!(cut.is_err(), "{cut:?}");
+        Ok(())
+    });
+    let classes = ["direction=\"outbound\"", "class=\"server_error\""];
+    assert!(world.client.metric("weft_requests_total", &classes).unwrap() > 0.0);
+}
+
+#[test]
+fn a_stream_that_its_app_resets_is_not_repeated() {
+    let times = Arc::new(AtomicU32::new(0));
+    let count = times.clone();
+    let Some(world) = world("app_resets", 100, move |request, mut respond| {
+        let count = count.clone();
+        async move {
+            if request.uri().path() == "/reset" {
+                count.fetch_add(1, Ordering::Relaxed);
+                respond.send_reset(h2::Reason::INTERNAL_ERROR);
+                return Ok(());
+            }
+            read(request.into_body()).await?;
+            answer(&mut respond, 200, "ok")
+        }
+    }) else {
+        return;
+    };
+    streams::run(async {
+        let sender = connect(&world.client.pod, ECHO_ADDRESS).await?;
+        assert_eq!(ask(&sender, head("GET", "/")).await?.status(), 200);
+        let refused = ask(&sender, head("GET", "/reset")).await?;
+        assert_eq!(refused.status(), 502, "{refused:?}");
+        Ok(())
+    });
+    assert_eq!(times.load(Ordering::Relaxed), 1, "nobody asked for retries");
+}
+
+#[test]
+fn an_app_is_not_pinged() {
+    // gRPC servers end a connection whose client pings more often than they like.
+    const PING: u8 = 6;
+    const SETTINGS: u8 = 4;
+    const QUIET: Duration = Duration::from_secs(12);
+    let (tell, told) = mpsc::channel();
+    let tell = Mutex::new(tell);
+    let script = move |mut wire: Wire, _| {
+        wire.exactly(24)?;
+        wire.say(frame(SETTINGS, 0, 0, &[]))?;
+        let (began, mut answered) = (Instant::now(), false);
+        while began.elapsed() < QUIET {
+            if answered && wire.is_silent_for(QUIET.saturating_sub(began.elapsed()))? {
+                break;
+            }
+            let (kind, flags, stream, _) = read_frame(&mut wire)?;
+            if kind == SETTINGS && flags == 0 {
+                wire.say(frame(SETTINGS, 1, 0, &[]))?;
+            } else if kind == PING && flags == 0 {
+                tell.lock().unwrap().send("pinged")?;
+            } else if kind == 1 {
+                // A stream that is open and says nothing: `:status: 200` (RFC 7541, index 8).
+                wire.say(frame(1, 4, stream, &[0x88]))?;
+                answered = true;
+            }
+        }
+        tell.lock().unwrap().send("quiet")?;
+        Ok(())
+    };
+    let Some(mesh) = mesh_or_skip("not_pinged") else { return };
+    service(&mesh, "shop", "echo", "10.96.0.1", &[("web", 80, 8080)]).unwrap();
+    let backend = mesh.workload(Workload::new("shop", "echo-1")).unwrap();
+    let _backend = Backend::start(&backend.pod, 8080, script).unwrap();
+    let client = mesh.workload(Workload::new("shop", "client")).unwrap();
+    streams::run(async {
+        let sender = connect(&client.pod, ECHO_ADDRESS).await?;
+        let (answered, _body) = send(&sender, head("GET", "/"), true).await?;
+        let _stream = answered.await?;
+        let said = tokio::task::spawn_blocking(move || told.recv_timeout(2 * QUIET)).await??;
+        assert_eq!(said, "quiet");
         Ok(())
     });
 }

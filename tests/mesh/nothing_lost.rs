@@ -179,6 +179,8 @@ impl Busy {
         let posts = sent.lines().filter(|line| line.contains(" POST "));
         let posts: BTreeSet<&str> = posts.filter_map(|line| line.split(' ').next()).collect();
         let twice = posts.iter().filter(|id| times.get(*id).copied().unwrap_or(0) > 1).count();
+        // Both ends have written down what they did, in the form that is read here.
+        assert!(!posts.is_empty() && posts.iter().any(|id| times.contains_key(id)), "{posts:?} {times:?}");
         let wrong = before.iter().flat_map(|summary| summary.served_by.keys());
         let wrong = wrong.filter(|by| !by.is_empty() && !by.starts_with("api-")).count();
         let sum = |of: fn(&Summary) -> u64| before.iter().map(of).sum::<u64>();

@@ -33,7 +33,7 @@ use crate::{
     error::{Component, Error, is_grpc},
     expect::{self, Gate},
     front::{self, Front, Requests},
-    head::{self, Outgoing, WEFT_ATTEMPT, WEFT_CLIENT_ID},
+    head::{self, Outgoing, Provenance, WEFT_ATTEMPT},
     listener::{Accepted, Open},
     pool::{self, Checkout, LocalExec, Peer, SendOptions, Sent},
     tcp::{self, Prefixed},
@@ -321,10 +321,12 @@ impl Inner {
             request.headers().contains_key(header::UPGRADE) || request.method() == Method::CONNECT;
         let upgrade = wants_upgrade.then(|| hyper::upgrade::on(&mut request));
         let mesh = self.caller.identity.is_some();
+        let h2 = request.version() == Version::HTTP_2;
         let attempt = request.headers().get(WEFT_ATTEMPT).filter(|_| mesh).cloned();
         let (mut outgoing, body) = Outgoing::take(request, mesh)?;
         outgoing.expects = gate.is_some();
-        *upload = (!http_body::Body::is_end_stream(&body)).then(|| Replay::new(body, REPLAY).behind(gate));
+        *upload =
+            (!http_body::Body::is_end_stream(&body)).then(|| Replay::new(body, h2, REPLAY).behind(gate));
         if outgoing.upgrade.is_some() && outgoing.version != Version::HTTP_2 {
             // Between sidecars an upgrade is an extended CONNECT; what the app will see is what is authorized.
             outgoing.method = Method::GET;
@@ -355,10 +357,7 @@ impl Inner {
             // A caller without a sidecar made none; between sidecars the caller's did.
             head::identify(&mut outgoing.headers, &mut *self.worker.rng.borrow_mut());
         }
-        if let Some(id) = &self.client_id {
-            outgoing.headers.insert(WEFT_CLIENT_ID, id.clone());
-        }
-        head::forwarded_for(&mut outgoing.headers, &self.address);
+        outgoing.from = Some(Provenance { address: self.address.clone(), id: self.client_id.clone() });
         if mesh && outgoing.version == Version::HTTP_2 {
             head::mark_unique(&mut outgoing.headers);
         }
@@ -435,7 +434,7 @@ impl Inner {
         idempotent: bool,
     ) -> Result<Sent, Error> {
         let peer = Peer::App { address: self.original, h2: outgoing.version == Version::HTTP_2 };
-        let (mut fresh, connected) = (false, Cell::new(false));
+        let (mut fresh, mut sent_before, connected) = (false, false, Cell::new(false));
         loop {
             let body = replay.map_or_else(Body::empty, |replay| Body::attempt(replay.attempt()));
             let request = outgoing.request(&peer, body, 1)?;
@@ -453,15 +452,19 @@ impl Inner {
                     let unsent = error.failure == Failure::NotProcessed;
                     let replayable = replay.is_none_or(Replay::is_replayable);
                     let again = error.reused && !fresh && replayable;
-                    if again && (unsent || (idempotent && error.failure == Failure::Reset)) {
-                        fresh = true;
+                    // A stream that an app resets is its answer, and says nothing of a connection that was idle.
+                    let closed_at_reuse = error.failure == Failure::Reset && !peer.is_h2();
+                    if again && (unsent || (idempotent && closed_at_reuse)) {
+                        (fresh, sent_before) = (true, !unsent);
                         continue;
                     }
                     if replay.is_some_and(Replay::source_failed) {
                         return Err(Error::UploadBroken);
                     }
                     tracing::debug!(detail = %error.detail, app = %self.original, "no answer from the app");
-                    return Err(Error::from_failure(error.failure));
+                    // The app may have died of what it was sent first: no other pod is to be given that too.
+                    let seen = sent_before && !error.failure.was_sent();
+                    return Err(if seen { Error::Reset } else { Error::from_failure(error.failure) });
                 }
             }
         }
@@ -506,6 +509,7 @@ impl Inner {
             return Permitted::of(response);
         }
         let (mut head, body) = sent.response.into_parts();
+        let h2 = head.version == Version::HTTP_2;
         head::remove_connection_headers(&mut head.headers);
         head.version = Version::default();
         if outgoing.upgrade.is_some() && self.caller.identity.is_some() && head.status.is_success() {
@@ -522,7 +526,7 @@ impl Inner {
             grpc: grpc && !trailers_only,
             seen_data: false,
         };
-        Permitted::held(Response::from_parts(head, Body::watched(body, tail)), permission, outgoing)
+        Permitted::held(Response::from_parts(head, Body::watched(body, h2, tail)), permission, outgoing)
     }
 
     /// The port's policy: one pointer comparison while nothing changes.
@@ -606,11 +610,7 @@ struct Carried {
 impl Carried {
     async fn carry(self, client: OnUpgrade, server: OnUpgrade) {
         let Inner { worker, caller, original, .. } = &*self.inner;
-        let permits = |port: &PortPolicy| {
-            let Outgoing { method, headers, path, .. } = &self.outgoing;
-            let ask = Ask::Http { method, host: self.outgoing.host(), path: path.path(), headers };
-            authz::authorize(&port.authorization, &caller.peer(), &ask).is_permit()
-        };
+        let permits = |port: &PortPolicy| self.inner.verdict(&port.authorization, &self.outgoing).is_permit();
         let class = tokio::select! {
             biased;
             code = caller.revoked(worker, original.port(), permits) => {

@@ -180,10 +180,11 @@ impl Client {
         let wants_upgrade =
             request.headers().contains_key(header::UPGRADE) || request.method() == http::Method::CONNECT;
         let upgrade = wants_upgrade.then(|| hyper::upgrade::on(&mut request));
+        let h2 = request.version() == Version::HTTP_2;
         let (mut outgoing, body) = Outgoing::take(request, false)?;
         outgoing.expects = gate.is_some();
         let replay = (!http_body::Body::is_end_stream(&body))
-            .then(|| Replay::new(body, pool::UPLOAD_WINDOW as usize).behind(gate));
+            .then(|| Replay::new(body, h2, pool::UPLOAD_WINDOW as usize).behind(gate));
         upload.clone_from(&replay);
         head::identify(&mut outgoing.headers, &mut *self.worker.rng.borrow_mut());
         decision.request(&outgoing.headers, &outgoing.path);
@@ -541,6 +542,7 @@ impl Client {
                 route::edit_headers(edit, &mut head.headers);
             }
         }
+        let h2 = head.version == Version::HTTP_2;
         let trailers_only = classify::grpc_status(&head.headers).is_some();
         let tail = Tail {
             lease: Some(lease),
@@ -552,7 +554,7 @@ impl Client {
             grpc: sending.grpc && !trailers_only && !made_by_peer,
             seen_data: false,
         };
-        Response::from_parts(head.without_version(), Body::watched(body, tail))
+        Response::from_parts(head.without_version(), Body::watched(body, h2, tail))
     }
 }
 
