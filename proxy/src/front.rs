@@ -339,6 +339,11 @@ impl<S> Front<S> {
         }
     }
 
+    /// What it stands before.
+    pub(crate) fn inner(&self) -> &S {
+        &self.inner
+    }
+
     /// One that begins in this pod: its client's kernel can be asked.
     pub(crate) fn of_this_pod(self, client: SocketAddr, destination: SocketAddr) -> Self {
         Self { of_this_pod: Some((client, destination)), ..self }
@@ -808,6 +813,11 @@ impl Due {
 }
 
 impl<S> Back<S> {
+    /// What it stands before.
+    pub(crate) fn inner(&self) -> &S {
+        &self.inner
+    }
+
     pub(crate) fn new(inner: S, due: Due, limits: Limits) -> Self {
         Self { inner, framing: Box::new(Framing::new(Side::Responses, limits)), due, bad: None, deaf: false }
     }

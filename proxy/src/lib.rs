@@ -38,6 +38,7 @@ mod outbound;
 mod pool;
 mod presence;
 mod tcp;
+mod upgraded;
 mod wakers;
 mod worker;
 

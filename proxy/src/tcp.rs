@@ -166,7 +166,26 @@ pub(crate) async fn splice<A: Stream, B: Stream>(
 ) -> Result<(), Broken> {
     let mut up = Direction { moved: Some(&moved.up), ..Direction::default() };
     let mut down = Direction { moved: Some(&moved.down), ..Direction::default() };
-    let result = match poll_fn(|cx| carry(cx, &mut up, &mut down, client, server)).await {
+    let result = both(&mut up, &mut down, client, server).await;
+    if result.is_err() {
+        reset(client.tcp());
+        reset(server.tcp());
+    }
+    result
+}
+
+/// Both directions until they have ended or a side has broken off and said its last words.
+async fn both<A, B>(
+    up: &mut Direction<'_>,
+    down: &mut Direction<'_>,
+    client: &mut A,
+    server: &mut B,
+) -> Result<(), Broken>
+where
+    A: AsyncRead + AsyncWrite + Unpin,
+    B: AsyncRead + AsyncWrite + Unpin,
+{
+    match poll_fn(|cx| carry(cx, up, down, client, server)).await {
         Err(Cut { side, unread: true }) => {
             (up.last_words, down.last_words) = (true, true);
             let words = poll_fn(|cx| match side {
@@ -179,12 +198,7 @@ pub(crate) async fn splice<A: Stream, B: Stream>(
         }
         Err(Cut { side, unread: false }) => Err(side),
         Ok(()) => Ok(()),
-    };
-    if result.is_err() {
-        reset(client.tcp());
-        reset(server.tcp());
     }
-    result
 }
 
 /// How carrying was cut short.
@@ -248,25 +262,20 @@ pub(crate) fn reset(stream: &TcpStream) {
     let _ = socket2::SockRef::from(stream).set_linger(Some(Duration::ZERO));
 }
 
-/// Carries bytes both ways between streams that have no reset of their own (upgraded HTTP streams).
-pub(crate) async fn splice_any<A, B>(client: &mut A, server: &mut B) -> Result<(), Broken>
+/// The same between streams of which one may be a stream of HTTP/2: whoever calls this lets go of both afterwards, and
+/// what that says it does (`upgraded`). A server that has ended its half before it could not be written to has not
+/// broken off.
+pub(crate) async fn splice_streams<A, B>(client: &mut A, server: &mut B) -> Result<(), Broken>
 where
     A: AsyncRead + AsyncWrite + Unpin,
     B: AsyncRead + AsyncWrite + Unpin,
 {
-    let mut up = Direction::default();
-    let mut down = Direction::default();
-    poll_fn(|cx| {
-        let up = up.poll(cx, client, server);
-        let down = down.poll(cx, server, client);
-        match (up, down) {
-            (Poll::Ready(Err(_)), _) => Poll::Ready(Err(Broken::Client)),
-            (_, Poll::Ready(Err(_))) => Poll::Ready(Err(Broken::Server)),
-            (Poll::Ready(Ok(())), Poll::Ready(Ok(()))) => Poll::Ready(Ok(())),
-            _ => Poll::Pending,
-        }
-    })
-    .await
+    let mut up = Direction { doubts: true, ..Direction::default() };
+    let mut down = Direction { doubts: true, ..Direction::default() };
+    match both(&mut up, &mut down, client, server).await {
+        Err(Broken::Server) if down.done => Err(Broken::Client),
+        ended => ended,
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -283,6 +292,9 @@ struct Direction<'a> {
     to: usize,
     read_ended: bool,
     unflushed: bool,
+    /// An end may be none: see `upgraded`.
+    doubts: bool,
+    asked: bool,
     /// The reader has gone: its end is none, and is not passed on.
     last_words: bool,
     done: bool,
@@ -291,7 +303,7 @@ struct Direction<'a> {
 impl Direction<'_> {
     fn poll<R, W>(&mut self, cx: &mut Context<'_>, reader: &mut R, writer: &mut W) -> Poll<Result<(), Side>>
     where
-        R: AsyncRead + Unpin,
+        R: AsyncRead + AsyncWrite + Unpin,
         W: AsyncWrite + Unpin,
     {
         if self.done {
@@ -313,6 +325,17 @@ impl Direction<'_> {
             }
             if self.read_ended && self.last_words {
                 return Pin::new(&mut *writer).poll_flush(cx).map_err(|_| Side::Writer);
+            }
+            if self.read_ended && self.doubts {
+                if !std::mem::replace(&mut self.asked, true) {
+                    // What followed the end may be known to others already, and has its turn first.
+                    cx.waker().wake_by_ref();
+                    return Poll::Pending;
+                }
+                if let Poll::Ready(Err(_)) = Pin::new(&mut *reader).poll_flush(cx) {
+                    return Poll::Ready(Err(Side::Reader));
+                }
+                self.doubts = false;
             }
             if self.read_ended {
                 return match ready!(Pin::new(&mut *writer).poll_shutdown(cx)) {

@@ -1,7 +1,12 @@
 //! What reaches a pod: requests that two readers could read differently, late and slow callers, and connections that
 //! outlive the policy that admitted them.
 
-use std::{io::Read as _, process::Stdio, time::Duration};
+use std::{
+    io::Read as _,
+    process::Stdio,
+    sync::{Mutex, mpsc},
+    time::Duration,
+};
 
 use weft_control_plane::cli::demo::{
     mesh::{Workload, wait},
@@ -12,7 +17,7 @@ use weft_harness::{
     wire::Wire,
 };
 
-use crate::{Pair, pair};
+use crate::{ECHO_ADDRESS, Pair, pair, scripted};
 
 /// Sends bytes from a pod to an address and reads until the other side ends; what was read.
 fn said(pod: &Pod, address: &str, bytes: &str) -> String {
@@ -147,4 +152,46 @@ fn a_caller_that_speaks_late_is_judged_by_what_it_says_where_only_identities_are
     let answer = late.ask("GET /head HTTP/1.1\r\nHost: a\r\n\r\n").unwrap();
     assert_eq!(answer.status(), 403, "{}", answer.head);
     drop(talk(&pair.client.pod, "10.96.0.1", 91, "talk\n"));
+}
+
+#[test]
+fn an_upgraded_connection_that_is_broken_off_does_not_look_as_if_it_had_ended_well() {
+    let (seen, ends) = mpsc::channel();
+    let seen = Mutex::new(seen);
+    let Some(world) = scripted("upgrade_reset", move |mut wire, _| {
+        let head = wire.head()?;
+        wire.say("HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: echo\r\n\r\n")?;
+        wire.until("go\n")?;
+        if head.starts_with("GET /app-resets") {
+            return wire.reset();
+        }
+        wire.say("gone\n")?;
+        seen.lock().unwrap().send(wire.rest().is_ok())?;
+        Ok(())
+    }) else {
+        return;
+    };
+    let legacy = world.mesh.plain(&Workload::new("shop", "legacy-1")).unwrap();
+    let server = format!("{}:8080", world.server.pod.ip);
+    for (pod, address) in [(&world.client.pod, ECHO_ADDRESS), (&legacy, &*server)] {
+        let upgraded = |path: &str| {
+            let mut wire = Wire::dial(pod, address).unwrap();
+            let request =
+                format!("GET {path} HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: echo\r\n\r\n");
+            wire.say(request).unwrap();
+            assert!(wire.head().unwrap().starts_with("HTTP/1.1 101"), "{address}");
+            wire.say("go\n").unwrap();
+            wire
+        };
+        assert!(upgraded("/app-resets").rest().is_err(), "{address}: the app has reset");
+        let mut wire = upgraded("/client-resets");
+        wire.until("gone\n").unwrap();
+        wire.reset().unwrap();
+        assert!(!ends.recv().unwrap(), "{address}: the client has reset");
+        let mut wire = upgraded("/client-ends");
+        wire.until("gone\n").unwrap();
+        wire.finish().unwrap();
+        assert!(ends.recv().unwrap(), "{address}: the client has ended");
+        assert_eq!(wire.rest().unwrap(), b"", "{address}: and so did the app");
+    }
 }

@@ -36,12 +36,13 @@ use crate::{
     head::{self, Outgoing, Provenance, WEFT_ATTEMPT},
     listener::{Accepted, Open},
     pool::{self, Checkout, LocalExec, Peer, SendOptions, Sent},
-    tcp::{self, Prefixed},
+    tcp::Prefixed,
     telemetry::{
         decision::Decision,
         exchange::{Exchange, now},
         metrics::{Counter, Direction, Edge, EdgeKey, Series, SeriesKey},
     },
+    upgraded::{self, Ended},
     worker::{Spoken, Worker, port_policy},
 };
 
@@ -611,32 +612,20 @@ impl Carried {
     async fn carry(self, client: OnUpgrade, server: OnUpgrade) {
         let Inner { worker, caller, original, .. } = &*self.inner;
         let permits = |port: &PortPolicy| self.inner.verdict(&port.authorization, &self.outgoing).is_permit();
-        let class = tokio::select! {
-            biased;
-            code = caller.revoked(worker, original.port(), permits) => {
-                tracing::warn!(code, client = %caller.address, destination = %original, "upgraded connection ended");
-                Class::ClientError
+        let stop = async {
+            tokio::select! {
+                biased;
+                code = caller.revoked(worker, original.port(), permits) => {
+                    tracing::warn!(code, client = %caller.address, destination = %original, "upgraded connection ended");
+                }
+                () = worker.drain.cut() => {}
             }
-            () = worker.drain.cut() => Class::ClientError,
-            class = splice(client, server) => class,
+        };
+        let class = match upgraded::carry(client, server, stop).await {
+            Ended::Well => Class::Ok,
+            Ended::ByServer => Class::ServerError,
+            Ended::Stopped | Ended::Never => Class::ClientError,
         };
         self.exchange.finish(class, now());
-    }
-}
-
-async fn splice(client: OnUpgrade, server: OnUpgrade) -> Class {
-    let both = async { tokio::try_join!(client, server) };
-    match both.await {
-        Ok((client, server)) => {
-            let (mut client, mut server) = (TokioIo::new(client), TokioIo::new(server));
-            match tcp::splice_any(&mut client, &mut server).await {
-                Ok(()) | Err(tcp::Broken::Client) => Class::Ok,
-                Err(tcp::Broken::Server) => Class::ServerError,
-            }
-        }
-        Err(error) => {
-            tracing::debug!(%error, "an upgrade did not come about");
-            Class::ClientError
-        }
     }
 }

@@ -22,12 +22,12 @@ use crate::{
     head::{self, Outgoing, Upgrade},
     listener::{Accepted, Open},
     pool::{self, Cap, LocalExec, Peer, SendError, SendOptions, Sent},
-    tcp,
     telemetry::{
         decision::Decision,
         exchange::{Exchange, now},
         metrics::Counter,
     },
+    upgraded::{self, Ended},
     worker::{Backend, Destination, Permit, Resolved, Spoken, Worker},
 };
 
@@ -594,24 +594,10 @@ struct Upgraded {
 
 impl Upgraded {
     async fn carry(mut self, worker: &Worker, client: OnUpgrade, server: OnUpgrade) {
-        let spliced = async {
-            match tokio::try_join!(client, server) {
-                Ok((client, server)) => {
-                    let (mut client, mut server) = (TokioIo::new(client), TokioIo::new(server));
-                    match tcp::splice_any(&mut client, &mut server).await {
-                        Ok(()) | Err(tcp::Broken::Client) => Outcome::Success,
-                        Err(tcp::Broken::Server) => Outcome::Failure(Failure::Reset),
-                    }
-                }
-                Err(error) => {
-                    tracing::debug!(%error, "an upgrade did not come about");
-                    Outcome::Cancelled
-                }
-            }
-        };
-        let outcome = tokio::select! {
-            outcome = spliced => outcome,
-            () = worker.drain.cut() => Outcome::Cancelled,
+        let outcome = match upgraded::carry(client, server, worker.drain.cut()).await {
+            Ended::Well => Outcome::Success,
+            Ended::ByServer => Outcome::Failure(Failure::Reset),
+            Ended::Stopped | Ended::Never => Outcome::Cancelled,
         };
         let now = now();
         if let Some(lease) = self.lease.take() {
