@@ -281,10 +281,7 @@ async fn open(config: &Config) -> anyhow::Result<(Ca, Option<InCluster>)> {
     match &config.source {
         Source::Folder(_) => Ok((Ca::open(&config.state_dir, domain, lifetime)?, None)),
         Source::Kubernetes(settings) => {
-            let client = match &settings.server {
-                Some(server) => k8s::client_of(kube::Config::new(server.clone()))?,
-                None => k8s::client().await?,
-            };
+            let client = k8s::controllers_client(settings.server.as_ref()).await?;
             let Cluster { namespace, issuer_secret, cluster_role, .. } = &**settings;
             let owner = k8s::owner::owner(&client, cluster_role.as_deref()).await;
             let opened =

@@ -6,7 +6,8 @@
 use std::time::Duration;
 
 use anyhow::Context as _;
-use kube::Client;
+use kube::{Client, client::ClientBuilder};
+use tower::timeout::TimeoutLayer;
 
 pub mod authority;
 pub mod lease;
@@ -36,12 +37,39 @@ pub fn client_of(mut config: kube::Config) -> anyhow::Result<Client> {
     Client::try_from(config).context("the Kubernetes API's address or credentials cannot be used")
 }
 
+/// What the controller itself asks with: an API server that vanishes without a word must not hold up anything for as
+/// long as the kernel sends again. An answer begins within a bound, and goes on within another; the start of a watch,
+/// a list and a write are answers like any other.
+///
+/// # Errors
+/// As [`client`].
+pub async fn controllers_client(server: Option<&http::Uri>) -> anyhow::Result<Client> {
+    let config = match server {
+        Some(server) => kube::Config::new(server.clone()),
+        None => kube::Config::infer().await.context("there is no Kubernetes API to speak to")?,
+    };
+    bounded(config, ANSWER_TIMEOUT)
+}
+
+fn bounded(mut config: kube::Config, answer: Duration) -> anyhow::Result<Client> {
+    config.connect_timeout = Some(CONNECT_TIMEOUT);
+    config.read_timeout = Some(SILENCE_TIMEOUT);
+    config.reset_reader_on_write = true;
+    let builder = ClientBuilder::try_from(config)
+        .context("the Kubernetes API's address or credentials cannot be used")?;
+    Ok(builder.with_layer(&TimeoutLayer::new(answer)).build())
+}
+
 /// Asking again would not help.
 pub(crate) fn is_refusal(error: &kube::Error) -> bool {
     matches!(error, kube::Error::Api(status) if matches!(status.code, 400..=428 | 430..=499))
 }
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// Until the head of an answer is there; that of a large list takes its time.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(20);
+/// Within an answer; a watch says nothing for as long as it lasts, which is `WATCH_SECONDS`.
+const SILENCE_TIMEOUT: Duration = Duration::from_secs(75);
 
 /// What the controller may do, exactly: a rule of its (Cluster)Role. The chart's roles are compared with these.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -326,6 +326,17 @@ async fn authors_read_on_their_objects_what_became_of_them() {
 }
 
 #[tokio::test]
+async fn an_api_server_that_says_nothing_is_not_waited_for() {
+    // It accepts, as the kernel of a machine does whose program hangs.
+    let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let uri = format!("http://{}", silent.local_addr().unwrap()).parse().unwrap();
+    let client = super::bounded(kube::Config::new(uri), Duration::from_millis(100)).unwrap();
+    let secrets: kube::Api<k8s_openapi::api::core::v1::Secret> = kube::Api::namespaced(client, "weft");
+    assert!(secrets.get("weft-issuer").await.is_err());
+    assert!(secrets.watch(&kube::api::WatchParams::default(), "0").await.is_err());
+}
+
+#[tokio::test]
 async fn an_object_whose_status_is_refused_keeps_no_others_from_theirs() {
     let fake = Fake::start().await;
     shop(&fake);

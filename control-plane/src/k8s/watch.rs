@@ -501,7 +501,7 @@ const ALL: [Watched; 10] = [
 const HEARD: usize = 1_024;
 /// News of one batch.
 const MOST: usize = 1_024;
-/// How long one watch lasts, and so how long a connection may be dead without notice.
+/// How long one watch lasts. A connection that is dead is noticed a little later (`SILENCE_TIMEOUT`).
 const WATCH_SECONDS: u32 = 60;
 const RETRY_LEAST: Duration = Duration::from_millis(200);
 const RETRY_MOST: Duration = Duration::from_secs(5);
