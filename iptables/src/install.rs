@@ -2,14 +2,16 @@
 //!
 //! Why it stays and looks again: whoever owns the node's network may write its list of plugins anew, and then the
 //! next pod would not be captured. Why entries have an owner: while a DaemonSet is rolled out, the old pod leaves
-//! after the new one has come, and must not take along what is not its own.
+//! after the new one has come, and must not take along what is not its own. Both look again and again meanwhile:
+//! whoever has stood there and finds another owner leaves it to that one, or they would write in turns, and the one that
+//! wrote last before it goes would take the program with it.
 //!
 //! A file is replaced, never written in place: a runtime that reads half a list starts no pod at all.
 
 use std::{
     fs,
     io::{self, Write as _},
-    os::unix::fs::PermissionsExt as _,
+    os::unix::fs::{MetadataExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
     sync::atomic::{AtomicBool, Ordering},
     time::Duration,
@@ -44,13 +46,12 @@ pub struct InstallOptions {
 /// # Errors
 /// The folders cannot be read or written.
 pub fn keep(options: &InstallOptions, stop: &AtomicBool) -> io::Result<()> {
-    let program = options.bin_dir.join(cni::PLUGIN);
-    replace(&program, &fs::read("/proc/self/exe")?, 0o755)?;
+    let mut keeper = Keeper::new(options, Path::new("/proc/self/exe"));
     let mut told = false;
     while !stop.load(Ordering::Relaxed) {
-        match look(options)? {
+        match keeper.look()? {
             Some(path) if !told => {
-                println!("weft-cni: {} and {}", program.display(), path.display());
+                println!("weft-cni: {} and {}", keeper.program.display(), path.display());
                 told = true;
             }
             // The node has no network yet: whoever makes it will write a list.
@@ -67,21 +68,65 @@ pub fn keep(options: &InstallOptions, stop: &AtomicBool) -> io::Result<()> {
 /// It is not, or that cannot be read.
 pub fn stands(options: &InstallOptions) -> io::Result<()> {
     match in_use(&options.conf_dir)? {
-        Some((_, list)) if cni::owner(&list).is_some() => Ok(()),
+        Some((_, list)) if cni::owner(&list).is_some() => {
+            // With an entry and no program the node starts no pod at all.
+            let program = options.bin_dir.join(cni::PLUGIN);
+            match fs::metadata(&program) {
+                Ok(file) if file.is_file() && file.permissions().mode() & 0o111 != 0 => Ok(()),
+                Ok(_) => Err(io::Error::other(format!("{}: is no program", program.display()))),
+                Err(error) => Err(io::Error::other(format!("{}: {error}", program.display()))),
+            }
+        }
         Some((path, _)) => Err(io::Error::other(format!("{}: has no {}", path.display(), cni::PLUGIN))),
         None => Err(io::Error::other("the node has no list of CNI plugins yet")),
     }
 }
 
-/// Makes the entry stand in the list that the runtime uses; which list that is, if there is one.
-fn look(options: &InstallOptions) -> io::Result<Option<PathBuf>> {
-    let Some((path, list)) = in_use(&options.conf_dir)? else { return Ok(None) };
-    let with =
-        cni::chained(&list, &options.owner, &options.skip_outbound_ports, &options.skip_outbound_cidrs);
-    if let Some(with) = with.filter(|with| *with != list) {
-        replace(&path, format!("{with:#}\n").as_bytes(), 0o600)?;
+/// What one installer has done so far.
+struct Keeper<'a> {
+    options: &'a InstallOptions,
+    /// What is installed.
+    source: &'a Path,
+    /// Where.
+    program: PathBuf,
+    /// What tells the program from another one that was put in its place.
+    written: Option<(u64, u64, std::time::SystemTime)>,
+    /// Whether its entry was in the list once.
+    stood: bool,
+}
+
+impl<'a> Keeper<'a> {
+    fn new(options: &'a InstallOptions, source: &'a Path) -> Self {
+        let program = options.bin_dir.join(cni::PLUGIN);
+        Self { options, source, program, written: None, stood: false }
     }
-    Ok(Some(path))
+
+    /// Makes program and entry stand; the list that the runtime uses, if there is one.
+    fn look(&mut self) -> io::Result<Option<PathBuf>> {
+        let found = in_use(&self.options.conf_dir)?;
+        let owner = found.as_ref().and_then(|(_, list)| cni::owner(list));
+        if self.stood && owner.is_some_and(|owner| owner != self.options.owner) {
+            return Ok(found.map(|(path, _)| path));
+        }
+        // Before any entry names it.
+        if self.written.is_none() || self.written != stamp(&self.program) {
+            replace(&self.program, &fs::read(self.source)?, 0o755)?;
+            self.written = stamp(&self.program);
+        }
+        let Some((path, list)) = found else { return Ok(None) };
+        let InstallOptions { owner, skip_outbound_ports, skip_outbound_cidrs, .. } = self.options;
+        let with = cni::chained(&list, owner, skip_outbound_ports, skip_outbound_cidrs);
+        if let Some(with) = with.filter(|with| *with != list) {
+            replace(&path, format!("{with:#}\n").as_bytes(), 0o600)?;
+        }
+        self.stood = true;
+        Ok(Some(path))
+    }
+}
+
+fn stamp(file: &Path) -> Option<(u64, u64, std::time::SystemTime)> {
+    let file = fs::metadata(file).ok()?;
+    Some((file.ino(), file.len(), file.modified().ok()?))
 }
 
 /// Takes the entry and the program away, unless a successor has taken them over.
@@ -173,21 +218,41 @@ mod tests {
         let list =
             serde_json::json!({ "cniVersion": "1.0.0", "name": "net", "plugins": [{ "type": "ptp" }] });
         let path = node.0.join("net.d/10-net.conflist");
-        assert_eq!(look(&options).unwrap(), None, "a node without a network yet");
+        let source = node.0.join("source");
+        fs::write(&source, "program").unwrap();
+        let program = options.bin_dir.join(cni::PLUGIN);
+        let mut keeper = Keeper::new(&options, &source);
+        assert_eq!(keeper.look().unwrap(), None, "a node without a network yet");
         fs::write(&path, list.to_string()).unwrap();
         fs::write(node.0.join("net.d/99-other.conflist"), list.to_string()).unwrap();
-        replace(&options.bin_dir.join(cni::PLUGIN), b"program", 0o755).unwrap();
-        assert_eq!(look(&options).unwrap(), Some(path.clone()));
+        assert_eq!(keeper.look().unwrap(), Some(path.clone()));
         assert_eq!(node.list()["plugins"][1]["excludeOutboundPorts"][0], "53");
-        // Somebody writes the list anew.
+        stands(&options).unwrap();
+        // Somebody writes the list anew, or fills the folder of programs anew.
         fs::write(&path, list.to_string()).unwrap();
-        look(&options).unwrap();
-        assert_eq!(cni::owner(&node.list()), Some("a"));
-        // The next one has taken over: the one before leaves it alone.
+        fs::remove_file(&program).unwrap();
+        assert!(stands(&options).is_err());
+        keeper.look().unwrap();
+        assert_eq!((cni::owner(&node.list()), &*fs::read(&program).unwrap()), (Some("a"), &b"program"[..]));
+        fs::remove_file(&program).unwrap();
+        assert!(stands(&options).is_err(), "an entry without a program starts no pod");
+        keeper.look().unwrap();
+        stands(&options).unwrap();
+        // The next one has taken over: the one before leaves it alone, however often it looks.
         let next = InstallOptions { owner: "b".to_owned(), ..options.clone() };
-        look(&next).unwrap();
+        let mut successor = Keeper::new(&next, &source);
+        successor.look().unwrap();
+        keeper.look().unwrap();
+        assert_eq!(cni::owner(&node.list()), Some("b"));
         remove(&options).unwrap();
         assert_eq!(cni::owner(&node.list()), Some("b"));
+        stands(&next).unwrap();
+        // A successor that goes leaves the node to whoever is still there.
+        remove(&next).unwrap();
+        keeper.look().unwrap();
+        assert_eq!(cni::owner(&node.list()), Some("a"));
+        remove(&options).unwrap();
+        successor.look().unwrap();
         remove(&next).unwrap();
         assert_eq!(node.list(), list);
         assert_eq!(fs::read_dir(&options.bin_dir).unwrap().count(), 0);
