@@ -49,7 +49,7 @@ use crate::{
     },
     source::{Batch, Problem, dir},
     telemetry::Store,
-    webhook::Webhook,
+    webhook::{Anchors, Webhook},
 };
 
 /// A running controller.
@@ -187,7 +187,14 @@ impl Controller {
                 let (injected, injected_seen) = watch::channel(BTreeSet::new());
                 let statuses = Statuses::default();
                 let (leads, leads_seen) = watch::channel(false);
-                let webhook = Webhook::new(listen(settings.webhook)?, settings.values.clone(), owner.clone());
+                let anchors =
+                    Anchors { authority: authority.clone(), ca: ca.clone(), injected: injected_seen.clone() };
+                let webhook = Webhook::new(
+                    listen(settings.webhook)?,
+                    settings.values.clone(),
+                    owner.clone(),
+                    Some(anchors),
+                );
                 tasks.spawn(webhook.run(client.clone(), webhook_closing));
                 tasks.spawn(k8s::watch::watch(client.clone(), statuses.clone(), injected, batches));
                 let Cluster { namespace, pod, .. } = *settings;

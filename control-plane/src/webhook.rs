@@ -9,10 +9,14 @@
 //! Why it goes on for some seconds when it is told to end: the API server and kube-proxy send here until they have heard
 //! that it ends, and an admission that is refused is a pod that is not made.
 //!
+//! Why whoever injects also sees to the namespace's trust anchors: see `k8s/authority.rs`. It waits for a moment only, and
+//! never decides about the pod.
+//!
 //! The two paths of injection differ only in what a pod that says nothing gets: `/inject` is for namespaces that ask
 //! for sidecars, `/inject/asked` for pods that ask for themselves elsewhere.
 
 use std::{
+    collections::BTreeSet,
     convert::Infallible,
     io,
     sync::{
@@ -46,8 +50,10 @@ use tokio_rustls::TlsAcceptor;
 use tower::{BoxError, ServiceBuilder, ServiceExt as _, service_fn};
 
 use crate::{
+    ca::Ca,
     index::validate,
     injector::{Outcome, Values, inject},
+    k8s::authority::Authority,
     resources::{Header, Kind, Meaning, Object},
     serve::{Share, Shares, closed},
 };
@@ -73,12 +79,46 @@ pub struct Webhook {
     asked: Arc<AtomicBool>,
     /// Of what it makes.
     owner: Option<OwnerReference>,
+    /// What injected pods mount.
+    anchors: Option<Anchors>,
+}
+
+/// Who writes a namespace's trust anchors, and what they are.
+#[derive(Clone)]
+pub struct Anchors {
+    /// Who writes.
+    pub authority: Arc<Authority>,
+    /// What.
+    pub ca: Arc<Ca>,
+    /// Namespaces with sidecars, as the cluster says: whoever reaches this port may ask in any name.
+    pub injected: watch::Receiver<BTreeSet<Arc<str>>>,
+}
+
+impl Anchors {
+    /// Before the first pod is stored: its kubelet would not find them, and wait longer each time.
+    async fn ensure(&self, namespace: &str) {
+        let Self { authority, ca, injected } = self;
+        if !injected.borrow().contains(namespace) {
+            return;
+        }
+        if timeout(ANCHORS_TIMEOUT, authority.ensure(ca, namespace, Some(ANCHORS_KNOWN))).await.is_err() {
+            tracing::warn!(
+                namespace,
+                "the trust anchors are slow to be published: its first pods may have to wait"
+            );
+        }
+    }
 }
 
 impl Webhook {
     /// A server of `values`, whose certificate is still to come.
-    pub fn new(listener: TcpListener, values: Arc<Values>, owner: Option<OwnerReference>) -> Self {
-        Self { listener, values, asked: Arc::default(), owner }
+    pub fn new(
+        listener: TcpListener,
+        values: Arc<Values>,
+        owner: Option<OwnerReference>,
+        anchors: Option<Anchors>,
+    ) -> Self {
+        Self { listener, values, asked: Arc::default(), owner, anchors }
     }
 
     /// Serves with a certificate that `client`'s API server believes, until `closing` says so.
@@ -117,13 +157,13 @@ impl Webhook {
     }
 
     async fn serve(&self, tls: Arc<ArcSwap<ServerConfig>>, mut closing: watch::Receiver<bool>) {
-        let values = self.values.clone();
+        let (values, anchors) = (self.values.clone(), self.anchors.clone());
         // Shed, not queued: the API server asks again in a second.
         let service = ServiceBuilder::new()
             .load_shed()
             .concurrency_limit(MAX_REQUESTS)
             .timeout(REQUEST_TIMEOUT)
-            .service(service_fn(move |request| answer(request, values.clone())));
+            .service(service_fn(move |request| answer(request, values.clone(), anchors.clone())));
         let connections = Arc::new(Semaphore::new(MAX_CONNECTIONS));
         let (shares, reviews) = (Shares::for_all(MAX_OF_ONE), Shares::for_all(MAX_REQUESTS_OF_ONE));
         loop {
@@ -237,6 +277,7 @@ async fn handshake(
 async fn answer(
     request: Request<Incoming>,
     values: Arc<Values>,
+    anchors: Option<Anchors>,
 ) -> Result<Response<Full<Bytes>>, Infallible> {
     if request.method() != Method::POST {
         return Ok(text(StatusCode::METHOD_NOT_ALLOWED, "POST an AdmissionReview"));
@@ -246,8 +287,11 @@ async fn answer(
         Ok(body) => body.to_bytes(),
         Err(error) => return Ok(text(StatusCode::PAYLOAD_TOO_LARGE, &format!("the review: {error}"))),
     };
-    Ok(match review(&path, &body, &values) {
-        Ok(review) => {
+    Ok(match decide(&path, &body, &values) {
+        Ok((review, namespace)) => {
+            if let (Some(namespace), Some(anchors)) = (namespace, anchors) {
+                anchors.ensure(&namespace).await;
+            }
             let mut response = Response::new(Full::new(Bytes::from(review.to_string())));
             let json = http::HeaderValue::from_static("application/json");
             response.headers_mut().insert(http::header::CONTENT_TYPE, json);
@@ -292,6 +336,8 @@ struct Asked {
     name: String,
     #[serde(default)]
     operation: String,
+    #[serde(default, rename = "dryRun")]
+    dry_run: bool,
     #[serde(default)]
     object: Value,
 }
@@ -302,6 +348,8 @@ struct Decision {
     /// The reason not to admit it.
     denied: Option<String>,
     patch: Option<json_patch::Patch>,
+    /// Whether the pod gets a sidecar by it.
+    injects: bool,
     warnings: Vec<String>,
 }
 
@@ -310,6 +358,11 @@ struct Decision {
 /// # Errors
 /// It is none, or nothing is asked at that path.
 pub fn review(path: &str, body: &[u8], values: &Values) -> Result<Value, (StatusCode, String)> {
+    decide(path, body, values).map(|(review, _)| review)
+}
+
+/// The same, and the namespace that gets a pod with a sidecar by it.
+fn decide(path: &str, body: &[u8], values: &Values) -> Result<(Value, Option<String>), (StatusCode, String)> {
     let Review { request } = serde_json::from_slice(body)
         .map_err(|error| (StatusCode::BAD_REQUEST, format!("not an AdmissionReview: {error}")))?;
     let decision = match path {
@@ -320,6 +373,8 @@ pub fn review(path: &str, body: &[u8], values: &Values) -> Result<Value, (Status
         VALIDATE_PATH => validation(&request),
         _ => return Err((StatusCode::NOT_FOUND, format!("{path}: nothing is asked here"))),
     };
+    let gets_a_sidecar = decision.injects && !request.dry_run && !request.namespace.is_empty();
+    let namespace = gets_a_sidecar.then(|| request.namespace.clone());
     if let Some(reason) = &decision.denied {
         tracing::info!(namespace = %request.namespace, name = %request.name, path, %reason, "not admitted");
     }
@@ -336,7 +391,9 @@ pub fn review(path: &str, body: &[u8], values: &Values) -> Result<Value, (Status
     if !decision.warnings.is_empty() {
         response["warnings"] = decision.warnings.into();
     }
-    Ok(json!({ "apiVersion": "admission.k8s.io/v1", "kind": "AdmissionReview", "response": response }))
+    let review =
+        json!({ "apiVersion": "admission.k8s.io/v1", "kind": "AdmissionReview", "response": response });
+    Ok((review, namespace))
 }
 
 fn injection(request: &Asked, by_default: bool, values: &Values) -> Decision {
@@ -345,7 +402,7 @@ fn injection(request: &Asked, by_default: bool, values: &Values) -> Decision {
         Err(reason) => return Decision { denied: Some(format!("weft: {reason}")), ..Decision::default() },
     };
     match inject(&pod, by_default, values) {
-        Ok(Outcome::Inject(patch)) => Decision { patch: Some(patch), ..Decision::default() },
+        Ok(Outcome::Inject(patch)) => Decision { patch: Some(patch), injects: true, ..Decision::default() },
         Ok(Outcome::Skip(reason, patch)) => Decision {
             patch: Some(patch),
             warnings: vec![format!("weft: no sidecar: {reason}")],
@@ -397,6 +454,10 @@ const MAX_CONNECTIONS: usize = 1_024;
 const MAX_OF_ONE: usize = 16;
 /// The webhook configurations say 10 s.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(8);
+/// Of those 10 s, for what a pod mounts; who waits longer writes it when the pod is there.
+const ANCHORS_TIMEOUT: Duration = Duration::from_secs(1);
+/// For how long it is believed that they are there: a namespace may be made anew.
+const ANCHORS_KNOWN: Duration = Duration::from_secs(10);
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
 const IDLE: Duration = Duration::from_secs(60);
 const MAX_AGE: Duration = Duration::from_secs(30 * 60);
@@ -429,7 +490,7 @@ mod tests {
     async fn a_webhook_that_ends_is_there_until_everybody_has_heard_of_it() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let webhook = Webhook::new(listener, Arc::default(), None);
+        let webhook = Webhook::new(listener, Arc::default(), None, None);
         let key = rcgen::generate_simple_self_signed(vec!["weft".to_owned()]).unwrap();
         let tls = ServerConfig::builder_with_provider(crate::serve::tls::provider())
             .with_safe_default_protocol_versions()
@@ -473,6 +534,19 @@ mod tests {
         assert!(answer["allowed"] == true && answer["patch"].is_null(), "{answer}");
         let asks = pod(json!({ "metadata": { "labels": { "weft.dev/inject": "enabled" } } }));
         assert!(ask(INJECT_ASKED_PATH, asks)["patch"].is_string());
+    }
+
+    #[test]
+    fn a_namespace_gets_its_anchors_with_its_first_sidecar_and_a_question_changes_nothing() {
+        let asked = |path: &str, pod: Value, dry_run: bool| {
+            let review = json!({ "request": { "uid": "u-1", "namespace": "shop", "operation": "CREATE",
+                "dryRun": dry_run, "object": pod } });
+            decide(path, review.to_string().as_bytes(), &Values::default()).unwrap().1
+        };
+        assert_eq!(asked(INJECT_PATH, pod(json!({})), false).as_deref(), Some("shop"));
+        assert_eq!(asked(INJECT_PATH, pod(json!({})), true), None, "kubectl --dry-run=server");
+        assert_eq!(asked(INJECT_ASKED_PATH, pod(json!({})), false), None);
+        assert_eq!(asked(INJECT_PATH, pod(json!({ "spec": { "hostNetwork": true } })), false), None);
     }
 
     #[test]

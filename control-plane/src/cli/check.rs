@@ -31,7 +31,10 @@ use super::{
 };
 use crate::{
     api::types::{Certs, Status},
-    k8s::{authority::TRUST, watch::INJECT},
+    k8s::{
+        authority::{INSTALLATION, TRUST},
+        watch::INJECT,
+    },
     resources::{INJECTED, lookup},
 };
 
@@ -243,43 +246,85 @@ async fn installed(args: &CheckArgs, client: &Client) -> Vec<Line> {
         )),
     }
     let webhooks: Api<MutatingWebhookConfiguration> = Api::all(client.clone());
-    if let Ok(all) = webhooks.list(&ListParams::default()).await {
-        let hooks: Vec<_> = all.items.iter().flat_map(|config| config.webhooks.iter().flatten()).collect();
-        let ours: Vec<_> = hooks.iter().filter(|hook| hook.name.ends_with("weft.dev")).collect();
-        let certified = ours.iter().all(|hook| hook.client_config.ca_bundle.is_some());
-        found.push(match (ours.is_empty(), certified) {
-            (true, _) => {
-                bad("nothing injects sidecars: the webhook is missing", "install again with the injector on")
-            }
-            (false, false) => bad(
-                "the injection webhook has no certificate yet",
-                format!("the controller writes it: see `kubectl -n {namespace} logs deploy/{SERVICE}`"),
-            ),
-            (false, true) => good("the injection webhook is there"),
-        });
+    match webhooks.list(&ListParams::default()).await {
+        Err(error) => found.push(warn(
+            format!("the injection webhook cannot be looked at: {error}"),
+            "ask for the right to list mutatingwebhookconfigurations",
+        )),
+        Ok(all) => {
+            let hooks: Vec<_> =
+                all.items.iter().flat_map(|config| config.webhooks.iter().flatten()).collect();
+            let ours: Vec<_> = hooks.iter().filter(|hook| hook.name.ends_with("weft.dev")).collect();
+            let certified = ours.iter().all(|hook| hook.client_config.ca_bundle.is_some());
+            found.push(match (ours.is_empty(), certified) {
+                (true, _) => bad(
+                    "nothing injects sidecars: the webhook is missing",
+                    "install again with the injector on",
+                ),
+                (false, false) => bad(
+                    "the injection webhook has no certificate yet",
+                    format!("the controller writes it: see `kubectl -n {namespace} logs deploy/{SERVICE}`"),
+                ),
+                (false, true) => good("the injection webhook is there"),
+            });
+        }
     }
-    found.extend(injection(client).await);
+    found.extend(injection(client, namespace).await);
     match Controller::find(&args.asking).await {
         Ok(controller) => {
             match controller.get::<Status>("/api/v1/status").await {
                 Ok(status) => found.extend(status_lines(&status)),
                 Err(error) => {
-                    found.push(bad(format!("the controller cannot be asked: {error:#}"), "see its logs"))
+                    found.push(bad(format!("the controller cannot be asked: {error:#}"), logs(namespace)))
                 }
             }
             if let Ok(certs) = controller.get::<Certs>("/api/v1/certs").await {
                 found.extend(anchor_line(&certs, k8s_openapi::jiff::Timestamp::now().as_second()));
             }
         }
-        Err(error) => found.push(bad(format!("the controller cannot be reached: {error:#}"), "see its logs")),
+        Err(error) => found.push(bad(
+            format!("the controller cannot be reached: {error:#}"),
+            format!("ask for the right to create pods/portforward in {namespace}, or {}", logs(namespace)),
+        )),
     }
     found
 }
 
-async fn injection(client: &Client) -> Vec<Line> {
+/// A namespace that another installation's sidecars live in.
+fn foreign_line(namespace: &str, of: &str) -> Line {
+    bad(
+        format!("namespace {namespace} is of the Weft in namespace {of}"),
+        format!(
+            "a namespace belongs to one mesh: take the label {INJECT} away here, or uninstall that Weft and run \
+             `kubectl -n {namespace} delete configmap {TRUST}`"
+        ),
+    )
+}
+
+/// A pod of `<ns>/<pod>`, or of the name alone, as kubectl takes it.
+fn in_namespace(pod: &str) -> String {
+    match pod.split_once('/') {
+        Some((namespace, name)) => format!("-n {namespace} {name}"),
+        None => format!("-n {} {pod}", crate::resources::CONTROL_NAMESPACE),
+    }
+}
+
+fn logs(namespace: &str) -> String {
+    format!("see why: `kubectl -n {namespace} logs deploy/{SERVICE}`")
+}
+
+async fn injection(client: &Client, mesh: &str) -> Vec<Line> {
     let namespaces: Api<Namespace> = Api::all(client.clone());
     let labelled = ListParams::default().labels(&format!("{INJECT}=enabled"));
-    let Ok(injected) = namespaces.list(&labelled).await else { return Vec::new() };
+    let injected = match namespaces.list(&labelled).await {
+        Ok(injected) => injected,
+        Err(error) => {
+            return vec![warn(
+                format!("namespaces cannot be looked at: {error}"),
+                "ask for the right to list namespaces, and pods and configmaps in them",
+            )];
+        }
+    };
     if injected.items.is_empty() {
         return vec![warn(
             "no namespace asks for sidecars",
@@ -289,11 +334,16 @@ async fn injection(client: &Client) -> Vec<Line> {
     let mut found = Vec::new();
     for namespace in injected.items.into_iter().filter_map(|namespace| namespace.metadata.name) {
         let maps: Api<ConfigMap> = Api::namespaced(client.clone(), &namespace);
-        if let Ok(None) = maps.get_opt(TRUST).await {
-            found.push(bad(
+        match maps.get_opt(TRUST).await {
+            Ok(None) => found.push(bad(
                 format!("namespace {namespace} has no ConfigMap {TRUST}: its sidecars cannot start"),
                 "the controller makes it: see its logs, and that its ClusterRole lets it write configmaps",
-            ));
+            )),
+            Ok(Some(map)) => {
+                let of = lookup(&map.metadata.annotations, INSTALLATION);
+                found.extend(of.filter(|of| *of != mesh).map(|of| foreign_line(&namespace, of)));
+            }
+            Err(_) => {}
         }
         let pods: Api<Pod> = Api::namespaced(client.clone(), &namespace);
         let Ok(pods) = pods.list(&ListParams::default()).await else { continue };
@@ -345,7 +395,10 @@ fn status_lines(status: &Status) -> Vec<Line> {
     for lost in status.replicas.iter().filter(|replica| !replica.answered) {
         found.push(warn(
             format!("replica {} does not answer the others", lost.name),
-            "what its sidecars say is missing in this answer; see its logs",
+            format!(
+                "what its sidecars say is missing in this answer; see why: `kubectl logs {}`",
+                in_namespace(&lost.name)
+            ),
         ));
     }
     found
@@ -355,7 +408,10 @@ fn anchor_line(certs: &Certs, now: i64) -> Option<Line> {
     let end = certs.anchors.iter().filter(|anchor| anchor.signing).map(|anchor| anchor.not_after).min()?;
     let days = (end - now) / 86_400;
     Some(match days {
-        ..30 => bad(format!("the root that signs ends in {days} days"), "rotate it: `weft certs` says how"),
+        ..30 => bad(
+            format!("the root that signs ends in {days} days"),
+            "rotate it: `weft certs --rotate add`, then `activate`, then `retire`, each when the one before is live",
+        ),
         30.. => good(format!("the root that signs is good for {days} days")),
     })
 }
@@ -387,7 +443,7 @@ mod tests {
         };
         assert_eq!(anchor_line(&ends(100 * 86_400), 0).unwrap().state, State::Good);
         found.extend(anchor_line(&ends(86_400), 0));
-        found.extend([version_line("1", "20"), cilium_line(true, false)]);
+        found.extend([version_line("1", "20"), cilium_line(true, false), foreign_line("shop", "other")]);
         assert!(found.iter().all(|line| line.state == State::Good || !line.fix.is_empty()), "{found:?}");
         let text = lines(&found, &Screen::plain(80)).join("\n");
         assert!(text.contains("BAD   Kubernetes 1.20") && text.contains("fix: upgrade"), "{text}");

@@ -17,13 +17,13 @@ use serde_json::Value;
 
 use super::{Format, Output, json, output};
 use crate::{
-    injector::{Outcome, Values, inject},
+    injector::{Outcome, Values, annotations, inject},
     source::yaml,
 };
 
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Examples:\n  weft inject -f deployment.yaml | kubectl apply -f -\n  kubectl get deploy web -o yaml | weft inject -f -\n\nWhat became of each workload is told on standard error. Exit status: 0, or 1 if one was refused."
+    after_help = format!("Examples:\n  weft inject -f deployment.yaml | kubectl apply -f -\n  kubectl get deploy web -o yaml | weft inject -f -\n\n{}\n\nWhat became of each workload is told on standard error. Exit status: 0, or 1 if one was refused.", annotations::help())
 )]
 pub(super) struct InjectArgs {
     /// A file or a folder of YAML or JSON; `-` reads standard input

@@ -126,7 +126,14 @@ impl Index {
                 };
                 vec![condition("", "Accepted", in_force, reason, message)]
             }
-            Kind::Service | Kind::EndpointSlice | Kind::Pod => Vec::new(),
+            Kind::Service => {
+                let wrong = self.services.get(&name).and_then(|service| service.wrong.clone());
+                wrong
+                    .map(|wrong| condition("", "Accepted", false, "UnsupportedValue", wrong))
+                    .into_iter()
+                    .collect()
+            }
+            Kind::EndpointSlice | Kind::Pod => Vec::new(),
         }
     }
 

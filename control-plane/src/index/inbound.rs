@@ -66,6 +66,7 @@ impl Index {
             }
         }
         numbers.extend(pod.probes.keys());
+        numbers.extend(pod.opaque.iter().cloned().flatten());
         numbers.remove(&0);
         let port_policy = |port: Option<u16>| {
             Arc::new(PortPolicy {
@@ -109,6 +110,9 @@ impl Index {
 
     /// What a pod's port speaks, by the services that send to it, else by its own name.
     pub(crate) fn port_protocol(&self, name: &Name, pod: &PodEntry, port: u16) -> Protocol {
+        if pod.is_opaque(port) {
+            return Protocol::Opaque;
+        }
         let declared = in_namespace(&self.services, &name.0)
             .filter(|(service_name, service)| self.is_pod_of(service_name, service, name, pod))
             .flat_map(|(service_name, service)| service.ports.iter().map(move |p| (service_name, service, p)))

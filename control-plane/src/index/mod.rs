@@ -28,7 +28,7 @@ use weft_core::{
 
 use crate::{
     resources::{
-        INJECTED, Kind, Object, ObjectKey, SKIP_INBOUND_PORTS, WEIGHT, created,
+        INJECTED, Kind, OPAQUE_PORTS, Object, ObjectKey, SKIP_INBOUND_PORTS, WEIGHT, created,
         gateway::{GrpcRouteSpec, HttpRouteSpec, ParentRef},
         lookup,
         policy::{AuthorizationPolicySpec, MeshConfigSpec, TargetRef, TrafficPolicySpec},
@@ -113,6 +113,8 @@ pub struct Index {
     /// Services with parentRefs of routes in other namespaces, and those routes: consumer routes are few, and
     /// must not be looked for among all routes of all namespaces.
     consumer_routes: BTreeMap<Name, BTreeSet<ObjectKey>>,
+    /// Pods that say of themselves what their services should: few, and not to be looked for among all.
+    opaque_pods: BTreeSet<Name>,
     zones: BTreeMap<Arc<str>, Arc<str>>,
     origins: BTreeMap<ObjectKey, Placed>,
 }
@@ -145,6 +147,8 @@ pub(crate) struct ServiceEntry {
     pub(crate) reach: Reach,
     /// Whether a calling pod stays with one.
     pub(crate) by_client: bool,
+    /// What is wrong with its annotations, which count for nothing then.
+    pub(crate) wrong: Option<String>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -199,6 +203,7 @@ pub(crate) struct PodEntry {
     pub(crate) identity: Option<SpiffeId>,
     pub(crate) injected: bool,
     pub(crate) skipped: Vec<RangeInclusive<u16>>,
+    pub(crate) opaque: Vec<RangeInclusive<u16>>,
     pub(crate) weight: u32,
     pub(crate) zone: Arc<str>,
     /// Its own label says it, whatever its node's zone.
@@ -245,6 +250,7 @@ impl Index {
             by_ip: BTreeMap::new(),
             by_vip: BTreeMap::new(),
             consumer_routes: BTreeMap::new(),
+            opaque_pods: BTreeSet::new(),
             zones: BTreeMap::new(),
             origins: BTreeMap::new(),
         }
@@ -451,6 +457,10 @@ impl Index {
                 keys.insert(Key::Service(port.clone()));
                 keys.insert(Key::Route(port.clone()));
             }
+            if self.has_opaque_pods(&name.0) {
+                // With its pods changes what it is said to speak.
+                keys.insert(Key::Service(port.clone()));
+            }
             keys.insert(Key::Endpoints(port));
         }
         // What a port speaks is declared by the services that send to it.
@@ -471,6 +481,9 @@ impl Index {
         }
         for (service_name_, service) in in_namespace(&self.services, &name.0) {
             if self.is_pod_of(service_name_, service, name, pod) {
+                if !pod.opaque.is_empty() {
+                    self.affected_by_service(service_name_, true, keys);
+                }
                 keys.extend(
                     service.ports.iter().map(|p| Key::Endpoints(service_name(service_name_, p.port))),
                 );
@@ -538,6 +551,9 @@ impl Index {
                         entry.zone = zone.clone();
                     }
                     self.by_uid.entry(entry.uid.clone()).or_default().insert(name.clone());
+                    if !entry.opaque.is_empty() {
+                        self.opaque_pods.insert(name.clone());
+                    }
                     for ip in entry.ips.iter().filter(|_| !entry.host_network) {
                         self.by_ip.entry(*ip).or_default().insert(name.clone());
                     }
@@ -592,6 +608,7 @@ impl Index {
                 }
             }
             Kind::Pod => {
+                self.opaque_pods.remove(&name);
                 if let Some(old) = self.pods.remove(&name) {
                     unclaim(&mut self.by_uid, &old.uid, &name);
                     for ip in &old.ips {
@@ -639,6 +656,22 @@ impl Index {
                 self.consumer_routes.remove(&service);
             }
         }
+    }
+
+    fn has_opaque_pods(&self, namespace: &Arc<str>) -> bool {
+        let first: Name = (namespace.clone(), "".into());
+        self.opaque_pods.range(first..).next().is_some_and(|name| name.0 == *namespace)
+    }
+
+    /// Whether a pod that a service's port sends to says that it is opaque there: then it is for all callers.
+    pub(crate) fn is_opaque_by_a_pod(&self, name: &Name, service: &ServiceEntry, port: &ServicePort) -> bool {
+        let first: Name = (name.0.clone(), "".into());
+        let of_namespace = self.opaque_pods.range(first..).take_while(|pod| pod.0 == name.0);
+        let mut pods = of_namespace.filter_map(|pod| self.pods.get_key_value(pod));
+        pods.any(|(pod_name, pod)| {
+            port.target_on(pod).is_some_and(|target| pod.is_opaque(target))
+                && self.is_pod_of(name, service, pod_name, pod)
+        })
     }
 
     /// The pod with an address. One that goes away may be listed beside the one that has its address now.
@@ -762,6 +795,11 @@ impl ServiceEntry {
         };
         let cluster_ips = spec.into_iter().flat_map(|s| s.cluster_ips.iter().flatten().chain(&s.cluster_ip));
         let cluster_ips = cluster_ips.filter_map(|ip| ip.parse().ok()).collect();
+        let opaque = lookup(&service.metadata.annotations, OPAQUE_PORTS).map(parse_opaque_ports);
+        let (opaque, wrong) = match opaque.transpose() {
+            Ok(opaque) => (opaque.unwrap_or_default(), None),
+            Err(reason) => (Vec::new(), Some(format!("annotation {OPAQUE_PORTS}: {reason}"))),
+        };
         let ports = spec.and_then(|s| s.ports.as_ref()).into_iter().flatten();
         let ports =
             ports.filter(|port| port.protocol.as_deref().is_none_or(|p| p == "TCP")).filter_map(|port| {
@@ -775,7 +813,10 @@ impl ServiceEntry {
                         Err(_) => Target::Name(text.clone()),
                     },
                 };
-                let protocol = declared_protocol(port.app_protocol.as_deref(), &name);
+                let protocol = match is_in(&opaque, number) {
+                    true => Protocol::Opaque,
+                    false => declared_protocol(port.app_protocol.as_deref(), &name),
+                };
                 Some(ServicePort { name, port: number, target, protocol })
             });
         Self {
@@ -786,6 +827,7 @@ impl ServiceEntry {
             selector: spec.and_then(|s| s.selector.clone()).unwrap_or_default(),
             publish_not_ready: spec.and_then(|s| s.publish_not_ready_addresses).unwrap_or_default(),
             reach: spec.map(reach).unwrap_or_default(),
+            wrong,
             by_client: spec.is_some_and(|s| s.session_affinity.as_deref() == Some("ClientIP")),
         }
     }
@@ -906,6 +948,9 @@ impl PodEntry {
             skipped: lookup(&meta.annotations, SKIP_INBOUND_PORTS)
                 .and_then(|text| parse_ports(text).ok())
                 .unwrap_or_default(),
+            opaque: lookup(&meta.annotations, OPAQUE_PORTS)
+                .and_then(|text| parse_opaque_ports(text).ok())
+                .unwrap_or_default(),
             weight: lookup(&meta.annotations, WEIGHT).and_then(|text| text.parse().ok()).unwrap_or(1),
             zone: lookup(&meta.labels, ZONE).unwrap_or_default().into(),
             has_own_zone: lookup(&meta.labels, ZONE).is_some(),
@@ -924,6 +969,17 @@ impl PodEntry {
 
 fn is_selected(name: &Name, service: &ServiceEntry, pod_name: &Name, pod: &PodEntry) -> bool {
     pod_name.0 == name.0 && !service.selector.is_empty() && is_subset(&service.selector, &pod.labels)
+}
+
+impl PodEntry {
+    /// Whether the pod says that a port carries bytes and no requests.
+    pub(crate) fn is_opaque(&self, port: u16) -> bool {
+        is_in(&self.opaque, port)
+    }
+}
+
+fn is_in(ranges: &[RangeInclusive<u16>], port: u16) -> bool {
+    ranges.iter().any(|range| range.contains(&port))
 }
 
 /// `Local` says who must not be asked, a distribution only who should be.
@@ -957,6 +1013,16 @@ pub(crate) fn parse_ports(text: &str) -> Result<Vec<RangeInclusive<u16>>, String
     parts
         .map(|part| range(part).ok_or_else(|| format!("{part:?} is not a port or a range of ports")))
         .collect()
+}
+
+/// The same of ports that carry bytes. Each is a policy of its own, so they are counted.
+pub(crate) fn parse_opaque_ports(text: &str) -> Result<Vec<RangeInclusive<u16>>, String> {
+    let ranges = parse_ports(text)?;
+    let ports: usize = ranges.iter().map(ExactSizeIterator::len).sum();
+    if ports > MAX_OPAQUE {
+        return Err(format!("{ports} ports, of {MAX_OPAQUE} at most: name those that the app listens on"));
+    }
+    Ok(ranges)
 }
 
 /// What `appProtocol`, or else the port's name up to its first `-`, declares. What is not known is looked at.
@@ -1033,6 +1099,9 @@ pub fn kinds() -> [Kind; 8] {
         Kind::EndpointSlice,
     ]
 }
+
+/// Opaque ports of a pod.
+const MAX_OPAQUE: usize = 128;
 
 /// Label keys that endpoints carry into telemetry.
 pub(crate) const TELEMETRY_LABELS: [&str; 4] =

@@ -103,7 +103,10 @@ impl PodAddress {
         let endpoint = self.pod.endpoint(SocketAddr::new(self.ip, port));
         Service {
             vips: vec![self.ip],
-            protocol: self.protocols.get(&port).copied().unwrap_or_default(),
+            protocol: match self.pod.is_opaque(port) {
+                true => Protocol::Opaque,
+                false => self.protocols.get(&port).copied().unwrap_or_default(),
+            },
             pod: Some(Arc::new(Endpoint { health: EndpointHealth::Healthy, node: "".into(), ..endpoint })),
             ..Service::new(ServiceName { namespace, name, port })
         }
@@ -267,6 +270,9 @@ impl Index {
         port: &ServicePort,
         from: &Arc<str>,
     ) -> Protocol {
+        if self.is_opaque_by_a_pod(service, entry, port) {
+            return Protocol::Opaque;
+        }
         let could_be_grpc = matches!(port.protocol, Protocol::Detect | Protocol::Http2 | Protocol::Http1);
         let says_grpc = |from| self.attached_grpc(service, entry, port, from).next().is_some();
         if could_be_grpc && (says_grpc(&service.0) || (*from != service.0 && says_grpc(from))) {

@@ -1070,3 +1070,52 @@ fn an_endpoint_that_goes_away_is_asked_only_while_it_still_answers() {
     assert_eq!(health("ready: false, serving: false, terminating: true"), EndpointHealth::Unhealthy);
     assert_eq!(health("ready: false, terminating: true"), EndpointHealth::Draining, "of an older cluster");
 }
+
+#[test]
+fn a_port_is_opaque_where_its_pod_or_its_service_says_so() {
+    let mut index = index(SHOP);
+    let http = service("shop/cart:80");
+    let protocol = |index: &Index| index.service(&http).unwrap().0.protocol;
+    let of_pod = |index: &Index, name: &str| {
+        index.workload(&uid(name)).unwrap().0.ports.get(&8080).map(|port| port.protocol)
+    };
+    assert_eq!((protocol(&index), of_pod(&index, "cart-1-uid")), (Protocol::Http1, Some(Protocol::Http1)));
+    // One pod's word is the service's: its callers cannot know which of them they will get.
+    let pod = "apiVersion: v1\nkind: Pod\nmetadata: {name: cart-3, namespace: shop, uid: cart-3-uid, labels: {app: cart},\n\
+               annotations: {weft.dev/opaque-ports: \"8080,9000-9003\"}}\n\
+               spec: {containers: [{name: a, ports: [{name: web, containerPort: 8080}]}]}\nstatus: {podIP: 10.0.0.3}\n";
+    let dirty = apply(&mut index, pod);
+    for key in
+        [Key::Service(http.clone()), Key::Workload(uid("cart-1-uid")), Key::Workload(uid("cart-3-uid"))]
+    {
+        assert!(dirty.contains(&key), "{key:?} {dirty:?}");
+    }
+    assert_eq!((protocol(&index), of_pod(&index, "cart-1-uid")), (Protocol::Opaque, Some(Protocol::Opaque)));
+    let own = index.workload(&uid("cart-3-uid")).unwrap().0;
+    assert!([8080, 9000, 9003].iter().all(|port| own.ports[port].protocol == Protocol::Opaque));
+    let address = index.pod_address("10.0.0.3".parse().unwrap()).unwrap();
+    assert_eq!(
+        (address.service(9001).protocol, address.service(9004).protocol),
+        (Protocol::Opaque, Protocol::Detect)
+    );
+    delete(&mut index, Kind::Pod, "cart-3");
+    assert_eq!((protocol(&index), of_pod(&index, "cart-1-uid")), (Protocol::Http1, Some(Protocol::Http1)));
+    // The service says it of all its pods.
+    let annotated = |ports: &str| {
+        SHOP.replacen(
+            "namespace: shop}",
+            &format!("namespace: shop, annotations: {{weft.dev/opaque-ports: \"{ports}\"}}}}"),
+            1,
+        )
+    };
+    apply(&mut index, &annotated("80"));
+    assert_eq!((protocol(&index), of_pod(&index, "cart-1-uid")), (Protocol::Opaque, Some(Protocol::Opaque)));
+    // A typo takes no service away: it is said, and the rest is as declared.
+    apply(&mut index, &annotated("eighty"));
+    assert_eq!(protocol(&index), Protocol::Http1);
+    let said = index.conditions(&ObjectKey::new(Kind::Service, "shop", "cart"));
+    assert!(
+        !said[0].status && said[0].message.contains("weft.dev/opaque-ports: \"eighty\" is not a port"),
+        "{said:?}"
+    );
+}

@@ -14,10 +14,10 @@ use weft_core::{backoff::Backoff, identity::PodUid};
 use super::{
     inbound::{combinations, exceptions},
     outbound::try_backoff,
-    parse_ports,
+    parse_opaque_ports, parse_ports,
 };
 use crate::resources::{
-    AuthorizationPolicy, INJECTED, Object, SKIP_INBOUND_PORTS, TrafficPolicy, WEIGHT, lookup,
+    AuthorizationPolicy, INJECTED, OPAQUE_PORTS, Object, SKIP_INBOUND_PORTS, TrafficPolicy, WEIGHT, lookup,
     policy::{AuthorizationPolicySpec, BackoffSpec, TargetRef, TrafficPolicySpec},
     values::GatewayDuration,
 };
@@ -102,6 +102,11 @@ fn pod(pod: &Pod) -> Result<(), Invalid> {
         && let Err(reason) = parse_ports(text)
     {
         return invalid(format!("metadata.annotations[{SKIP_INBOUND_PORTS}]"), reason);
+    }
+    if let Some(text) = lookup(&pod.metadata.annotations, OPAQUE_PORTS)
+        && let Err(reason) = parse_opaque_ports(text)
+    {
+        return invalid(format!("metadata.annotations[{OPAQUE_PORTS}]"), reason);
     }
     if let Some(text) = lookup(&pod.metadata.annotations, WEIGHT)
         && text.parse::<u32>().is_err()

@@ -2,6 +2,7 @@
 //!
 //! Why a wrong value refuses the pod: a port that was to be skipped and is not, or the reverse, is found by an outage
 //! or by nobody. All that is wrong is said at once, each with its annotation and what to write instead.
+//! [`ALL`] is what there is: `weft inject --help` and the message about a misspelt one are made of it.
 
 use std::{collections::BTreeMap, fmt};
 
@@ -9,8 +10,8 @@ use ipnet::IpNet;
 use weft_core::ports;
 
 use crate::{
-    index::parse_ports,
-    resources::{INJECT, SKIP_INBOUND_PORTS, WEIGHT, values::GatewayDuration},
+    index::{parse_opaque_ports, parse_ports},
+    resources::{INJECT, INJECTED, OPAQUE_PORTS, SKIP_INBOUND_PORTS, WEIGHT, values::GatewayDuration},
 };
 
 /// Ports that the app dials without the sidecar: `"25,6000-6100"`.
@@ -92,6 +93,11 @@ impl Annotations {
     fn take(&mut self, name: &str, text: &str) -> Result<(), String> {
         match name {
             INJECT => self.inject = Some(enabled(text)?),
+            // The controller reads it from the pod.
+            OPAQUE_PORTS => {
+                parse_opaque_ports(text)
+                    .map_err(|reason| format!("{reason}: write \"3306\" or \"9000-9010\""))?;
+            }
             SKIP_INBOUND_PORTS => self.skip_inbound_ports = port_list(text)?,
             SKIP_OUTBOUND_PORTS => self.skip_outbound_ports = port_list(text)?,
             SKIP_OUTBOUND_CIDRS => self.skip_outbound_cidrs = cidr_list(text)?,
@@ -105,7 +111,11 @@ impl Annotations {
             WEIGHT => return Err(format!("{text:?} is not a weight: write a number such as 2")),
             // Ours to write: the pod's owner has no say in them, and what they say is not read here.
             _ if WRITTEN.contains(&name) => {}
-            _ => return Err(format!("there is no such annotation: known are {}", KNOWN.join(", "))),
+            _ => {
+                let known = ALL.iter().map(|(known, ..)| *known).filter(|known| !WRITTEN.contains(known));
+                let known: Vec<_> = known.collect();
+                return Err(format!("there is no such annotation: known are {}", known.join(", ")));
+            }
         }
         Ok(())
     }
@@ -198,18 +208,30 @@ fn sleep(text: &str) -> Result<u64, String> {
 
 const PREFIX: &str = "weft.dev/";
 /// What the injector and the controller write themselves.
-pub(super) const WRITTEN: [&str; 3] =
-    [crate::resources::INJECTED, super::patch::NOT_INJECTED, super::patch::VERSION];
-const KNOWN: [&str; 11] = [
-    INJECT,
-    SKIP_INBOUND_PORTS,
-    SKIP_OUTBOUND_PORTS,
-    SKIP_OUTBOUND_CIDRS,
-    LOG,
-    CPU_REQUEST,
-    CPU_LIMIT,
-    MEMORY_REQUEST,
-    MEMORY_LIMIT,
-    PRESTOP_SLEEP,
-    WEIGHT,
+pub(super) const WRITTEN: [&str; 3] = [INJECTED, super::patch::NOT_INJECTED, super::patch::VERSION];
+/// Every annotation of a pod, with what it says and an example.
+pub const ALL: [(&str, &str, &str); 13] = [
+    (
+        INJECT,
+        "whether the pod gets a sidecar; as a label it reaches pods of other namespaces, too",
+        "disabled",
+    ),
+    (OPAQUE_PORTS, "ports that carry bytes and no requests; on a Service: its ports", "3306,9000-9010"),
+    (SKIP_INBOUND_PORTS, "ports that are reached without the sidecar, in plaintext", "9090"),
+    (SKIP_OUTBOUND_PORTS, "ports that the app dials without the sidecar", "25,6000-6100"),
+    (SKIP_OUTBOUND_CIDRS, "networks that the app dials without the sidecar", "10.9.0.0/16"),
+    (LOG, "what the sidecar logs", "info,weft_proxy::inbound=debug"),
+    (CPU_REQUEST, "what the sidecar asks for", "50m"),
+    (CPU_LIMIT, "what the sidecar may have", "1"),
+    (MEMORY_REQUEST, "what the sidecar asks for", "32Mi"),
+    (MEMORY_LIMIT, "what the sidecar may have", "512Mi"),
+    (PRESTOP_SLEEP, "how long an app that exits at once is kept from hearing that it should", "5s"),
+    (WEIGHT, "the pod's share of its services' requests; others have 1", "2"),
+    (INJECTED, "written by the injector: the pod has a sidecar", "true"),
 ];
+
+/// The same for people.
+pub fn help() -> String {
+    let line = |(name, what, example): &(&str, &str, &str)| format!("  {name}: {example:?}\n      {what}");
+    format!("Annotations of a pod:\n{}", ALL.iter().map(line).collect::<Vec<_>>().join("\n"))
+}

@@ -87,7 +87,12 @@ pub fn inject(pod: &Pod, by_default: bool, values: &Values) -> Result<Outcome, R
         return Ok(Outcome::Leave("it has a sidecar already"));
     }
     if let Some(reason) = cannot_be_captured(pod, spec) {
-        return Ok(Outcome::Skip(reason, Patch(annotate(pod, &[(NOT_INJECTED, reason)]))));
+        let mut says = vec![(NOT_INJECTED, reason)];
+        // Copied from a pod that has one: callers would wait for a sidecar that never answers.
+        if crate::resources::lookup(&meta.annotations, INJECTED).is_some() {
+            says.push((INJECTED, "false"));
+        }
+        return Ok(Outcome::Skip(reason, Patch(annotate(pod, &says))));
     }
     let asks = asks?;
     let wrong = conflicts(spec);

@@ -5,12 +5,19 @@
 //! `kubernetes.io/tls`. Every replica follows it and signs; a step of a rotation is a write that names the version
 //! it is based on, so that two at once are one after the other.
 //!
+//! Why trust anchors are written when a pod is admitted, too: a kubelet that does not find what it should mount tries
+//! again later and later. The webhook is asked before the pod is stored, so whoever starts first in a namespace finds
+//! them. Who else watches (labels, pods) comes a moment after that, and mends what was removed.
+//!
+//! Why a namespace belongs to one mesh: pods mount one ConfigMap of that name. Two installations would replace each
+//! other's anchors for ever, and each time cut off the other's sidecars; whoever was there first stays.
+//!
 //! Why the last good roots stay: a Secret that is deleted or spoilt must not end a mesh that runs. It is said,
 //! loudly, and nothing else happens.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    sync::Arc,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -18,20 +25,29 @@ use anyhow::Context as _;
 use futures_util::StreamExt as _;
 use k8s_openapi::{
     ByteString,
-    api::core::v1::{ConfigMap, Secret},
+    api::core::v1::{ConfigMap, ObjectReference, Secret},
     apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference},
 };
 use kube::{
     Api, Client,
     api::{Patch, PatchParams, PostParams},
-    runtime::watcher,
+    runtime::{
+        events::{Event, EventType, Recorder, Reporter},
+        watcher,
+    },
 };
-use tokio::{sync::watch, time::sleep};
+use tokio::{
+    sync::watch,
+    time::{Instant, sleep},
+};
 use weft_core::identity::TrustDomain;
 use zeroize::Zeroizing;
 
-use super::owner;
-use crate::ca::{Bundle, Ca, CaError, Files, Place, Roots, RotateRoot};
+use super::{owner, watch::is_expired};
+use crate::{
+    ca::{Bundle, Ca, CaError, Files, Place, Roots, RotateRoot},
+    resources::{INJECT, lookup},
+};
 
 /// Keeps the authority's Secret.
 #[derive(Clone)]
@@ -42,7 +58,14 @@ pub struct Authority {
     name: String,
     trust_domain: TrustDomain,
     owner: Option<OwnerReference>,
+    /// Where the anchors stand, which, and since when that is known.
+    published: Arc<Mutex<BTreeMap<Arc<str>, Stands>>>,
+    /// Namespaces of other installations, which were told so.
+    told: Arc<Mutex<BTreeSet<Arc<str>>>>,
 }
+
+/// A hash of what stands somewhere, and since when that is known.
+type Stands = (u64, Instant);
 
 impl Authority {
     /// Loads the authority of a Secret, or makes one. Waits for an API server that does not answer.
@@ -65,6 +88,8 @@ impl Authority {
             name: name.to_owned(),
             trust_domain: trust_domain.clone(),
             owner,
+            published: Arc::default(),
+            told: Arc::default(),
         };
         let roots = loop {
             match own.change(|_| Ok(())).await {
@@ -152,7 +177,7 @@ impl Authority {
     pub async fn follow(self: Arc<Self>, ca: Arc<Ca>) {
         let config =
             watcher::Config::default().fields(&format!("metadata.name={}", self.name)).timeout(WATCH_SECONDS);
-        let mut events = std::pin::pin!(watcher(self.secrets.clone(), config));
+        let mut events = std::pin::pin!(watcher(self.secrets.clone(), config.clone()));
         let mut known = None;
         while let Some(event) = events.next().await {
             let secret = match event {
@@ -168,6 +193,9 @@ impl Authority {
                 Err(error) => {
                     tracing::debug!(%error, "the issuer's Secret cannot be watched");
                     sleep(RETRY).await;
+                    if is_expired(&error) {
+                        events.set(watcher(self.secrets.clone(), config.clone()));
+                    }
                     continue;
                 }
             };
@@ -188,7 +216,6 @@ impl Authority {
     /// Keeps the trust anchors in every namespace of `injected`, for ever.
     pub async fn publish(self: Arc<Self>, ca: Arc<Ca>, mut injected: watch::Receiver<BTreeSet<Arc<str>>>) {
         let mut bundle = ca.bundle();
-        let mut done: BTreeMap<Arc<str>, u64> = BTreeMap::new();
         let mut look = tokio::time::interval(REPAIR);
         look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
@@ -196,53 +223,102 @@ impl Authority {
                 changed = bundle.changed() => if changed.is_err() { return },
                 changed = injected.changed() => if changed.is_err() { return },
                 // Somebody may have changed or removed it, or it could not be written.
-                _ = look.tick() => done.clear(),
+                _ = look.tick() => lock(&self.published).clear(),
             }
-            let (sequence, anchors) = (bundle.borrow_and_update().sequence, ca.anchors());
-            let hash = crate::index::hash(anchors.as_bytes());
+            bundle.borrow_and_update();
             let namespaces = injected.borrow_and_update().clone();
-            done.retain(|namespace, _| namespaces.contains(namespace));
+            lock(&self.published).retain(|namespace, _| namespaces.contains(namespace));
+            lock(&self.told).retain(|namespace| namespaces.contains(namespace));
             for namespace in namespaces {
-                if done.get(&namespace) == Some(&hash) {
-                    continue;
-                }
-                match self.publish_in(&namespace, sequence, &anchors).await {
-                    Ok(()) => {
-                        done.insert(namespace, hash);
-                    }
-                    Err(error) => tracing::warn!(%error, %namespace, "the trust anchors cannot be published"),
+                self.ensure(&ca, &namespace, None).await;
+            }
+        }
+    }
+
+    /// Sees to it that the trust anchors stand in a namespace, unless it was so `lately`.
+    pub async fn ensure(&self, ca: &Ca, namespace: &str, lately: Option<Duration>) {
+        let (sequence, anchors) = (ca.bundle().borrow().sequence, ca.anchors());
+        let hash = crate::index::hash(anchors.as_bytes());
+        let known = lock(&self.published).get(namespace).copied();
+        let is_good = |since: Instant| lately.is_none_or(|lately| since.elapsed() < lately);
+        if known.is_some_and(|(there, since)| there == hash && is_good(since)) {
+            return;
+        }
+        match self.publish_in(namespace, sequence, &anchors).await {
+            Ok(()) => {
+                lock(&self.published).insert(namespace.into(), (hash, Instant::now()));
+                lock(&self.told).remove(namespace);
+            }
+            Err(error) => {
+                tracing::warn!(%error, %namespace, "the trust anchors cannot be published");
+                let is_new = matches!(error, NotPublished::Foreign(_)) && {
+                    let mut told = lock(&self.told);
+                    told.len() < MAX_TOLD && told.insert(namespace.into())
+                };
+                if is_new {
+                    self.tell(namespace, &error).await;
                 }
             }
         }
     }
 
-    async fn publish_in(&self, namespace: &str, sequence: u64, anchors: &str) -> Result<(), kube::Error> {
+    async fn publish_in(&self, namespace: &str, sequence: u64, anchors: &str) -> Result<(), NotPublished> {
         let maps: Api<ConfigMap> = Api::namespaced(self.client.clone(), namespace);
         if let Some(mut there) = maps.get_opt(TRUST).await? {
+            let installation = lookup(&there.metadata.annotations, INSTALLATION);
+            if let Some(other) = installation.filter(|other| *other != self.namespace) {
+                return Err(NotPublished::Foreign(other.chars().take(MAX_NAMESPACE).collect()));
+            }
+            let claimed = installation.is_some();
             let adopted = owner::adopt(&mut there.metadata, self.owner.as_ref());
-            let said = crate::resources::lookup(&there.metadata.annotations, SEQUENCE);
+            let said = lookup(&there.metadata.annotations, SEQUENCE);
             let newer = said.and_then(|text| text.parse().ok()).is_some_and(|there: u64| there > sequence);
             let text = there.data.as_ref().and_then(|data| data.get(ANCHORS)).map_or("", String::as_str);
             // A replica that has not heard of a rotation yet must not take it back. Anchors of which none is ours are
             // those of another authority, one that is gone: they must not keep ours away.
             let akin = anchors.split_inclusive(END).any(|anchor| text.contains(anchor));
-            if (newer && akin) || (text == anchors && !adopted) {
+            if (newer && akin) || (text == anchors && claimed && !adopted) {
                 return Ok(());
             }
         }
+        let annotations =
+            [(SEQUENCE.to_owned(), sequence.to_string()), (INSTALLATION.to_owned(), self.namespace.clone())];
         let map = ConfigMap {
             metadata: ObjectMeta {
                 name: Some(TRUST.to_owned()),
                 namespace: Some(namespace.to_owned()),
                 labels: Some(owner::labels()),
-                annotations: Some([(SEQUENCE.to_owned(), sequence.to_string())].into()),
+                annotations: Some(annotations.into()),
                 owner_references: self.owner.clone().map(|owner| vec![owner]),
                 ..ObjectMeta::default()
             },
             data: Some([(ANCHORS.to_owned(), anchors.to_owned())].into()),
             ..ConfigMap::default()
         };
-        maps.patch(TRUST, &PatchParams::apply(MANAGER).force(), &Patch::Apply(&map)).await.map(|_| ())
+        maps.patch(TRUST, &PatchParams::apply(MANAGER).force(), &Patch::Apply(&map)).await?;
+        Ok(())
+    }
+
+    /// An event where the namespace's owner looks.
+    async fn tell(&self, namespace: &str, error: &NotPublished) {
+        let reporter = Reporter { controller: "weft-controller".to_owned(), instance: None };
+        let event = Event {
+            type_: EventType::Warning,
+            reason: "OtherInstallation".to_owned(),
+            note: Some(error.to_string()),
+            action: "Publish".to_owned(),
+            secondary: None,
+        };
+        let about = ObjectReference {
+            api_version: Some("v1".to_owned()),
+            kind: Some("ConfigMap".to_owned()),
+            namespace: Some(namespace.to_owned()),
+            name: Some(TRUST.to_owned()),
+            ..ObjectReference::default()
+        };
+        if let Err(error) = Recorder::new(self.client.clone(), reporter).publish(&event, &about).await {
+            tracing::debug!(%error, "an event cannot be written");
+        }
     }
 }
 
@@ -250,6 +326,23 @@ impl std::fmt::Debug for Authority {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Authority").field("secret", &self.name).finish_non_exhaustive()
     }
+}
+
+/// Why the anchors do not stand in a namespace.
+#[derive(Debug, thiserror::Error)]
+enum NotPublished {
+    #[error(transparent)]
+    Api(#[from] kube::Error),
+    #[error(
+        "ConfigMap {TRUST} here is of the Weft in namespace {0}: a namespace belongs to one mesh. Take the label \
+         {INJECT} and Weft's pods away from this namespace, or uninstall that Weft and delete the ConfigMap"
+    )]
+    Foreign(String),
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // What is guarded is whole after every statement.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Why the Secret could not be read or changed.
@@ -273,6 +366,12 @@ pub const ANCHORS: &str = "roots.pem";
 /// What ends each of them.
 const END: &str = "-----END CERTIFICATE-----\n";
 const SEQUENCE: &str = "weft.dev/trust-sequence";
+/// The namespace of the controller that wrote it.
+pub const INSTALLATION: &str = "weft.dev/controller-namespace";
+/// Of a name; what is longer is none.
+const MAX_NAMESPACE: usize = 63;
+/// Namespaces that are remembered as told.
+const MAX_TOLD: usize = 10_000;
 /// Of server-side apply.
 pub(crate) const MANAGER: &str = "weft";
 const CONFLICTS: u32 = 20;

@@ -140,6 +140,13 @@ impl Fake {
         self.state.lock().unwrap().kinds.extend(kinds.iter().map(ToString::to_string));
     }
 
+    /// Serves a kind no more, as a proxy in its place that knows of nothing.
+    pub(crate) fn uninstall(&self, kind: &str) {
+        let mut state = self.state.lock().unwrap();
+        state.kinds.remove(kind);
+        state.watches_end();
+    }
+
     /// Refuses each status of an object, as a schema does that the object does not fit any more.
     pub(crate) fn spoil(&self, name: &str) {
         self.state.lock().unwrap().spoilt.insert(name.to_owned());
@@ -196,6 +203,11 @@ impl State {
         self.objects.insert(id.clone(), object.clone());
         self.tell(kind, id, object.clone());
         object
+    }
+
+    /// Whoever watches has to ask again.
+    fn watches_end(&mut self) {
+        self.changes = broadcast::channel(1_024).0;
     }
 
     fn tell(&mut self, kind: &str, id: Id, object: Value) {

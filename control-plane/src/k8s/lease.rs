@@ -24,6 +24,11 @@ pub async fn hold(
     owner: Option<OwnerReference>,
     leads: watch::Sender<bool>,
 ) {
+    // Two that had one name would both lead.
+    let identity = match identity.is_empty() {
+        true => format!("weft-controller-{:016x}", rand::random::<u64>()),
+        false => identity,
+    };
     let leases: Api<Lease> = Api::namespaced(client.clone(), &namespace);
     loop {
         let built = LeaseManagerBuilder::new(client.clone(), LEASE)

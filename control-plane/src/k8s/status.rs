@@ -6,6 +6,10 @@
 //! places: two controllers that each put their own last would write in turns for ever.
 //!
 //! Why it is compared first: a status that says the same is not written, so a mesh at rest writes nothing.
+//!
+//! Why counts wait: while a thousand sidecars take a change, "applied 118/1000" is another number each second, of each
+//! object, and every write of it wakes whoever watches. What an author must act on is written at once; a count that
+//! alone is new is written when the last one has stood for a moment, so that the first and the last always are.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -71,8 +75,8 @@ impl Statuses {
         self.lock().len()
     }
 
-    fn all(&self) -> Vec<(ObjectKey, Live)> {
-        self.lock().iter().map(|(key, live)| (key.clone(), live.clone())).collect()
+    fn all(&self) -> BTreeMap<ObjectKey, Live> {
+        self.lock().clone()
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<ObjectKey, Live>> {
@@ -90,14 +94,13 @@ pub async fn write<F: Future<Output = Option<Status>>>(
 ) {
     let instance = (!pod.is_empty()).then_some(pod);
     let recorder = Recorder::new(client.clone(), Reporter { controller: CONTROLLER.to_owned(), instance });
-    let mut writer =
-        Writer { client, recorder, written: HashMap::new(), refused: HashMap::new(), told: HashMap::new() };
+    let mut writer = Writer::new(client, recorder);
     loop {
         if leads.wait_for(|leads| *leads).await.is_err() {
             return;
         }
         if let Some(status) = ask().await {
-            writer.look(&statuses, &status).await;
+            writer.look(&statuses, &status, Instant::now()).await;
         }
         sleep(EVERY).await;
     }
@@ -115,7 +118,12 @@ struct Writer {
 }
 
 impl Writer {
-    async fn look(&mut self, statuses: &Statuses, status: &Status) {
+    fn new(client: Client, recorder: Recorder) -> Self {
+        let (written, refused, told) = (HashMap::new(), HashMap::new(), HashMap::new());
+        Self { client, recorder, written, refused, told }
+    }
+
+    async fn look(&mut self, statuses: &Statuses, status: &Status, at: Instant) {
         let objects: HashMap<_, _> = status.objects.iter().map(|object| (name(object), object)).collect();
         let problems: HashMap<_, _> =
             status.problems.iter().map(|problem| (&*problem.object, problem)).collect();
@@ -127,9 +135,9 @@ impl Writer {
             .collect();
         let now = Timestamp::now().to_string();
         let live = statuses.all();
-        self.told.retain(|key, _| live.iter().any(|(known, _)| known == key));
-        self.written.retain(|key, _| live.iter().any(|(known, _)| known == key));
-        self.refused.retain(|key, _| live.iter().any(|(known, _)| known == key));
+        self.told.retain(|key, _| live.contains_key(key));
+        self.written.retain(|key, _| live.contains_key(key));
+        self.refused.retain(|key, _| live.contains_key(key));
         for (key, live) in live {
             let text = key.to_string();
             let (object, problem) = (objects.get(&text).copied(), problems.get(&*text).copied());
@@ -139,7 +147,9 @@ impl Writer {
                 continue;
             }
             let refused = self.refused.get(&key);
-            if refused.is_some_and(|(version, _, at)| *version == live.version && at.elapsed() < AGAIN) {
+            if refused.is_some_and(|(version, _, then)| {
+                *version == live.version && at.duration_since(*then) < AGAIN
+            }) {
                 continue;
             }
             // Not read yet, or gone already: nothing is known of it that could be said.
@@ -158,7 +168,12 @@ impl Writer {
             };
             let Some(wanted) = wanted else { continue };
             // A CRD older than this controller drops what it does not know: saying it again at once would never end.
-            if last.is_some_and(|(_, said, at)| *said == wanted && at.elapsed() < AGAIN) {
+            let age = last.map(|(_, _, then)| at.duration_since(*then));
+            let same = last.is_some_and(|(_, said, _)| timeless(said) == timeless(&wanted));
+            if same && age.is_some_and(|age| age < AGAIN) {
+                continue;
+            }
+            if only_counts(&wanted, &live.status) && age.is_some_and(|age| age < COUNTS) {
                 continue;
             }
             let api: Api<DynamicObject> = match key.kind.is_namespaced() {
@@ -169,7 +184,7 @@ impl Writer {
             match api.patch_status(&key.name, &PatchParams::default(), &Patch::Merge(&patch)).await {
                 Ok(_) => {
                     self.refused.remove(&key);
-                    self.written.insert(key, (live.version, wanted, Instant::now()));
+                    self.written.insert(key, (live.version, wanted, at));
                 }
                 // Changed meanwhile: the next look has heard of it.
                 Err(kube::Error::Api(answer)) if answer.code == 409 => {}
@@ -181,7 +196,7 @@ impl Writer {
                     if self.refused.get(&key).is_none_or(|(_, known, _)| *known != reason) {
                         tracing::warn!(object = %key, %reason, "the API server does not take its status");
                     }
-                    self.refused.insert(key, (live.version, reason, Instant::now()));
+                    self.refused.insert(key, (live.version, reason, at));
                 }
                 Err(error) => {
                     tracing::debug!(%error, object = %key, "status cannot be written");
@@ -330,6 +345,29 @@ fn policy(
     (!same).then_some(wanted)
 }
 
+/// A status without its times: what does not stand there yet turned "now", each time anew.
+fn timeless(status: &Value) -> Value {
+    let mut status = status.clone();
+    let forget = |holder: &mut Value| {
+        for condition in holder["conditions"].as_array_mut().into_iter().flatten() {
+            condition["lastTransitionTime"] = Value::Null;
+        }
+    };
+    match status.get_mut("parents").and_then(Value::as_array_mut) {
+        Some(parents) => parents.iter_mut().for_each(forget),
+        None => forget(&mut status),
+    }
+    status
+}
+
+/// Whether what is to be written differs from what stands there by how many sidecars have it, and by nothing else.
+fn only_counts(wanted: &Value, there: &Value) -> bool {
+    let counts = |status: &Value| status["applied"].is_string();
+    counts(wanted)
+        && counts(there)
+        && ["observedGeneration", "conditions"].iter().all(|field| wanted[*field] == there[*field])
+}
+
 /// Conditions as they are written; the time of one changes with its status only.
 fn list(said: &[ConditionStatus], known: &Value, generation: i64, now: &str) -> Vec<Value> {
     let word = |holds: bool| if holds { "True" } else { "False" };
@@ -361,6 +399,8 @@ const MAX_MESSAGE: usize = 32_768;
 const MAX_NOTE: usize = 1_024;
 /// Between two looks.
 const EVERY: Duration = Duration::from_secs(1);
+/// How long a count stands at least.
+const COUNTS: Duration = Duration::from_secs(5);
 /// Until the same is said again of the same object.
 const AGAIN: Duration = Duration::from_secs(60);
 
@@ -417,6 +457,75 @@ mod tests {
         // Parents that are gone are gone there, too.
         live.parents.clear();
         assert_eq!(route(&key(), &live, &[], None, "T3").unwrap(), [foreign]);
+    }
+
+    /// A roll-out as the writer sees it: what is written when, of one policy that more and more sidecars have.
+    #[tokio::test]
+    async fn a_roll_out_is_counted_every_few_seconds_and_its_end_always() {
+        use super::super::fake::{Fake, POLICIES};
+        let fake = Fake::start().await;
+        fake.install(&POLICIES);
+        let at_api = "/apis/weft.dev/v1alpha1/trafficpolicies";
+        let apply = |generation: i64| {
+            let there = fake.get(at_api, "shop", "p").map_or(Value::Null, |there| there["status"].clone());
+            let meta = json!({"name": "p", "namespace": "shop", "generation": generation});
+            fake.apply(at_api, json!({"metadata": meta, "status": there}));
+        };
+        apply(1);
+        let client = super::super::client_of(kube::Config::new(fake.uri())).unwrap();
+        let reporter = Reporter { controller: CONTROLLER.to_owned(), instance: None };
+        let recorder = Recorder::new(client.clone(), reporter);
+        let mut writer = Writer::new(client, recorder);
+        let (statuses, key) = (Statuses::default(), ObjectKey::new(Kind::TrafficPolicy, "shop", "p"));
+        let start = Instant::now();
+        let mut written: Vec<(u64, String)> = Vec::new();
+        let mut look = async |second: u64, applied: u32| {
+            let found = fake.get(at_api, "shop", "p").unwrap();
+            let meta = &found["metadata"];
+            statuses.set(
+                key.clone(),
+                Live {
+                    version: meta["resourceVersion"].as_str().unwrap().to_owned(),
+                    generation: meta["generation"].as_i64().unwrap(),
+                    status: found["status"].clone(),
+                    ..Live::default()
+                },
+            );
+            let object = ObjectStatus {
+                kind: "TrafficPolicy".to_owned(),
+                namespace: "shop".to_owned(),
+                name: "p".to_owned(),
+                applied,
+                of: 100,
+                version: "v".to_owned(),
+                ..ObjectStatus::default()
+            };
+            let status = Status { objects: vec![object], ..Status::default() };
+            writer.look(&statuses, &status, start + Duration::from_secs(second)).await;
+            let now = fake.get(at_api, "shop", "p").unwrap()["status"]["applied"].clone();
+            if written.last().map(|(_, text)| text.as_str()) != now.as_str() {
+                written.push((second, now.as_str().unwrap().to_owned()));
+            }
+        };
+        // Twenty sidecars a second for four seconds, then the last ones, then quiet; long after it a change.
+        for (second, applied) in [(0, 0), (1, 20), (2, 40), (3, 60), (4, 80), (5, 99), (6, 100)] {
+            look(second, applied).await;
+        }
+        for second in 7..30 {
+            look(second, 100).await;
+        }
+        look(30, 99).await;
+        look(31, 98).await;
+        apply(2);
+        look(32, 98).await;
+        look(33, 100).await;
+        for second in 34..40 {
+            look(second, 100).await;
+        }
+        let text = |n: u32| format!("{n}/100 @ v");
+        let wanted = [(0, 0), (5, 99), (10, 100), (30, 99), (32, 98), (37, 100)];
+        assert_eq!(written, wanted.map(|(second, n)| (second, text(n))));
+        assert_eq!(fake.writes().len(), wanted.len(), "nothing else is written: {:?}", fake.writes());
     }
 
     #[test]

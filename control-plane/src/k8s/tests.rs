@@ -74,7 +74,8 @@ fn shop(fake: &Fake) {
         json!({
             "metadata": {"name": "cart-1", "namespace": "shop", "uid": "cart-1-uid", "labels": {"app": "cart"},
                 "annotations": {"weft.dev/injected": "true"}},
-            "spec": {"nodeName": "n1", "serviceAccountName": "cart", "containers": [{"name": "app", "image": "x",
+            "spec": {"nodeName": "n1", "serviceAccountName": "cart", "initContainers": [{"name": "weft-proxy"}],
+                "containers": [{"name": "app", "image": "x",
                 "ports": [{"name": "web", "containerPort": 8080}]}]},
             "status": {"phase": "Running", "podIP": "10.0.0.1", "podIPs": [{"ip": "10.0.0.1"}],
                 "conditions": [{"type": "Ready", "status": "True"}]},
@@ -117,6 +118,16 @@ async fn a_cluster_is_served_and_custom_kinds_may_come_later() {
     assert!(has("svc/shop/cart:80") && has("ip/10.96.0.10:80") && has("self/cart-1-uid"));
     assert!(controller.published.workload(&PodUid::new("cart-1-uid").unwrap()).is_some());
     assert!(!has("route/shop/cart:80"));
+    // Whoever only says that it has a sidecar has none.
+    let mut liar = fake.get("/api/v1/pods", "shop", "cart-1").unwrap();
+    liar["metadata"]["name"] = json!("liar");
+    liar["metadata"]["uid"] = json!("liar-uid");
+    liar["spec"]["initContainers"] = json!([]);
+    fake.apply("/api/v1/pods", liar);
+    eventually(|| controller.published.workload(&PodUid::new("liar-uid").unwrap()).is_some()).await;
+    let status: Status = ask(&controller, "/api/v1/status").await;
+    let sidecars: Vec<_> = status.sidecars.iter().map(|sidecar| &*sidecar.pod).collect();
+    assert_eq!(sidecars, ["shop/cart-1"]);
     fake.install(&ROUTES);
     fake.apply(ROUTES[0], route("r"));
     eventually(|| has("route/shop/cart:80")).await;
@@ -194,6 +205,56 @@ async fn replicas_have_one_authority_and_its_anchors_are_where_sidecars_are() {
     // A replica that starts later reads the same.
     let three = controller(&fake).await;
     assert_eq!(bundle(&three), bundle(&one));
+}
+
+#[tokio::test]
+async fn what_no_cluster_is_without_is_never_believed_to_be_absent() {
+    let fake = Fake::start().await;
+    shop(&fake);
+    let controller = controller(&fake).await;
+    controller.synced().await;
+    fake.uninstall("/api/v1/services");
+    let problems = async || ask::<Status>(&controller, "/api/v1/status").await.problems;
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
+    while !problems().await.iter().any(|problem| problem.reason.contains("Service objects cannot be watched"))
+    {
+        assert!(tokio::time::Instant::now() < deadline, "{:?}", problems().await);
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    assert!(controller.published.resource("svc/shop/cart:80").is_some());
+    controller.stop().await;
+}
+
+#[tokio::test]
+async fn two_installations_do_not_fight_over_a_namespace() {
+    let fake = Fake::start().await;
+    shop(&fake);
+    let foreign = json!({"metadata": {"name": "weft-trust", "namespace": "shop",
+        "annotations": {"weft.dev/controller-namespace": "other-weft"}}, "data": {"roots.pem": "theirs"}});
+    fake.apply("/api/v1/configmaps", foreign);
+    let controller = controller(&fake).await;
+    let events = || fake.writes().iter().filter(|write| write.ends_with("/namespaces/shop/events")).count();
+    eventually(|| events() == 1).await;
+    let (authority, ca) = (controller.authority().unwrap(), controller.ca());
+    authority.ensure(ca, "shop", None).await;
+    let map = |namespace| fake.get("/api/v1/configmaps", namespace, "weft-trust");
+    assert_eq!(map("shop").unwrap()["data"]["roots.pem"], "theirs", "whoever was there first stays");
+    assert_eq!(events(), 1, "said once");
+    // The other one is uninstalled: the cluster removes what was its own.
+    fake.delete("/api/v1/configmaps", "shop", "weft-trust");
+    authority.ensure(ca, "shop", None).await;
+    assert_eq!(map("shop").unwrap()["data"]["roots.pem"], json!(ca.anchors()));
+    // The first pod of a namespace that nobody has labelled: they are there before it is.
+    authority.ensure(ca, "new", Some(Duration::from_secs(3_600))).await;
+    assert_eq!(map("new").unwrap()["metadata"]["annotations"]["weft.dev/controller-namespace"], "weft");
+    let before = fake.writes().len();
+    authority.ensure(ca, "new", Some(Duration::from_secs(3_600))).await;
+    assert_eq!(fake.writes().len(), before, "the second one costs nothing");
+    // A namespace that is made anew has none.
+    fake.delete("/api/v1/configmaps", "new", "weft-trust");
+    authority.ensure(ca, "new", Some(Duration::ZERO)).await;
+    assert!(map("new").is_some());
+    controller.stop().await;
 }
 
 #[tokio::test]

@@ -295,6 +295,23 @@ impl Seen {
     }
 }
 
+impl Watched {
+    /// Whether there are clusters without it: a kind that somebody installs.
+    pub fn may_be_absent(self) -> bool {
+        match self {
+            Self::Objects(kind) => match kind {
+                Kind::HttpRoute
+                | Kind::GrpcRoute
+                | Kind::TrafficPolicy
+                | Kind::AuthorizationPolicy
+                | Kind::MeshConfig => true,
+                Kind::Service | Kind::EndpointSlice | Kind::Pod => false,
+            },
+            Self::Nodes | Self::Namespaces => false,
+        }
+    }
+}
+
 impl std::fmt::Display for Watched {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {

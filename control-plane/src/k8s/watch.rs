@@ -40,6 +40,7 @@ use super::{
 };
 use crate::{
     index::{Event, Name, SERVICE_NAME, ZONE, hash, validate},
+    injector::patch::PROXY,
     resources::{INJECTED, Kind, Object, ObjectKey, lookup},
     source::{Batch, Problem},
 };
@@ -280,7 +281,7 @@ async fn run_noted<K>(
             }
             Ok(watcher::Event::Delete(object)) => News::Delete(name_of(object.meta())),
             Err(error) => {
-                let news = failure(&error);
+                let news = failure(of, &error);
                 if tell.send(Heard(of, news)).await.is_err() {
                     return;
                 }
@@ -301,11 +302,11 @@ async fn run_noted<K>(
 }
 
 /// The version that a watch should go on from is too old: a new list is needed.
-fn is_expired(error: &watcher::Error) -> bool {
+pub(crate) fn is_expired(error: &watcher::Error) -> bool {
     matches!(error, watcher::Error::WatchStartFailed(kube::Error::Api(status)) if status.code == 410)
 }
 
-fn failure(error: &watcher::Error) -> News {
+fn failure(of: Watched, error: &watcher::Error) -> News {
     let status = match error {
         watcher::Error::InitialListFailed(kube::Error::Api(status))
         | watcher::Error::WatchStartFailed(kube::Error::Api(status))
@@ -317,8 +318,8 @@ fn failure(error: &watcher::Error) -> News {
         watcher::Error::NoResourceVersion => return News::Failed(error.to_string()),
     };
     match status.code {
-        // The CRD is not there (yet).
-        404 => News::Absent,
+        // The CRD is not there (yet). What no cluster is without is not absent: whoever says so is not the API server.
+        404 if of.may_be_absent() => News::Absent,
         403 => News::Failed(format!("{}: its role in the chart lacks something", status.message)),
         _ => News::Failed(format!("{} ({})", status.message, status.code)),
     }
@@ -437,7 +438,15 @@ fn pod(pod: Pod) -> Option<Seen> {
         conditions: status.conditions.map(|all| all.into_iter().filter(ready).map(cut).collect()),
         ..PodStatus::default()
     });
-    Some(seen(Object::Pod(Box::new(Pod { metadata: metadata(pod.metadata), spec, status }))))
+    let mut metadata = metadata(pod.metadata);
+    let containers =
+        spec.iter().flat_map(|spec| spec.containers.iter().chain(spec.init_containers.iter().flatten()));
+    let has_sidecar = containers.into_iter().any(|container| container.name == PROXY);
+    // An annotation is copied easily, and callers of such a pod would wait for a sidecar that never answers.
+    if !has_sidecar && let Some(annotations) = &mut metadata.annotations {
+        annotations.remove(INJECTED);
+    }
+    Some(seen(Object::Pod(Box::new(Pod { metadata, spec, status }))))
 }
 
 fn dynamic(kind: Kind, object: DynamicObject) -> Option<Seen> {

@@ -280,6 +280,8 @@ impl fmt::Display for ObjectKey {
 pub const INJECTED: &str = "weft.dev/injected";
 /// Ports of a pod that capture skips, so that callers speak plaintext to them: `"3306,9000-9010"`.
 pub const SKIP_INBOUND_PORTS: &str = "weft.dev/skip-inbound-ports";
+/// Ports of a pod, or of a Service, that carry bytes and no requests, whatever they look like: `"3306,9000-9010"`.
+pub const OPAQUE_PORTS: &str = "weft.dev/opaque-ports";
 /// A pod's relative weight among the endpoints of its services; 1 unless given.
 pub const WEIGHT: &str = "weft.dev/weight";
 

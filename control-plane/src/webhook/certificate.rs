@@ -5,7 +5,9 @@
 //! own, short-lived ones in memory, and what the API server is told changes once in half a year.
 //!
 //! Order is what makes a renewal harmless: the new authority is first *believed* (written into the webhooks'
-//! `caBundle`, beside the old one), and only then signs.
+//! `caBundle`, beside the old one), and only then signs: a moment later, because every API server of the cluster has to
+//! hear of it first. An authority whose Secret is removed or spoilt is written again, from the memory of whoever finds
+//! out: a new one would be believed at once by nobody's API server and signed for by every replica but one.
 
 use std::{
     collections::BTreeMap,
@@ -49,8 +51,10 @@ pub(super) async fn keep(
 ) {
     let mut first = Some(first);
     let mut serving: Option<(Arc<ArcSwap<ServerConfig>>, Leaf)> = None;
+    let mut known = Known::default();
     loop {
-        let wait = match refresh(&client, owner.as_ref(), serving.as_ref().map(|(_, leaf)| leaf)).await {
+        let leaf = serving.as_ref().map(|(_, leaf)| leaf);
+        let wait = match refresh(&client, owner.as_ref(), leaf, &mut known).await {
             Ok(None) => LOOK_EVERY,
             Ok(Some(leaf)) => {
                 if let Some((config, kept)) = &mut serving {
@@ -81,25 +85,63 @@ async fn refresh(
     client: &Client,
     owner: Option<&OwnerReference>,
     leaf: Option<&Leaf>,
+    known: &mut Known,
 ) -> anyhow::Result<Option<Leaf>> {
-    let authority = authority(client, owner).await?;
+    let authority = authority(client, owner, known.authority.as_ref()).await?;
+    known.authority = Some(authority.clone());
     let bundle = authority.bundle();
     believe::<MutatingWebhookConfiguration>(client, MUTATING, &bundle).await?;
     believe::<ValidatingWebhookConfiguration>(client, VALIDATING, &bundle).await?;
     let now = SystemTime::now();
-    let good = leaf.is_some_and(|leaf| leaf.signed_by == authority.certificates[0] && now < leaf.renew_at);
-    if good { Ok(None) } else { authority.sign(now).map(Some) }
+    if known.keeps(leaf, &authority.certificates[0], now) { Ok(None) } else { authority.sign(now).map(Some) }
+}
+
+/// What was found the last time.
+#[derive(Default)]
+struct Known {
+    authority: Option<Authority>,
+    /// Who signs, and since when that is believed.
+    believed: Option<(Vec<u8>, SystemTime)>,
+}
+
+impl Known {
+    /// Whether what is served stays for now. `signer` has just been made to be believed.
+    fn keeps(&mut self, leaf: Option<&Leaf>, signer: &[u8], now: SystemTime) -> bool {
+        let since = match &self.believed {
+            Some((believed, since)) if believed == signer => *since,
+            Some(_) | None => {
+                self.believed = Some((signer.to_vec(), now));
+                now
+            }
+        };
+        let Some(leaf) = leaf else { return false };
+        let settled = now.duration_since(since).unwrap_or_default() >= SETTLE;
+        match leaf.signed_by == signer {
+            true => now < leaf.renew_at,
+            // The one before is believed beside it, until its end.
+            false => !settled && now < leaf.renew_at,
+        }
+    }
 }
 
 /// The authority of all replicas, made or replaced if it must be. Whoever writes second reads what the first wrote.
-async fn authority(client: &Client, owner: Option<&OwnerReference>) -> anyhow::Result<Authority> {
+async fn authority(
+    client: &Client,
+    owner: Option<&OwnerReference>,
+    known: Option<&Authority>,
+) -> anyhow::Result<Authority> {
     let secrets: Api<Secret> = Api::namespaced(client.clone(), CONTROL_NAMESPACE);
     let now = SystemTime::now();
     let mut found = secrets.get_opt(SECRET).await.with_context(|| format!("Secret {SECRET}"))?;
     let adopted = found.as_mut().is_some_and(|secret| owner::adopt(&mut secret.metadata, owner));
-    let old = found.as_ref().and_then(|secret| Authority::read(secret.data.as_ref()?));
+    let stored = found.as_ref().and_then(|secret| Authority::read(secret.data.as_ref()?));
+    let is_stored = stored.is_some();
+    let old = stored.or_else(|| known.cloned());
     let fresh = old.as_ref().filter(|old| old.is_fresh(now)).cloned();
-    if !adopted && let Some(fresh) = fresh {
+    if !adopted
+        && is_stored
+        && let Some(fresh) = fresh
+    {
         return Ok(fresh);
     }
     let made = fresh.is_none();
@@ -280,6 +322,8 @@ const MAX_OLD: usize = 3;
 /// An upgrade that empties `caBundle` is healed after this.
 const LOOK_EVERY: Duration = Duration::from_secs(15);
 const RETRY: Duration = Duration::from_secs(2);
+/// Until every API server has heard whom to believe.
+const SETTLE: Duration = Duration::from_secs(10);
 
 #[cfg(test)]
 mod tests {
@@ -306,6 +350,43 @@ mod tests {
         assert_eq!(new.bundle().matches("BEGIN CERTIFICATE").count(), 2);
         let later = Authority::make(now + AUTHORITY_LIFE * 3 / 4, Some(&new)).unwrap();
         assert_eq!(later.certificates[1..], new.certificates[..1], "one that is over is dropped");
+    }
+
+    #[test]
+    fn what_a_new_authority_signs_is_served_when_every_api_server_has_heard_of_it() {
+        let (now, mut known) = (SystemTime::now(), Known::default());
+        let old = Authority::make(now, None).unwrap();
+        let leaf = old.sign(now).unwrap();
+        let keeps = |known: &mut Known, of: &Authority, at| known.keeps(Some(&leaf), &of.certificates[0], at);
+        assert!(!known.keeps(None, &old.certificates[0], now), "the first one is served at once");
+        assert!(keeps(&mut known, &old, now) && keeps(&mut known, &old, now + SETTLE * 2));
+        let new = Authority::make(now, Some(&old)).unwrap();
+        let at = now + SETTLE * 3;
+        assert!(
+            keeps(&mut known, &new, at) && keeps(&mut known, &new, at + SETTLE / 2),
+            "it is believed still"
+        );
+        assert!(!keeps(&mut known, &new, at + SETTLE));
+        assert!(!keeps(&mut known, &old, leaf.renew_at), "nothing is served beyond its time");
+    }
+
+    #[tokio::test]
+    async fn an_authority_whose_secret_is_lost_or_spoilt_is_the_same_afterwards() {
+        use crate::k8s::fake::Fake;
+        const SECRETS: &str = "/api/v1/secrets";
+        let fake = Fake::start().await;
+        let client = crate::k8s::client_of(kube::Config::new(fake.uri())).unwrap();
+        let first = authority(&client, None, None).await.unwrap();
+        fake.delete(SECRETS, CONTROL_NAMESPACE, SECRET);
+        let again = authority(&client, None, Some(&first)).await.unwrap();
+        assert_eq!(again.certificates, first.certificates);
+        let mut spoilt = fake.get(SECRETS, CONTROL_NAMESPACE, SECRET).unwrap();
+        spoilt["data"][KEY] = json!("bm8ga2V5");
+        fake.apply(SECRETS, spoilt);
+        let again = authority(&client, None, Some(&first)).await.unwrap();
+        assert_eq!(again.certificates, first.certificates);
+        // Who knows of none reads what stands there now.
+        assert_eq!(authority(&client, None, None).await.unwrap().certificates, first.certificates);
     }
 
     #[test]

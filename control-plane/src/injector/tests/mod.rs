@@ -8,7 +8,7 @@ use std::path::Path;
 use k8s_openapi::api::core::v1::Pod;
 use serde_json::{Value, json};
 
-use super::{Outcome, Refused, Values, inject, values::Setting};
+use super::{Outcome, Refused, Values, annotations, inject, values::Setting};
 
 fn pod(value: &Value) -> Pod {
     serde_json::from_value(value.clone()).unwrap()
@@ -145,6 +145,11 @@ fn a_pod_on_its_nodes_network_is_left_alone_and_says_so() {
     json_patch::patch(&mut value, &patch).unwrap();
     assert_eq!(value["metadata"]["annotations"]["weft.dev/not-injected"], reason);
     assert!(value["metadata"]["annotations"]["weft.dev/injected"].is_null());
+    // A manifest that was taken from a pod with a sidecar.
+    value["metadata"]["annotations"] = json!({ "weft.dev/injected": "true" });
+    let Ok(Outcome::Skip(_, patch)) = inject(&pod(&value), true, &Values::default()) else { panic!() };
+    json_patch::patch(&mut value, &patch).unwrap();
+    assert_eq!(value["metadata"]["annotations"]["weft.dev/injected"], "false");
     assert!(value["spec"]["initContainers"].is_null());
 }
 
@@ -170,6 +175,7 @@ fn everything_that_is_wrong_with_a_pod_is_said_at_once_with_the_fix() {
         "weft.dev/skip-outbound-ports": "14000-14010",
         "weft.dev/skip-outbound-cidrs": "10.0.0.1/8",
         "weft.dev/log": "weft=loud",
+        "weft.dev/opaque-ports": "1-65535",
         "weft.dev/proxy-cpu-limit": "lots",
         "weft.dev/prestop-sleep": "5",
         "weft.dev/skip-ports": "80",
@@ -180,13 +186,14 @@ fn everything_that_is_wrong_with_a_pod_is_said_at_once_with_the_fix() {
         "weft.dev/skip-outbound-ports: 14001 is a port of the sidecar itself",
         "weft.dev/skip-outbound-cidrs: \"10.0.0.1/8\" has host bits set: write 10.0.0.0/8",
         "weft.dev/log: \"weft=loud\" is not a log filter",
+        "weft.dev/opaque-ports: 65535 ports, of 128 at most",
         "weft.dev/proxy-cpu-limit: \"lots\" is not a quantity: write 50m",
         "weft.dev/prestop-sleep: \"5\" is not a duration: write 5s",
         "weft.dev/skip-ports: there is no such annotation: known are weft.dev/inject,",
     ] {
         assert!(text.contains(part), "{part}\nis missing in\n{text}");
     }
-    assert_eq!(text.lines().count(), 7, "{text}");
+    assert_eq!(text.lines().count(), 8, "{text}");
     let mut value = plain();
     value["spec"]["containers"][0]["ports"] = json!([{ "containerPort": 14006 }]);
     value["spec"]["volumes"] = json!([{ "name": "weft-socket", "emptyDir": {} }]);
@@ -196,6 +203,17 @@ fn everything_that_is_wrong_with_a_pod_is_said_at_once_with_the_fix() {
         "{text}"
     );
     assert!(text.contains("spec.volumes[0].name: \"weft-socket\""), "{text}");
+}
+
+#[test]
+fn every_annotation_is_taken_as_its_own_example_shows() {
+    for (name, what, example) in annotations::ALL {
+        let mut value = plain();
+        value["metadata"]["annotations"] = json!({ name: example });
+        let taken = inject(&pod(&value), true, &Values::default());
+        assert!(taken.is_ok(), "{name} ({what}): {taken:?}");
+        assert!(annotations::help().contains(name), "{name}");
+    }
 }
 
 #[test]
