@@ -41,7 +41,7 @@ use weft_core::{
     classify::Failure,
     framing::Limits,
     identity::{PodUid, SpiffeId},
-    policy::{Endpoint, Tunnel},
+    policy::{Endpoint, Service, Tunnel},
 };
 
 use crate::{
@@ -112,6 +112,10 @@ pub(crate) fn socket(address: SocketAddr, as_inbound: bool) -> io::Result<TcpSoc
     Ok(socket)
 }
 
+/// Why [`Peer::of`] knows no way.
+pub(crate) const NOT_ACCEPTED: &str =
+    "the endpoint has no identity that this service accepts, and plaintext is no way";
+
 /// Where to send.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Peer {
@@ -131,16 +135,19 @@ impl std::hash::Hash for Peer {
 }
 
 impl Peer {
-    /// How to reach an endpoint; `None` where only mTLS would do and cannot be had (never plaintext instead).
-    pub(crate) fn of(endpoint: &Endpoint, h2: bool, mtls_required: bool) -> Option<Self> {
+    /// How to reach an endpoint; `None` where only mTLS with an accepted identity would do and cannot be had (never
+    /// plaintext instead).
+    pub(crate) fn of(endpoint: &Endpoint, h2: bool, service: &Service) -> Option<Self> {
+        let accepted = &service.accepted_identities;
         match (endpoint.tunnel, &endpoint.identity) {
+            (Tunnel::Weft, Some(identity)) if !accepted.is_empty() && !accepted.contains(identity) => None,
             (Tunnel::Weft, Some(identity)) => Some(Self::Mesh {
                 address: endpoint.address,
                 uid: endpoint.uid.clone(),
                 identity: identity.clone(),
             }),
             (Tunnel::Weft, None) => None,
-            (Tunnel::None, _) if mtls_required => None,
+            (Tunnel::None, _) if service.mtls_required || !accepted.is_empty() => None,
             (Tunnel::None, _) => Some(Self::Plain { address: endpoint.address, h2 }),
         }
     }

@@ -73,6 +73,42 @@ fn an_endpoint_under_another_identity_than_the_list_says_is_not_spoken_to() {
 }
 
 #[test]
+fn who_is_not_among_the_identities_that_a_service_accepts_gets_no_request() {
+    let Some(pair) = pair("accepted", &[]) else { return };
+    let accepts = |account: &str| {
+        let identity = format!("spiffe://cluster.local/ns/shop/sa/{account}");
+        crate::policy(&pair.mesh, "echo", serde_json::json!({"acceptedIdentities": [identity]}));
+    };
+    let says = |wanted: &str| {
+        let asked = ["-o", "/dev/null", "-w", "%{http_code} %header{weft-reason}", ECHO];
+        wait(Duration::from_secs(10), || Ok(curl(&pair.client.pod, &asked)? == wanted))
+            .unwrap_or_else(|e| panic!("{wanted}: {e}"));
+    };
+    accepts("somebody-else");
+    says("503 outbound;identity_mismatch");
+    accepts("echo");
+    says("200");
+    // Whoever has no identity has no accepted one.
+    let plain = pair.mesh.plain(&Workload::new("shop", "plain-1")).unwrap();
+    let _app = weft_harness::wire::Backend::start(&plain, 8080, |mut wire, _| {
+        weft_harness::wire::answer_all(&mut wire, |_| weft_harness::wire::ok("plain"))
+    })
+    .unwrap();
+    service(&pair.mesh, "shop", "plain", "10.96.0.7", &[("web", 80, 8080)]).unwrap();
+    let address = ["-o", "/dev/null", "-w", "%{http_code} %header{weft-reason}", "http://10.96.0.7"];
+    wait(Duration::from_secs(10), || Ok(curl(&pair.client.pod, &address)? == "200")).unwrap();
+    crate::policy(
+        &pair.mesh,
+        "plain",
+        serde_json::json!({"acceptedIdentities": ["spiffe://cluster.local/ns/shop/sa/plain"]}),
+    );
+    wait(Duration::from_secs(10), || {
+        Ok(curl(&pair.client.pod, &address)? == "503 outbound;identity_mismatch")
+    })
+    .unwrap();
+}
+
+#[test]
 fn strict_mode_refuses_plaintext_and_authorization_is_by_identity() {
     let Some(pair) = pair("strict", &[]) else { return };
     let outsider = pair.mesh.plain(&Workload::new("shop", "legacy-1")).unwrap();

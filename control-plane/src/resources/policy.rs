@@ -92,7 +92,7 @@ pub struct TrafficPolicySpec {
     pub limits: Option<Limits>,
     /// Never fall back to plaintext, even to pods outside the mesh. Services only.
     pub mtls_required: Option<bool>,
-    /// Identities that any endpoint may have, beside its own. Services only.
+    /// The only identities that its endpoints may have; whoever else is among them gets no requests. Services only.
     #[serde(deserialize_with = "nullable")]
     pub accepted_identities: Vec<Identity>,
     /// How long a silent client may keep protocol detection waiting; 250 ms unless given. Services only.

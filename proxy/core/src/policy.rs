@@ -128,7 +128,7 @@ pub struct Service {
     pub health: HealthPolicy,
     /// Caps.
     pub limits: Limits,
-    /// Identities that any endpoint may have; empty: each endpoint's own.
+    /// The only identities that an endpoint may have; empty: whichever each one has.
     pub accepted_identities: Vec<SpiffeId>,
     /// Never fall back to plaintext.
     pub mtls_required: bool,

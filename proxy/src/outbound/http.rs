@@ -278,7 +278,7 @@ impl Client {
             let lease = self.pick(backend, policy.service.limits.queue_wait, &tried).await?;
             if lease.only_connects() {
                 let h2 = sending.outgoing.version == Version::HTTP_2;
-                let peer = Peer::of(lease.endpoint(), h2, policy.service.mtls_required);
+                let peer = Peer::of(lease.endpoint(), h2, &policy.service);
                 self.worker.knock(lease, peer, self.connect_timeout(rule));
                 continue;
             }
@@ -437,8 +437,8 @@ impl Client {
     ) -> Result<Sent, SendError> {
         let service = &sending.resolved.policy.backends[chosen.backend].service;
         let h2 = sending.outgoing.version == Version::HTTP_2;
-        let peer = Peer::of(endpoint, h2, service.mtls_required)
-            .ok_or_else(|| SendError::new(Failure::Identity, "mTLS is required and the endpoint has none"))?;
+        let peer = Peer::of(endpoint, h2, service)
+            .ok_or_else(|| SendError::new(Failure::Identity, pool::NOT_ACCEPTED))?;
         let body = match &sending.replay {
             None => Body::empty(),
             Some(replay) => Body::attempt(replay.attempt()),

@@ -17,7 +17,7 @@ use crate::{
     detect::{self, Begun, First, FirstWord},
     error::{Component, Error},
     listener::Accepted,
-    pool::{ConnectError, Meshed, Peer},
+    pool::{ConnectError, Meshed, NOT_ACCEPTED, Peer},
     tcp::{Broken, Moved, Prefixed, Stream, reset, splice_until},
     telemetry::{
         exchange::{Exchange, now},
@@ -191,11 +191,11 @@ async fn connect(
         let timeout = rule.timeouts.connect.unwrap_or(worker.config.times.connect);
         let endpoint = lease.endpoint().clone();
         if lease.only_connects() {
-            let peer = Peer::of(&endpoint, false, policy.service.mtls_required);
+            let peer = Peer::of(&endpoint, false, &policy.service);
             worker.knock(lease, peer, timeout);
             continue;
         }
-        let connected = match Peer::of(&endpoint, false, policy.service.mtls_required) {
+        let connected = match Peer::of(&endpoint, false, &policy.service) {
             Some(Peer::Mesh { address, uid, identity }) => {
                 let connecting = worker.pool.connect_mesh(address, &uid, &identity, Alpn::Tcp, timeout);
                 connecting.await.map(|meshed| Server::Mesh(Box::new(meshed)))
@@ -204,7 +204,7 @@ async fn connect(
             None => Err(ConnectError {
                 capped: false,
                 failure: Failure::Identity,
-                detail: "mTLS is required and the endpoint has none".into(),
+                detail: NOT_ACCEPTED.into(),
                 local: false,
             }),
         };
