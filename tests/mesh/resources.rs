@@ -3,7 +3,7 @@
 use std::{
     net::{SocketAddr, TcpStream},
     path::PathBuf,
-    sync::Arc,
+    sync::{Arc, Mutex, mpsc},
     time::{Duration, Instant},
 };
 
@@ -15,12 +15,13 @@ use weft_core::{identity::PodUid, ports};
 use weft_harness::{
     apps::{Served, curl, hold, load, mesh_or_skip, output, rss_kib, serve, service, skip, start, testapp},
     streams::frame,
+    wire::Wire,
 };
 
 use crate::{
-    ECHO, Pair,
+    ECHO, ECHO_ADDRESS, Pair,
     identity::{config_of, issuer_of},
-    pair,
+    pair, scripted,
 };
 
 /// A pair whose server's sidecar is started by something that limits it.
@@ -412,4 +413,39 @@ fn idle_mtls(count: usize) {
     assert!(grown <= 2 * may + 8 * 1_024, "+{grown} KiB");
     assert_eq!(curl(&pair.client.pod, &[ECHO]).unwrap(), "ok");
     drop(held);
+}
+
+#[test]
+fn a_body_that_comes_byte_by_byte_costs_its_own_size_and_not_a_buffer_for_each_byte() {
+    const BYTES: u64 = 5_000;
+    const BOUND_KIB: u64 = 8 * 1024;
+    let (took, taken) = mpsc::channel();
+    let took = Mutex::new(took);
+    let Some(world) = scripted("trickle", move |mut wire, _| {
+        wire.head()?;
+        loop {
+            wire.exactly(1)?;
+            took.lock().unwrap().send(())?;
+        }
+    }) else {
+        return;
+    };
+    let mut wire = Wire::dial(&world.client.pod, ECHO_ADDRESS).unwrap();
+    let trickle = |wire: &mut Wire, bytes: u64| {
+        for _ in 0..bytes {
+            // One at a time: the next one when the app has this one.
+            wire.say("x").unwrap();
+            taken.recv().unwrap();
+        }
+    };
+    wire.say("POST /sink HTTP/1.1\r\nHost: a\r\nContent-Length: 1000000\r\n\r\n").unwrap();
+    trickle(&mut wire, 10);
+    let sidecars = [("outbound", &world.client), ("inbound", &world.server)];
+    let before = sidecars.map(|(_, sidecar)| rss_kib(sidecar.proxy.id()).unwrap());
+    trickle(&mut wire, BYTES);
+    for ((side, sidecar), before) in sidecars.into_iter().zip(before) {
+        let grown = rss_kib(sidecar.proxy.id()).unwrap().saturating_sub(before);
+        println!("figure: {BYTES} bytes of a body, one at a time, {side}: +{grown} KiB (bound {BOUND_KIB})");
+        assert!(grown < BOUND_KIB, "{side}: {grown} KiB");
+    }
 }
