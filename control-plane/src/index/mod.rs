@@ -8,7 +8,7 @@
 //! matter to a mesh.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashMap},
     net::IpAddr,
     ops::RangeInclusive,
     sync::Arc,
@@ -105,6 +105,10 @@ pub struct Index {
     pub(crate) unreadable: BTreeMap<Name, BTreeMap<String, String>>,
     pub(crate) mesh: BTreeMap<Name, PolicyEntry<MeshConfigSpec>>,
     slices_of: BTreeMap<Name, BTreeSet<Name>>,
+    /// Whom the slices of a service name: asked for each pod, where there are thousands of both.
+    members: BTreeMap<Name, Members>,
+    /// Services whose slices somebody else writes.
+    selectorless: BTreeSet<Name>,
     /// Uids and addresses are reused and mistyped: everybody who claims one is kept, and who has it is
     /// decided when it is asked, so that the order of events decides nothing.
     by_uid: BTreeMap<PodUid, BTreeSet<Name>>,
@@ -127,7 +131,7 @@ struct Placed {
 }
 
 /// What versions and precedence need of an object's metadata.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Meta {
     pub(crate) uid: Option<Arc<str>>,
     pub(crate) generation: Option<i64>,
@@ -194,7 +198,63 @@ pub(crate) struct SliceEndpoint {
     pub(crate) node: Option<Arc<str>>,
 }
 
-#[derive(Clone, Debug)]
+/// Whom slices name, and how often: one pod may be in two.
+#[derive(Clone, Debug, Default)]
+struct Members {
+    by_uid: HashMap<PodUid, u32>,
+    /// Where there is no uid.
+    by_name: HashMap<Name, u32>,
+    by_ip: HashMap<IpAddr, u32>,
+}
+
+impl Members {
+    fn add(&mut self, slice: &SliceEntry) {
+        for endpoint in &slice.endpoints {
+            if let Some(uid) = &endpoint.pod_uid {
+                *self.by_uid.entry(uid.clone()).or_default() += 1;
+                continue;
+            }
+            if let Some(name) = &endpoint.pod_name {
+                *self.by_name.entry(name.clone()).or_default() += 1;
+            }
+            for ip in &endpoint.addresses {
+                *self.by_ip.entry(*ip).or_default() += 1;
+            }
+        }
+    }
+
+    fn remove(&mut self, slice: &SliceEntry) {
+        for endpoint in &slice.endpoints {
+            if let Some(uid) = &endpoint.pod_uid {
+                one_less(&mut self.by_uid, uid);
+                continue;
+            }
+            if let Some(name) = &endpoint.pod_name {
+                one_less(&mut self.by_name, name);
+            }
+            for ip in &endpoint.addresses {
+                one_less(&mut self.by_ip, ip);
+            }
+        }
+    }
+
+    fn has(&self, name: &Name, pod: &PodEntry) -> bool {
+        self.by_uid.contains_key(&pod.uid)
+            || self.by_name.contains_key(name)
+            || pod.ips.iter().any(|ip| self.by_ip.contains_key(ip))
+    }
+}
+
+fn one_less<K: std::hash::Hash + Eq>(counts: &mut HashMap<K, u32>, key: &K) {
+    if let Some(count) = counts.get_mut(key) {
+        *count -= 1;
+        if *count == 0 {
+            counts.remove(key);
+        }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq)]
 pub(crate) struct PodEntry {
     pub(crate) meta: Meta,
     pub(crate) uid: PodUid,
@@ -246,6 +306,8 @@ impl Index {
             unreadable: BTreeMap::new(),
             mesh: BTreeMap::new(),
             slices_of: BTreeMap::new(),
+            members: BTreeMap::new(),
+            selectorless: BTreeSet::new(),
             by_uid: BTreeMap::new(),
             by_ip: BTreeMap::new(),
             by_vip: BTreeMap::new(),
@@ -264,8 +326,8 @@ impl Index {
             Event::Zone { node, zone } => return self.set_zone(node, zone.as_ref()),
         };
         let mut dirty = self.affected_by(&key);
-        // Whose pods they are may change with its first slice, and with its last: those that it had by its
-        // selector, too.
+        // Whose pods they are may change with each slice, and with the first and the last those that a service has by
+        // its selector, too.
         let mut of_slice: BTreeSet<Name> = BTreeSet::new();
         if key.kind == Kind::EndpointSlice {
             of_slice.extend(self.slices.get(&name_of(&key)).map(|slice| slice.service.clone()));
@@ -275,9 +337,8 @@ impl Index {
                 of_slice.insert((key.namespace.clone(), service.into()));
             }
         }
-        for service in &of_slice {
-            self.affected_by_service(service, false, &mut dirty);
-        }
+        let before: Vec<_> =
+            of_slice.into_iter().map(|service| (self.pod_names_of(&service), service)).collect();
         match event {
             Event::Apply { object, origin } => {
                 // Debug text shows every field, in a fixed order.
@@ -299,10 +360,31 @@ impl Index {
             self.forget_former(&key.namespace);
         }
         dirty.append(&mut self.affected_by(&key));
-        for service in &of_slice {
-            self.affected_by_service(service, false, &mut dirty);
+        for (before, service) in &before {
+            self.affected_by_slices(service, before, &mut dirty);
         }
         dirty
+    }
+
+    /// What differs when a service has other slices: its endpoints, and the pods that came or went. The others are
+    /// told nothing else than before, and are thousands.
+    fn affected_by_slices(&self, name: &Name, before: &BTreeSet<Name>, keys: &mut BTreeSet<Key>) {
+        let Some(service) = self.services.get(name) else { return };
+        keys.extend(service.ports.iter().map(|port| Key::Endpoints(service_name(name, port.port))));
+        if self.has_opaque_pods(&name.0) {
+            // With its pods changes what it is said to speak.
+            keys.extend(service.ports.iter().map(|port| Key::Service(service_name(name, port.port))));
+        }
+        let now = self.pod_names_of(name);
+        for pod in before.symmetric_difference(&now).filter_map(|pod| self.pods.get(pod)) {
+            keys.insert(Key::Workload(pod.uid.clone()));
+            keys.extend(pod.ips.iter().copied().map(Key::Address));
+        }
+    }
+
+    fn pod_names_of(&self, name: &Name) -> BTreeSet<Name> {
+        let Some(service) = self.services.get(name) else { return BTreeSet::new() };
+        self.pods_of(name, service).map(|(pod, _)| pod.clone()).collect()
     }
 
     /// Forgets the deleted services of a namespace that no authorization policy names any more.
@@ -391,9 +473,11 @@ impl Index {
                 }
             }
             Kind::EndpointSlice => {
-                if let Some(slice) = self.slices.get(&name) {
-                    self.affected_by_service(&slice.service, false, &mut keys);
-                }
+                let service = self.slices.get(&name).map(|slice| &slice.service);
+                let service = service.and_then(|name| self.services.get_key_value(name));
+                keys.extend(service.into_iter().flat_map(|(name, service)| {
+                    service.ports.iter().map(|port| Key::Endpoints(service_name(name, port.port)))
+                }));
             }
             Kind::Pod => self.affected_by_pod(&name, &mut keys),
             Kind::HttpRoute => {
@@ -479,7 +563,10 @@ impl Index {
             let ports = self.services.get(claimant).into_iter().flat_map(|service| &service.ports);
             keys.extend(ports.map(|port| Key::Service(service_name(claimant, port.port))));
         }
-        for (service_name_, service) in in_namespace(&self.services, &name.0) {
+        // A slice that somebody wrote may name pods anywhere.
+        let by_hand = self.selectorless.iter().filter(|service| service.0 != name.0);
+        let by_hand = by_hand.filter_map(|service| self.services.get_key_value(service));
+        for (service_name_, service) in in_namespace(&self.services, &name.0).chain(by_hand) {
             if self.is_pod_of(service_name_, service, name, pod) {
                 if !pod.opaque.is_empty() {
                     self.affected_by_service(service_name_, true, keys);
@@ -536,11 +623,15 @@ impl Index {
                     self.by_vip.entry(*ip).or_default().insert(name.clone());
                 }
                 self.former.remove(&name);
+                if entry.selector.is_empty() {
+                    self.selectorless.insert(name.clone());
+                }
                 self.services.insert(name, entry);
             }
             Object::EndpointSlice(slice) => {
                 if let Some(entry) = SliceEntry::new(&name.0, &slice) {
                     self.slices_of.entry(entry.service.clone()).or_default().insert(name.clone());
+                    self.members.entry(entry.service.clone()).or_default().add(&entry);
                     self.slices.insert(name, entry);
                 }
             }
@@ -587,6 +678,7 @@ impl Index {
         let name = name_of(key);
         match key.kind {
             Kind::Service => {
+                self.selectorless.remove(&name);
                 if let Some(old) = self.services.remove(&name) {
                     for ip in old.vips() {
                         unclaim(&mut self.by_vip, ip, &name);
@@ -604,6 +696,9 @@ impl Index {
                     slices.remove(&name);
                     if slices.is_empty() {
                         self.slices_of.remove(&old.service);
+                        self.members.remove(&old.service);
+                    } else if let Some(members) = self.members.get_mut(&old.service) {
+                        members.remove(&old);
                     }
                 }
             }
@@ -743,12 +838,7 @@ impl Index {
     }
 
     fn is_in_slices_of(&self, name: &Name, pod_name: &Name, pod: &PodEntry) -> bool {
-        let named = |e: &SliceEndpoint| {
-            e.pod_uid.as_ref() == Some(&pod.uid)
-                || (e.pod_uid.is_none() && e.pod_name.as_ref() == Some(pod_name))
-                || (e.pod_uid.is_none() && e.addresses.iter().any(|a| pod.ips.contains(a)))
-        };
-        self.slices_of(name).flat_map(|slice| &slice.endpoints).any(named)
+        self.members.get(name).is_some_and(|members| members.has(pod_name, pod))
     }
 
     /// The mesh-wide settings in force, and which object they come from.

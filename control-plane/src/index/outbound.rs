@@ -87,7 +87,7 @@ fn refusal(service: &ServiceName, object: &ObjectRef, reason: &str) -> Rule {
 }
 
 /// A pod as callers of its own address see it. Any port may be dialled, so the port comes last.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct PodAddress {
     ip: IpAddr,
     name: Name,

@@ -362,6 +362,9 @@ impl Publisher {
 
     fn address(&mut self, ip: IpAddr) {
         let address = self.read().index.pod_address(ip).map(Arc::new);
+        if self.published.addresses.get(&ip) == address {
+            return;
+        }
         self.published.addresses.update([(ip, address)]);
         let name = match ip {
             IpAddr::V4(v4) => format!("ip/{v4}"),
