@@ -225,9 +225,12 @@ impl Api {
 
     /// What this replica knows of everything.
     pub fn status(&self) -> Status {
-        let (state, store) = (self.state(), self.store());
-        let facts =
-            Facts { state: &state, published: &self.published, store: &store, reports: &self.reports };
+        let facts = Facts {
+            state: &self.state,
+            published: &self.published,
+            store: &self.store,
+            reports: &self.reports,
+        };
         facts.status(&self.source)
     }
 

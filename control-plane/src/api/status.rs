@@ -4,11 +4,17 @@
 //! sidecar that never asked for a route cannot be late with it, and one that asked is counted until its
 //! stream ends.
 //!
+//! Why one object at a time: the publisher and the sidecars' reports need the same state, and there may be thousands of
+//! objects. What an answer needs is copied out under a lock that is held for one object; counting happens outside.
+//!
 //! Why sidecars are those of the pods that there are: one that is not connected is *away*, and somebody has to look at
 //! it. A pod that was deleted or has completed is not away but gone, whatever it said in its last minute; a pod whose
 //! sidecar has never been heard is away all the same.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard},
+};
 
 use weft_core::identity::PodUid;
 use weft_proto::{
@@ -18,8 +24,8 @@ use weft_proto::{
 
 use super::types::{ConditionStatus, Laggard, ObjectStatus, ProblemStatus, SidecarStatus, Status};
 use crate::{
-    index::{Index, Key},
-    resources::{Kind, ObjectKey},
+    index::{Index, conditions::Condition},
+    resources::ObjectKey,
     serve::{
         published::Published,
         publisher::{State, now_ms},
@@ -32,13 +38,24 @@ use crate::{
 /// Everything that a status is made of.
 pub struct Facts<'a> {
     /// Objects and problems.
-    pub state: &'a State,
+    pub state: &'a RwLock<State>,
     /// What is published, and who is subscribed.
     pub published: &'a Published,
     /// What sidecars said.
-    pub store: &'a Store,
+    pub store: &'a Mutex<Store>,
     /// When they said that something is live.
     pub reports: &'a Reports,
+}
+
+/// One object, as the index has it.
+struct Known {
+    origin: Origin,
+    version: String,
+    /// Of what was compiled from it.
+    names: BTreeSet<Arc<str>>,
+    /// Whether some of that is not even published.
+    pending: bool,
+    conditions: Vec<Condition>,
 }
 
 impl Facts<'_> {
@@ -52,64 +69,83 @@ impl Facts<'_> {
             objects: self.objects(&refusals),
             problems: self.problems(),
             sidecars: self.sidecars(),
-            foreign: u64::try_from(self.state.foreign).unwrap_or(u64::MAX),
+            foreign: u64::try_from(self.state().foreign).unwrap_or(u64::MAX),
             replicas: Vec::new(),
         }
     }
 
-    /// `<ns>/<pod>`, or the uid of a pod that is not known.
-    pub fn pod(&self, uid: &PodUid) -> String {
-        pod_name(&self.state.index, uid)
+    fn state(&self) -> RwLockReadGuard<'_, State> {
+        self.state.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn store(&self) -> MutexGuard<'_, Store> {
+        self.store.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn objects(&self, refusals: &HashMap<(PodUid, String), String>) -> Vec<ObjectStatus> {
-        self.state
-            .index
-            .objects()
-            .map(|(key, origin, version)| self.object(key, origin, version, refusals))
-            .collect()
+        let keys: Vec<ObjectKey> = self.state().index.objects().map(|(key, ..)| key.clone()).collect();
+        keys.iter().filter_map(|key| Some(self.object(key, self.known(key)?, refusals))).collect()
+    }
+
+    /// `None`: it has gone meanwhile.
+    fn known(&self, key: &ObjectKey) -> Option<Known> {
+        let state = self.state();
+        let (origin, version) = state.index.object(key)?;
+        let keys = state.index.told_by(key);
+        Some(Known {
+            origin: origin.clone(),
+            version: version.to_owned(),
+            names: keys.iter().filter_map(|key| state.names.get(key)).flatten().cloned().collect(),
+            pending: keys.iter().any(|key| state.pending.contains(key)),
+            conditions: state.index.conditions(key),
+        })
     }
 
     fn object(
         &self,
         key: &ObjectKey,
-        origin: &Origin,
-        version: &str,
+        known: Known,
         refusals: &HashMap<(PodUid, String), String>,
     ) -> ObjectStatus {
+        let Known { origin, version, names, pending, conditions } = known;
         let mut pods: BTreeMap<PodUid, Option<String>> = BTreeMap::new();
         let mut after: Option<u64> = None;
-        for name in self.names(key) {
+        for name in names {
             let Some(ty) = type_of(&name) else { continue };
+            // Not everybody is told the same of a service: consumer routes.
+            let subscribed = self.published.subscribers.pods(&name).into_iter();
+            let subscribed: Vec<_> = subscribed
+                .filter_map(|pod| Some((self.published.resource_for_pod(&name, &pod)?, pod)))
+                .collect();
             let mut told = BTreeMap::new();
-            for pod in self.published.subscribers.pods(&name) {
-                // Not everybody is told the same of a service: consumer routes.
-                let Some(resource) = self.published.resource_for_pod(&name, &pod) else { continue };
+            let store = self.store();
+            for (resource, pod) in subscribed {
                 let current = &*resource.versioned.version;
-                let live = self.store.live(&pod, ty.type_url(), &name) == Some(current);
+                let live = store.live(&pod, ty.type_url(), &name) == Some(current);
                 let behind = pods.entry(pod).or_default();
                 if !live && behind.is_none() {
-                    *behind = Some(name.clone());
+                    *behind = Some(name.to_string());
                 }
                 told.insert(resource.versioned.version, resource.since_ms);
             }
+            drop(store);
             for (version, since_ms) in told {
                 if let Some(at) = self.reports.last_applied(&name, &version) {
                     after = after.max(Some(at.saturating_sub(since_ms)));
                 }
             }
         }
-        let mut laggards: Vec<_> = pods
-            .iter()
-            .filter_map(|(uid, behind)| {
-                let resource = behind.clone()?;
+        let behind: Vec<_> = pods.iter().filter_map(|(uid, behind)| Some((uid, behind.clone()?))).collect();
+        let mut laggards = Vec::new();
+        if !behind.is_empty() {
+            let state = self.state();
+            laggards.extend(behind.into_iter().map(|(uid, resource)| {
                 let reason = refusals.get(&(uid.clone(), resource.clone())).cloned().unwrap_or_default();
-                Some(Laggard { pod: self.pod(uid), uid: uid.to_string(), resource, reason })
-            })
-            .collect();
+                Laggard { pod: pod_name(&state.index, uid), uid: uid.to_string(), resource, reason }
+            }));
+        }
         // Not even published: whoever waits for the object must not be told that everybody has it.
-        let pending = &self.state.pending;
-        if !pending.is_empty() && !pending.is_disjoint(&self.state.index.affected_by(key)) {
+        if pending {
             laggards = vec![Laggard {
                 pod: "the controller".to_owned(),
                 reason: "it is about to publish it".to_owned(),
@@ -117,7 +153,7 @@ impl Facts<'_> {
             }];
         }
         let of = pods.len().max(laggards.len());
-        let conditions = self.state.index.conditions(key).into_iter().map(|condition| ConditionStatus {
+        let conditions = conditions.into_iter().map(|condition| ConditionStatus {
             parent: condition.parent,
             parent_ref: condition.parent_ref,
             kind: condition.kind.to_owned(),
@@ -131,7 +167,7 @@ impl Facts<'_> {
             name: key.name.to_string(),
             file: origin.file.to_string(),
             line: origin.line,
-            version: version.to_owned(),
+            version,
             conditions: conditions.collect(),
             applied: count(of - laggards.len()),
             of: count(of),
@@ -140,21 +176,9 @@ impl Facts<'_> {
         }
     }
 
-    /// Names of what was compiled from an object. Endpoints are left out: they change without their
-    /// service's doing, and a collection has no one version.
-    fn names(&self, key: &ObjectKey) -> BTreeSet<String> {
-        let keys = self.state.index.affected_by(key);
-        let wanted = |k: &&Key| match (key.kind, k) {
-            (Kind::Service, Key::Service(_)) => true,
-            (Kind::Service, _) | (_, Key::Endpoints(_) | Key::Address(_)) => false,
-            (_, Key::Service(_) | Key::Route(_) | Key::Workload(_)) => true,
-        };
-        let names = keys.iter().filter(wanted).filter_map(|k| self.state.names.get(k)).flatten();
-        names.map(ToString::to_string).collect()
-    }
-
     fn problems(&self) -> Vec<ProblemStatus> {
-        let from_source = self.state.problems.iter().map(|problem: &Problem| ProblemStatus {
+        let state = self.state();
+        let from_source = state.problems.iter().map(|problem: &Problem| ProblemStatus {
             object: problem.object.as_ref().map(ToString::to_string).unwrap_or_default(),
             file: problem.origin.file.to_string(),
             line: problem.origin.line,
@@ -162,30 +186,33 @@ impl Facts<'_> {
             reason: problem.reason.clone(),
             kept_last_good: problem.kept_last_good,
         });
-        let unpublished = self.state.unpublished.iter().map(|(name, reason)| ProblemStatus {
+        let unpublished = state.unpublished.iter().map(|(name, reason)| ProblemStatus {
             object: name.to_string(),
             reason: format!("not published: {reason}"),
-            kept_last_good: self.published.resource(name).is_some() && !self.state.refusing.contains(name),
+            kept_last_good: self.published.resource(name).is_some() && !state.refusing.contains(name),
             ..ProblemStatus::default()
         });
         from_source.chain(unpublished).collect()
     }
 
     fn refusals(&self) -> HashMap<(PodUid, String), String> {
-        let all = self.store.nacked();
+        let store = self.store();
+        let all = store.nacked();
         all.map(|(uid, _, name, _, reason)| ((uid.clone(), name.to_owned()), reason.to_owned())).collect()
     }
 
     fn sidecars(&self) -> Vec<SidecarStatus> {
         let mut sidecars: BTreeMap<PodUid, SidecarStatus> = BTreeMap::new();
-        for report in self.store.sidecars(now_ms()) {
+        let reported = self.store().sidecars(now_ms());
+        let state = self.state();
+        for report in reported {
             let Ok(uid) = PodUid::new(&report.uid) else { continue };
-            let pod = self.pod(&uid);
+            let pod = pod_name(&state.index, &uid);
             sidecars.insert(uid, SidecarStatus { pod, report, ..SidecarStatus::default() });
         }
         for peer in self.published.subscribers.streams() {
             let sidecar = sidecars.entry(peer.uid.clone()).or_insert_with(|| SidecarStatus {
-                pod: self.pod(&peer.uid),
+                pod: pod_name(&state.index, &peer.uid),
                 report: SidecarRow {
                     identity: peer.identity.to_string(),
                     uid: peer.uid.to_string(),
@@ -195,14 +222,13 @@ impl Facts<'_> {
             });
             sidecar.connected = true;
         }
-        let pending = self.state.pending.iter().filter_map(|key| self.state.names.get(key)).flatten();
-        let pending: BTreeSet<_> = pending.collect();
+        let pending = state.pending.iter().filter_map(|key| state.names.get(key)).flatten();
+        let pending: BTreeSet<_> = pending.cloned().collect();
         if *self.published.synced().borrow() {
-            sidecars
-                .retain(|uid, sidecar| sidecar.connected || self.state.index.workload_name(uid).is_some());
-            for (uid, identity) in self.state.index.meshed() {
+            sidecars.retain(|uid, sidecar| sidecar.connected || state.index.workload_name(uid).is_some());
+            for (uid, identity) in state.index.meshed() {
                 sidecars.entry(uid.clone()).or_insert_with(|| SidecarStatus {
-                    pod: self.pod(uid),
+                    pod: pod_name(&state.index, uid),
                     report: SidecarRow {
                         identity: identity.to_string(),
                         uid: uid.to_string(),
@@ -212,10 +238,12 @@ impl Facts<'_> {
                 });
             }
         }
+        drop(state);
         for (name, pods) in self.published.subscribers.all() {
             let ty = type_of(&name);
             // A pod's own address is encoded when it is asked for: once for each namespace that has it.
             let mut told: BTreeMap<String, Option<Versioned>> = BTreeMap::new();
+            let mut asked = Vec::new();
             for uid in pods {
                 let Some(sidecar) = sidecars.get_mut(&uid) else { continue };
                 sidecar.subscribed += 1;
@@ -224,9 +252,17 @@ impl Facts<'_> {
                 if !told.contains_key(namespace) {
                     told.insert(namespace.to_owned(), self.published.lookup(&name, namespace));
                 }
-                let (Some(Some(current)), Some(ty)) = (told.get(namespace), ty) else { continue };
-                let live = self.store.live(&uid, ty.type_url(), &name) == Some(&*current.version);
-                if !live || pending.contains(&name) {
+                if let Some(Some(current)) = told.get(namespace) {
+                    asked.push((uid, current.version.clone()));
+                }
+            }
+            let Some(ty) = ty else { continue };
+            let late = pending.contains(&name);
+            let store = self.store();
+            asked.retain(|(uid, current)| late || store.live(uid, ty.type_url(), &name) != Some(&**current));
+            drop(store);
+            for (uid, _) in asked {
+                if let Some(sidecar) = sidecars.get_mut(&uid) {
                     sidecar.behind += 1;
                 }
             }

@@ -1,7 +1,8 @@
 //! Objects → what their authors should know: Gateway API's condition types and reasons, and the same
 //! idea for our own kinds.
 //!
-//! Why computed on demand: a condition is a fact about the index, so there is nothing to keep in step.
+//! Why computed on demand: a condition is a fact about the index, so there is nothing to keep in step. But for what a
+//! route says wrong by itself: that takes compiling all its patterns, and is found once, when it is read.
 
 use super::{
     Index, Name, ServiceKind, ServicePort, in_namespace,
@@ -13,7 +14,7 @@ use super::{
 };
 use crate::resources::{
     Kind, ObjectKey,
-    gateway::{self, ParentRef},
+    gateway::{self, GrpcRouteSpec, HttpRouteSpec, ParentRef},
     policy::TargetRef,
 };
 use weft_core::policy::{Protocol, Rule, ServiceName};
@@ -56,15 +57,10 @@ impl Index {
         let name: Name = (key.namespace.clone(), key.name.clone());
         match key.kind {
             Kind::HttpRoute => self.http_routes.get(&name).map_or_else(Vec::new, |route| {
-                let context = probe(&name, Kind::HttpRoute);
-                let rules = route.spec.rules.iter().enumerate().map(|(i, rule)| RuleFacts {
+                let rules = route.spec.rules.iter().zip(&route.problems).enumerate();
+                let rules = rules.map(|(i, (rule, problem))| RuleFacts {
                     label: rule_name(rule.name.as_deref(), i).to_string(),
-                    problem: problem(
-                        context.context().http(rule),
-                        &rule.filters,
-                        &rule.backend_refs,
-                        are_prefixes(&rule.matches),
-                    ),
+                    problem: problem.as_ref(),
                     backends: &rule.backend_refs,
                 });
                 self.route_conditions(
@@ -75,10 +71,10 @@ impl Index {
                 )
             }),
             Kind::GrpcRoute => self.grpc_routes.get(&name).map_or_else(Vec::new, |route| {
-                let context = probe(&name, Kind::GrpcRoute);
-                let rules = route.spec.rules.iter().enumerate().map(|(i, rule)| RuleFacts {
+                let rules = route.spec.rules.iter().zip(&route.problems).enumerate();
+                let rules = rules.map(|(i, (rule, problem))| RuleFacts {
                     label: rule_name(rule.name.as_deref(), i).to_string(),
-                    problem: problem(context.context().grpc(rule), &rule.filters, &rule.backend_refs, false),
+                    problem: problem.as_ref(),
                     backends: &rule.backend_refs,
                 });
                 self.route_conditions(
@@ -157,10 +153,8 @@ impl Index {
             found.push(of_parent("Accepted", status, reason, message));
             let (status, reason, message) = self.resolved_refs(name, rules);
             found.push(of_parent("ResolvedRefs", status, reason, message));
-            let bad: Vec<_> = rules
-                .iter()
-                .filter_map(|r| Some(format!("{}: {}", r.label, r.problem.as_ref()?.message)))
-                .collect();
+            let bad: Vec<_> =
+                rules.iter().filter_map(|r| Some(format!("{}: {}", r.label, r.problem?.message))).collect();
             if !bad.is_empty() && bad.len() < rules.len() {
                 let message = format!("Dropped Rule {}", bad.join("; "));
                 found.push(of_parent("PartiallyInvalid", true, "UnsupportedValue", message));
@@ -196,7 +190,7 @@ impl Index {
                 section.unwrap_or_default()
             ));
         }
-        if let Some(first) = rules.iter().find_map(|rule| rule.problem.as_ref())
+        if let Some(first) = rules.iter().find_map(|rule| rule.problem)
             && rules.iter().all(|rule| rule.problem.is_some())
         {
             return (false, first.reason, first.message.clone());
@@ -290,8 +284,27 @@ fn names_rule<'a>(names: impl Iterator<Item = Option<&'a str>>, section: &str) -
 
 struct RuleFacts<'a> {
     label: String,
-    problem: Option<RuleProblem>,
+    problem: Option<&'a RuleProblem>,
     backends: &'a [gateway::BackendRef],
+}
+
+/// What is wrong with each rule of a route, by itself.
+pub(super) fn http_problems(name: &Name, route: &HttpRouteSpec) -> Vec<Option<RuleProblem>> {
+    let context = probe(name, Kind::HttpRoute);
+    let of = |rule: &gateway::HttpRule| {
+        let prefixes = are_prefixes(&rule.matches);
+        problem(context.context().http(rule), &rule.filters, &rule.backend_refs, prefixes)
+    };
+    route.rules.iter().map(of).collect()
+}
+
+/// See [`http_problems`].
+pub(super) fn grpc_problems(name: &Name, route: &GrpcRouteSpec) -> Vec<Option<RuleProblem>> {
+    let context = probe(name, Kind::GrpcRoute);
+    let of = |rule: &gateway::GrpcRule| {
+        problem(context.context().grpc(rule), &rule.filters, &rule.backend_refs, false)
+    };
+    route.rules.iter().map(of).collect()
 }
 
 /// Why a rule does not do what it says: it was dropped, or answers 500.

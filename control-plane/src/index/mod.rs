@@ -282,6 +282,8 @@ pub(crate) struct PodEntry {
 pub(crate) struct RouteEntry<S> {
     pub(crate) meta: Meta,
     pub(crate) spec: S,
+    /// What is wrong with each rule by itself.
+    pub(crate) problems: Vec<Option<outbound::RuleProblem>>,
 }
 
 #[derive(Clone, Debug)]
@@ -458,7 +460,38 @@ impl Index {
         self.pods.values().filter(runs).filter_map(|pod| Some((&pod.uid, pod.identity.as_ref()?)))
     }
 
-    /// Every key whose compile reads the object. Also what "applied N of M" of an object counts over.
+    /// One object's origin and version.
+    pub fn object(&self, key: &ObjectKey) -> Option<(&Origin, &str)> {
+        self.origins.get(key).map(|placed| (&placed.origin, &*placed.version))
+    }
+
+    /// What "applied N of M" of an object counts over. Endpoints are left out: they change without their service's
+    /// doing, and a collection has no one version. And so is, for what there are thousands of, what it does to others.
+    pub fn told_by(&self, key: &ObjectKey) -> BTreeSet<Key> {
+        let name = name_of(key);
+        match key.kind {
+            Kind::Service => {
+                let ports = self.services.get(&name).into_iter().flat_map(|service| &service.ports);
+                ports.map(|port| Key::Service(service_name(&name, port.port))).collect()
+            }
+            Kind::Pod => self.pods.get(&name).map(|pod| Key::Workload(pod.uid.clone())).into_iter().collect(),
+            Kind::EndpointSlice => BTreeSet::new(),
+            Kind::HttpRoute
+            | Kind::GrpcRoute
+            | Kind::TrafficPolicy
+            | Kind::AuthorizationPolicy
+            | Kind::MeshConfig => {
+                let mut keys = self.affected_by(key);
+                keys.retain(|key| match key {
+                    Key::Service(_) | Key::Route(_) | Key::Workload(_) => true,
+                    Key::Endpoints(_) | Key::Address(_) => false,
+                });
+                keys
+            }
+        }
+    }
+
+    /// Every key whose compile reads the object.
     pub fn affected_by(&self, key: &ObjectKey) -> BTreeSet<Key> {
         let name = name_of(key);
         let mut keys = BTreeSet::new();
@@ -653,13 +686,15 @@ impl Index {
             }
             Object::HttpRoute(route) => {
                 self.consumes(key, &route.spec.parent_refs, true);
-                self.http_routes
-                    .insert(name, RouteEntry { meta: Meta::new(&route.metadata), spec: route.spec });
+                let (meta, problems) =
+                    (Meta::new(&route.metadata), conditions::http_problems(&name, &route.spec));
+                self.http_routes.insert(name, RouteEntry { meta, spec: route.spec, problems });
             }
             Object::GrpcRoute(route) => {
                 self.consumes(key, &route.spec.parent_refs, true);
-                self.grpc_routes
-                    .insert(name, RouteEntry { meta: Meta::new(&route.metadata), spec: route.spec });
+                let (meta, problems) =
+                    (Meta::new(&route.metadata), conditions::grpc_problems(&name, &route.spec));
+                self.grpc_routes.insert(name, RouteEntry { meta, spec: route.spec, problems });
             }
             Object::TrafficPolicy(policy) => {
                 self.traffic

@@ -534,6 +534,16 @@ fn a_policy_about_a_port_that_its_service_does_not_have_closes_that_services_pod
 }
 
 #[test]
+fn what_is_told_of_an_object_is_its_own() {
+    let index = index(SHOP);
+    let told = |kind, name: &str| index.told_by(&ObjectKey::new(kind, "shop", name));
+    let ports = [80, 9090].map(|port| Key::Service(service(&format!("shop/cart:{port}"))));
+    assert_eq!(told(Kind::Service, "cart"), BTreeSet::from(ports));
+    assert_eq!(told(Kind::Pod, "cart-1"), BTreeSet::from([Key::Workload(uid("cart-1-uid"))]));
+    assert!(told(Kind::Pod, "gone").is_empty() && told(Kind::EndpointSlice, "x").is_empty());
+}
+
+#[test]
 fn a_slice_touches_the_pods_that_come_and_go_and_no_others() {
     let mut index = index(SHOP);
     let slice = |name: &str, endpoints: &[(&str, bool)]| {
