@@ -17,7 +17,10 @@ use nix::sched::{CloneFlags, setns};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::{apply, config::Options};
+use crate::{
+    apply,
+    config::{self, Options},
+};
 
 /// What the runtime gives a plugin on standard input.
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -82,14 +85,16 @@ pub fn options(request: &Request) -> Result<Option<Options>, Failure> {
         let items = text.split(',').map(str::trim).filter(|item| !item.is_empty());
         items.map(str::to_owned).collect::<Vec<_>>()
     };
-    let with = |mut own: Vec<String>, all: &[String]| {
-        own.extend(all.iter().cloned());
-        own
-    };
     Ok(Some(Options {
         exclude_inbound_ports: list(SKIP_INBOUND_PORTS),
-        exclude_outbound_ports: with(list(SKIP_OUTBOUND_PORTS), &request.exclude_outbound_ports),
-        exclude_outbound_cidrs: with(list(SKIP_OUTBOUND_CIDRS), &request.exclude_outbound_cidrs),
+        exclude_outbound_ports: config::merged_ports(
+            list(SKIP_OUTBOUND_PORTS),
+            &request.exclude_outbound_ports,
+        ),
+        exclude_outbound_cidrs: config::merged_cidrs(
+            list(SKIP_OUTBOUND_CIDRS),
+            &request.exclude_outbound_cidrs,
+        ),
         ..Options::default()
     }))
 }
@@ -204,6 +209,13 @@ mod tests {
         .unwrap();
         assert_eq!(options.exclude_inbound_ports, ["22", "9100-9110"]);
         assert_eq!(options.exclude_outbound_ports, ["25", "53"]);
+        assert!(options.validate().is_ok());
+        // The pod and the installation may say the same.
+        let options = self::options(&request(json!({
+            "weft.dev/injected": "true", "weft.dev/skip-outbound-ports": "50-60" })))
+        .unwrap()
+        .unwrap();
+        assert_eq!(options.exclude_outbound_ports, ["50-60"]);
         assert!(options.validate().is_ok());
     }
 

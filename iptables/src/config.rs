@@ -173,7 +173,7 @@ pub struct PortRange {
 }
 
 impl PortRange {
-    fn contains(self, port: u16) -> bool {
+    pub(crate) fn contains(self, port: u16) -> bool {
         self.first <= port && port <= self.last
     }
 
@@ -529,6 +529,39 @@ fn cidr_list(
         }
     }
     nets
+}
+
+/// What one pod's owner and the installation exclude, together: of two lists the same may stand in both. What cannot
+/// be read stays, for [`Options::validate`] to name.
+pub fn merged_ports(own: Vec<String>, all: &[String]) -> Vec<String> {
+    let both: Vec<String> = own.into_iter().chain(all.iter().cloned()).collect();
+    let Ok(mut ranges) = entries(&both).map(str::parse::<PortRange>).collect::<Result<Vec<_>, _>>() else {
+        return both;
+    };
+    ranges.sort_unstable();
+    let mut merged: Vec<PortRange> = Vec::new();
+    for range in ranges {
+        match merged.last_mut().filter(|last| range.first <= last.last) {
+            Some(last) => last.last = last.last.max(range.last),
+            None => merged.push(range),
+        }
+    }
+    merged.iter().map(ToString::to_string).collect()
+}
+
+/// The same of networks.
+pub fn merged_cidrs(own: Vec<String>, all: &[String]) -> Vec<String> {
+    let both: Vec<String> = own.into_iter().chain(all.iter().cloned()).collect();
+    let parse = |text: &str| text.parse::<IpNet>().or_else(|_| text.parse::<IpAddr>().map(IpNet::from));
+    let Ok(mut nets) = entries(&both).map(parse).collect::<Result<Vec<_>, _>>() else { return both };
+    nets.sort_by_key(|net| (net.prefix_len(), *net));
+    let mut merged: Vec<IpNet> = Vec::new();
+    for net in nets {
+        if !merged.iter().any(|wider| wider.contains(&net)) {
+            merged.push(net);
+        }
+    }
+    merged.iter().map(ToString::to_string).collect()
 }
 
 /// An empty value (an environment variable that is set but says nothing) is an empty list.

@@ -51,6 +51,8 @@ enum Command {
         /// The proxy's listener for connections that the app opens
         #[arg(long, value_name = "PORT", default_value_t = weft_core::ports::OUTBOUND)]
         outbound_port: u16,
+        #[command(flatten)]
+        excluded: probe::Excluded,
     },
     /// Put the CNI plugin on this node, keep it there, and take it away at the end
     CniInstall(InstallOptions),
@@ -83,7 +85,9 @@ fn main() -> ExitCode {
     }
     let cli = Cli::parse();
     match &cli.command {
-        Some(Command::Check { outbound_port }) => return ended(probe::captured(*outbound_port)),
+        Some(Command::Check { outbound_port, excluded }) => {
+            return ended(probe::captured(*outbound_port, excluded));
+        }
         Some(Command::CniInstall(options)) => return ended(keep_installed(options)),
         Some(Command::CniReady(options)) => return ended(install::stands(options)),
         None => {}

@@ -155,7 +155,7 @@ fn port_list(text: &str) -> Result<Option<String>, String> {
     Ok((!list.is_empty()).then(|| list.join(",")))
 }
 
-fn show(range: &std::ops::RangeInclusive<u16>) -> String {
+pub(super) fn show(range: &std::ops::RangeInclusive<u16>) -> String {
     if range.start() == range.end() {
         range.start().to_string()
     } else {

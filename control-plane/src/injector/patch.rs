@@ -19,8 +19,9 @@
 //! that listens on the sidecar's ports is not reached. A pod that shares its node's network is left alone instead, and
 //! says so in an annotation: capture would capture the node.
 
-use std::fmt;
+use std::{fmt, net::IpAddr, ops::RangeInclusive};
 
+use ipnet::IpNet;
 use json_patch::{AddOperation, Patch, PatchOperation, RemoveOperation, jsonptr::PointerBuf};
 use k8s_openapi::api::core::v1::{Container, Pod, PodSpec};
 use serde_json::{Value, json};
@@ -28,9 +29,12 @@ use weft_core::ports;
 
 use super::{
     Values,
-    annotations::{Annotations, PRESTOP_SLEEP, Wrong},
+    annotations::{Annotations, PRESTOP_SLEEP, Wrong, show},
 };
-use crate::resources::{INJECT, INJECTED, TOKEN_AUDIENCE, TRUST_CONFIG_MAP, TRUST_KEY, probes};
+use crate::{
+    index::parse_ports,
+    resources::{INJECT, INJECTED, TOKEN_AUDIENCE, TRUST_CONFIG_MAP, TRUST_KEY, probes},
+};
 
 /// Why a pod that asked for a sidecar has none.
 pub const NOT_INJECTED: &str = "weft.dev/not-injected";
@@ -107,7 +111,7 @@ pub fn inject(pod: &Pod, by_default: bool, values: &Values) -> Result<Outcome, R
     if let Some(seconds) = asks.prestop_sleep {
         patch.extend(prestop_sleep(spec, seconds)?);
     }
-    let first = if values.cni { check(values) } else { capture(&asks, values) };
+    let first = if values.cni { check(&asks, values) } else { capture(&asks, values) };
     let mut containers = vec![first];
     containers.push(sidecar(spec, &asks, values, &rewritten.ports())?);
     patch.extend(add_all("/spec/initContainers", spec.init_containers.is_some(), containers, true));
@@ -119,7 +123,8 @@ fn cannot_be_captured(pod: &Pod, spec: &PodSpec) -> Option<&'static str> {
     if spec.host_network == Some(true) {
         return Some("hostNetwork: the pod shares its node's network, which cannot be captured for one pod");
     }
-    if spec.os.as_ref().is_some_and(|os| os.name == "windows") {
+    let node = crate::resources::lookup(&spec.node_selector, "kubernetes.io/os");
+    if spec.os.as_ref().is_some_and(|os| os.name == "windows") || node == Some("windows") {
         return Some("os: a Windows pod cannot be captured");
     }
     if crate::resources::lookup(&pod.metadata.annotations, MIRROR).is_some() {
@@ -172,22 +177,65 @@ fn containers(spec: &PodSpec) -> impl Iterator<Item = (String, &Container)> {
         .chain(app.map(|(i, c)| (format!("spec.containers[{i}]"), c)))
 }
 
-/// The init container that captures.
-fn capture(asks: &Annotations, values: &Values) -> Value {
-    let joined = |of_all: &str, of_pod: &Option<String>| {
+/// What the app dials without the sidecar: what the installation says and what the pod says, which may well be the
+/// same. `weft-iptables` refuses lists that overlap in themselves.
+fn skipped_outbound(asks: &Annotations, values: &Values) -> [(&'static str, String); 2] {
+    let both = |of_all: &str, of_pod: &Option<String>| {
         let parts = [of_all, of_pod.as_deref().unwrap_or_default()];
         parts.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join(",")
     };
-    let settings = [
-        ("WEFT_EXCLUDE_INBOUND_PORTS", asks.skip_inbound_ports.clone().unwrap_or_default()),
-        ("WEFT_EXCLUDE_OUTBOUND_PORTS", joined(&values.skip_outbound_ports, &asks.skip_outbound_ports)),
-        ("WEFT_EXCLUDE_OUTBOUND_CIDRS", joined(&values.skip_outbound_cidrs, &asks.skip_outbound_cidrs)),
-    ];
-    let env: Vec<Value> = settings
-        .into_iter()
-        .filter(|(_, value)| !value.is_empty())
-        .map(|(name, value)| json!({ "name": name, "value": value }))
-        .collect();
+    [
+        (
+            "WEFT_EXCLUDE_OUTBOUND_PORTS",
+            merged_ports(both(&values.skip_outbound_ports, &asks.skip_outbound_ports)),
+        ),
+        (
+            "WEFT_EXCLUDE_OUTBOUND_CIDRS",
+            merged_cidrs(both(&values.skip_outbound_cidrs, &asks.skip_outbound_cidrs)),
+        ),
+    ]
+}
+
+/// A list without overlaps; one that cannot be read as it is, for whoever says what is wrong with it.
+fn merged_ports(list: String) -> String {
+    let Ok(mut ranges) = parse_ports(&list) else { return list };
+    ranges.sort_by_key(|range| *range.start());
+    let mut merged: Vec<RangeInclusive<u16>> = Vec::new();
+    for range in ranges {
+        match merged.last_mut().filter(|last| range.start() <= last.end()) {
+            Some(last) => *last = *last.start()..=*last.end().max(range.end()),
+            None => merged.push(range),
+        }
+    }
+    merged.iter().map(show).collect::<Vec<_>>().join(",")
+}
+
+/// See [`merged_ports`].
+fn merged_cidrs(list: String) -> String {
+    let parts = list.split(',').map(str::trim).filter(|part| !part.is_empty());
+    let parse = |part: &str| part.parse().or_else(|_| part.parse::<IpAddr>().map(IpNet::from));
+    let Ok(mut nets) = parts.map(parse).collect::<Result<Vec<IpNet>, _>>() else { return list };
+    // The wider one first: what it holds comes after it.
+    nets.sort_by_key(|net| (net.prefix_len(), *net));
+    let mut merged: Vec<IpNet> = Vec::new();
+    for net in nets {
+        if !merged.iter().any(|wider| wider.contains(&net)) {
+            merged.push(net);
+        }
+    }
+    merged.sort();
+    merged.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
+}
+
+fn env(settings: impl IntoIterator<Item = (&'static str, String)>) -> Vec<Value> {
+    let settings = settings.into_iter().filter(|(_, value)| !value.is_empty());
+    settings.map(|(name, value)| json!({ "name": name, "value": value })).collect()
+}
+
+/// The init container that captures.
+fn capture(asks: &Annotations, values: &Values) -> Value {
+    let inbound = ("WEFT_EXCLUDE_INBOUND_PORTS", asks.skip_inbound_ports.clone().unwrap_or_default());
+    let env = env([inbound].into_iter().chain(skipped_outbound(asks, values)));
     let mut container = json!({
         "name": INIT,
         "image": values.init_image,
@@ -218,8 +266,8 @@ fn capture(asks: &Annotations, values: &Values) -> Value {
 
 /// Where a CNI plugin captures: an init container that looks whether it did. A pod that was started while the plugin
 /// was not there must not speak plaintext for the rest of its life.
-fn check(values: &Values) -> Value {
-    json!({
+fn check(asks: &Annotations, values: &Values) -> Value {
+    let mut container = json!({
         "name": CHECK,
         "image": values.init_image,
         "imagePullPolicy": values.image_pull_policy,
@@ -229,7 +277,13 @@ fn check(values: &Values) -> Value {
         "securityContext": unprivileged(65_532),
         // What it says is the pod's message.
         "terminationMessagePolicy": "FallbackToLogsOnError",
-    })
+    });
+    // It must not try where nothing is captured.
+    let env = env(skipped_outbound(asks, values));
+    if !env.is_empty() {
+        container["env"] = env.into();
+    }
+    container
 }
 
 /// The sidecar.
@@ -359,7 +413,9 @@ impl TcpProbes {
         {
             for (position, container) in containers.into_iter().flatten().enumerate() {
                 for (name, probe) in probes::of(container) {
-                    let Some(tcp) = probe.tcp_socket.as_ref().filter(|tcp| tcp.host.is_none()) else {
+                    let Some(tcp) = probe.tcp_socket.as_ref() else { continue };
+                    // Empty is the pod's own address, too.
+                    if tcp.host.as_ref().is_some_and(|host| !host.is_empty()) {
                         continue;
                     };
                     if let Some(port) = probes::port_number(container, &tcp.port) {

@@ -105,6 +105,35 @@ fn with_a_cni_plugin_a_pod_needs_no_capability() {
 }
 
 #[test]
+fn what_installation_and_pod_both_skip_is_skipped_once_and_the_check_knows_of_it() {
+    let values = Values {
+        skip_outbound_ports: "25,80,6000-6010".to_owned(),
+        skip_outbound_cidrs: "10.0.0.0/8,192.0.2.0/24".to_owned(),
+        ..Values::default()
+    };
+    let mut asking = plain();
+    asking["metadata"]["annotations"] = json!({
+        "weft.dev/skip-outbound-ports": "25,6005-6020", "weft.dev/skip-outbound-cidrs": "10.9.0.0/16,172.16.0.1/32" });
+    for values in [values.clone(), Values { cni: true, ..values }] {
+        let first = injected(&asking, &values)["spec"]["initContainers"][0].clone();
+        let said = |name: &str| {
+            let env = first["env"].as_array().unwrap().iter().find(|env| env["name"] == name);
+            env.unwrap()["value"].as_str().unwrap().to_owned()
+        };
+        assert_eq!(said("WEFT_EXCLUDE_OUTBOUND_PORTS"), "25,80,6000-6020");
+        assert_eq!(said("WEFT_EXCLUDE_OUTBOUND_CIDRS"), "10.0.0.0/8,172.16.0.1/32,192.0.2.0/24");
+    }
+}
+
+#[test]
+fn a_pod_that_is_sent_to_windows_nodes_gets_no_linux_sidecar() {
+    let mut windows = plain();
+    windows["spec"]["nodeSelector"] = json!({ "kubernetes.io/os": "windows" });
+    let outcome = inject(&pod(&windows), true, &Values::default());
+    assert!(matches!(outcome, Ok(Outcome::Skip(reason, _)) if reason.contains("Windows")), "{outcome:?}");
+}
+
+#[test]
 fn injecting_twice_changes_nothing() {
     for pod_value in [plain(), everything()] {
         let once = injected(&pod_value, &Values::default());
