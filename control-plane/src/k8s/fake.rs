@@ -74,7 +74,7 @@ pub(crate) const ROUTES: [&str; 2] =
 impl Fake {
     pub(crate) async fn start() -> Self {
         let (changes, _) = broadcast::channel(1_024);
-        let kinds = CORE.iter().chain(&WRITTEN).map(ToString::to_string).collect();
+        let kinds = CORE.iter().chain(&WRITTEN).chain(&POLICIES).map(ToString::to_string).collect();
         let state = State {
             objects: BTreeMap::new(),
             version: 1,

@@ -3,7 +3,8 @@
 //! Why it stands between watch and index: an API server that goes away, restarts or answers half a list must
 //! neither open nor stop anything. An object is gone when its deletion was seen, or when a *whole* new list does
 //! not have it; and where such a list lacks most of what was there, it is believed after a minute only. A kind
-//! that the API server suddenly does not know (its CRD is served a moment later than the rest) is such a list.
+//! that the API server suddenly does not know (its CRD is served a moment later than the rest) is such a list; and one of
+//! ours that it does not know at the start is waited for as long: no policies are not the same as no answer.
 //!
 //! Why hashes and not objects: what the mesh needs of an object is in the index; here it is enough to know
 //! whether it differs from what the index was told.
@@ -83,6 +84,8 @@ pub struct View {
 struct List {
     /// Whether there was a whole list once.
     listed: bool,
+    /// Since when a kind of ours is not known, that never was.
+    absent: Option<Instant>,
     known: BTreeMap<Name, Known>,
     /// What the list under way has had so far.
     relist: Option<BTreeSet<Name>>,
@@ -173,6 +176,7 @@ impl View {
     pub fn done(&mut self, of: Watched, now: Instant) {
         let list = self.list(of);
         list.listed = true;
+        list.absent = None;
         list.failed = None;
         let Some(seen) = list.relist.take() else { return };
         let missing: Vec<Name> = list.known.keys().filter(|name| !seen.contains(*name)).cloned().collect();
@@ -192,8 +196,12 @@ impl View {
     pub fn absent(&mut self, of: Watched, now: Instant) {
         let list = self.list(of);
         list.relist = None;
-        list.listed = true;
         list.failed = None;
+        if is_ours(of) && !list.listed {
+            list.absent.get_or_insert(now);
+            return;
+        }
+        list.listed = true;
         for name in list.known.keys() {
             list.held.entry(name.clone()).or_insert(now);
         }
@@ -206,6 +214,12 @@ impl View {
 
     /// Time passes: what was missing for a minute is gone.
     pub fn tick(&mut self, now: Instant) {
+        for list in self.lists.values_mut() {
+            if list.absent.is_some_and(|since| now.duration_since(since) >= HOLD) {
+                list.absent = None;
+                list.listed = true;
+            }
+        }
         let due: Vec<(Watched, Name)> = self
             .lists
             .iter()
@@ -220,7 +234,7 @@ impl View {
 
     /// When to look at the time again.
     pub fn next_tick(&self) -> Option<Instant> {
-        let since = self.lists.values().flat_map(|list| list.held.values()).min()?;
+        let since = self.lists.values().flat_map(|list| list.held.values().chain(&list.absent)).min()?;
         Some(*since + HOLD)
     }
 
@@ -249,6 +263,12 @@ impl View {
             kept_last_good: true,
         };
         let lists = self.lists.iter().flat_map(|(of, list)| {
+            let absent = list.absent.map(|_| {
+                format!(
+                    "{of} are not known to the API server: install weft-crds (waited for, for {} s)",
+                    HOLD.as_secs()
+                )
+            });
             let failed = list.failed.as_ref().map(|reason| format!("{of} cannot be watched: {reason}"));
             let held = (!list.held.is_empty()).then(|| {
                 let (missing, all) = (list.held.len(), list.known.len());
@@ -257,7 +277,7 @@ impl View {
                     HOLD.as_secs()
                 )
             });
-            failed.into_iter().chain(held)
+            failed.into_iter().chain(held).chain(absent)
         });
         self.bad.values().cloned().chain(lists.map(whole)).collect()
     }
@@ -319,6 +339,18 @@ impl std::fmt::Display for Watched {
             Self::Nodes => f.write_str("nodes"),
             Self::Namespaces => f.write_str("namespaces"),
         }
+    }
+}
+
+/// Whether a list is of a kind that is installed with Weft.
+fn is_ours(of: Watched) -> bool {
+    match of {
+        Watched::Objects(Kind::TrafficPolicy | Kind::AuthorizationPolicy | Kind::MeshConfig) => true,
+        Watched::Objects(
+            Kind::Service | Kind::EndpointSlice | Kind::Pod | Kind::HttpRoute | Kind::GrpcRoute,
+        )
+        | Watched::Nodes
+        | Watched::Namespaces => false,
     }
 }
 
@@ -418,6 +450,24 @@ mod tests {
         assert!(told(&mut view).is_empty(), "an API server that starts serves it a moment later");
         view.tick(now + HOLD);
         assert_eq!(told(&mut view), ["-s0"]);
+    }
+
+    #[test]
+    fn policies_that_are_not_served_at_the_start_are_waited_for() {
+        let (mut view, now) = (View::new([POLICIES]), Instant::now());
+        view.absent(POLICIES, now);
+        view.absent(POLICIES, now + HOLD / 2);
+        assert!(!view.is_synced(), "an API server that starts serves them a moment later");
+        assert!(view.problems()[0].reason.contains("weft-crds"), "{:?}", view.problems());
+        let mut late = View::new([POLICIES]);
+        late.absent(POLICIES, now);
+        late.restart(POLICIES);
+        late.apply(POLICIES, policy(1));
+        late.done(POLICIES, now);
+        assert!(late.is_synced() && late.next_tick().is_none());
+        assert_eq!(view.next_tick(), Some(now + HOLD));
+        view.tick(now + HOLD);
+        assert!(view.is_synced() && view.problems().is_empty());
     }
 
     #[test]
