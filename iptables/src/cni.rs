@@ -70,13 +70,9 @@ impl Failure {
 /// # Errors
 /// The pod has one, and cannot be captured as it says.
 pub fn options(request: &Request) -> Result<Option<Options>, Failure> {
-    let Some(annotations) = &request.runtime_config.annotations else {
-        return Err(Failure::new(
-            UNSUPPORTED,
-            "the container runtime does not tell plugins a pod's annotations (containerd 1.5 and CRI-O 1.24 do): \
-             install weft with cni.enabled=false",
-        ));
-    };
+    // A runtime that does not hand them on must not be kept from starting any pod of the node: those with a sidecar
+    // look themselves whether they are captured, and stop.
+    let Some(annotations) = &request.runtime_config.annotations else { return Ok(None) };
     if annotations.get(INJECTED).map(String::as_str) != Some("true") {
         return Ok(None);
     }
@@ -184,7 +180,6 @@ const ENVIRONMENT: u32 = 4;
 const DECODE: u32 = 6;
 const CONFIG: u32 = 7;
 const CAPTURE: u32 = 100;
-const UNSUPPORTED: u32 = 101;
 
 #[cfg(test)]
 mod tests {
@@ -228,6 +223,8 @@ mod tests {
         let (answer, well) = run(environment, text.as_bytes());
         assert!(well);
         assert_eq!(answer, json!({ "ips": [] }), "what came before is handed on");
+        let (_, well) = run(environment, json!({ "cniVersion": "1.0.0" }).to_string().as_bytes());
+        assert!(well, "a runtime that tells nothing starts its own pods all the same");
     }
 
     #[test]
@@ -242,7 +239,6 @@ mod tests {
         let wrong = json!({ "weft.dev/injected": "true", "weft.dev/skip-inbound-ports": "0" });
         assert_eq!(said(with(wrong)), "weft: --exclude-inbound-ports: \"0\" port 0 is not a port");
         assert_eq!(said(with(json!({ "weft.dev/injected": "true" }))), "weft: CNI_NETNS is not set");
-        assert!(said(json!({ "cniVersion": "1.0.0" })).contains("cni.enabled=false"));
     }
 
     #[test]

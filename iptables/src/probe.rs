@@ -21,7 +21,8 @@ pub enum NotCaptured {
     /// The call went elsewhere.
     #[error(
         "this pod's {0} connections are not captured: the CNI plugin did not run for it (was it installed on this \
-         node when the pod was made?). Delete the pod to try again"
+         node when the pod was made? does the container runtime tell plugins a pod's annotations? containerd 1.5 and \
+         CRI-O 1.24 do). Delete the pod to try again, or install weft with cni.enabled=false"
     )]
     Elsewhere(&'static str),
     /// It could not be tried.
