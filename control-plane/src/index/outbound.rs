@@ -226,6 +226,13 @@ impl Index {
         (!compiled.objects.is_empty()).then(|| (compiled, entry.meta.clone()))
     }
 
+    /// The same service at the lowest of its ports.
+    pub(crate) fn first_port(&self, name: &ServiceName) -> Option<ServiceName> {
+        let (_, entry, _) = self.service_port(name)?;
+        let port = entry.ports.iter().map(|port| port.port).min()?;
+        Some(ServiceName { port, ..name.clone() })
+    }
+
     fn service_port(&self, name: &ServiceName) -> Option<(Name, &ServiceEntry, &ServicePort)> {
         let key = (name.namespace.clone(), name.name.clone());
         let entry = self.services.get(&key).filter(|entry| entry.kind != ServiceKind::External)?;

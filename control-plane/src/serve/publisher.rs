@@ -225,7 +225,7 @@ impl Publisher {
         }
         self.consumers(key, told);
         if let Some((name, rules)) = route {
-            self.set_route(&name, &meta, &rules);
+            self.set_route(&name, None, &meta, &rules);
             names.push(name);
         }
         self.names(key, names);
@@ -272,16 +272,28 @@ impl Publisher {
         may
     }
 
-    fn set_route(&self, name: &Arc<str>, meta: &Meta, rules: &[Rule]) {
-        let body = encode(&convert::route::to_pb(rules));
-        self.set(name, meta.version(hash(&body)), body, false);
+    /// `first` is the same route at the service's first port: a route of a megabyte at a thousand ports that say the
+    /// same is kept once.
+    fn set_route(&self, name: &Arc<str>, first: Option<&Arc<str>>, meta: &Meta, rules: &[Rule]) {
+        let mut body = encode(&convert::route::to_pb(rules));
+        let version = meta.version(hash(&body));
+        if let Some(first) =
+            first.filter(|first| *first != name).and_then(|first| self.published.resource(first))
+            && first.versioned.body == body
+        {
+            body = first.versioned.body;
+        }
+        self.set(name, version, body, false);
     }
 
     fn route(&mut self, key: &Key, service: &ServiceName) {
         let mut namespaces = self.read().index.consumers(service);
         namespaces.insert(service.namespace.clone());
         let mut names = Vec::new();
+        let first_port = self.read().index.first_port(service);
         for namespace in namespaces {
+            let first = first_port.as_ref().map(|port| outbound::route_name(port, &namespace));
+            let first: Option<Arc<str>> = first.map(|first| Name::Route(first).to_string().into());
             let compiled = self.read().index.route_from(service, &namespace);
             let Some((mut route, meta)) = compiled else { continue };
             let name: Arc<str> = Name::Route(outbound::route_name(service, &namespace)).to_string().into();
@@ -294,7 +306,7 @@ impl Publisher {
                 }
                 route.refuse(service, &reason.unwrap_or_default());
             }
-            self.set_route(&name, &meta, &route.rules);
+            self.set_route(&name, first.as_ref(), &meta, &route.rules);
         }
         self.names(key, names);
     }
@@ -626,6 +638,20 @@ mod tests {
         assert_eq!((route_of("shop"), route_of("till")), (None, None));
         assert_eq!(published.len(), plain);
         assert!(publisher.to_consumers.is_empty() && publisher.consumer_owners.is_empty());
+    }
+
+    #[test]
+    fn a_route_that_says_the_same_at_each_port_is_kept_once() {
+        let (mut publisher, published) = publisher();
+        publisher.apply(batch(
+            "apiVersion: v1\nkind: Service\nmetadata: {name: a, namespace: shop}\n\
+             spec: {clusterIP: 10.96.0.1, ports: [{name: x, port: 90}, {name: y, port: 80}]}\n---\n\
+             apiVersion: gateway.networking.k8s.io/v1\nkind: HTTPRoute\nmetadata: {name: r, namespace: shop}\n\
+             spec:\n  parentRefs: [{group: \"\", kind: Service, name: a}]\n  \
+             rules: [{backendRefs: [{name: a, port: 80}]}]\n",
+        ));
+        let body = |port: u16| published.resource(&format!("route/shop/a:{port}")).unwrap().versioned.body;
+        assert_eq!((body(80), body(80).as_ptr()), (body(90), body(90).as_ptr()));
     }
 
     #[test]

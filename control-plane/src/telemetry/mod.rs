@@ -50,6 +50,10 @@ const MAX_RECORDS: usize = 10_000;
 const MAX_RECORDS_OF_ONE: usize = 1_000;
 /// Endpoints that one sidecar describes.
 const MAX_ENDPOINTS_OF_ONE: usize = 5_000;
+/// Bytes of what one sidecar says is live in it: 20,000 names of a usual length.
+const MAX_APPLIED_TEXT: usize = 4 * 1024 * 1024;
+/// Bytes of the endpoints that one sidecar describes.
+const MAX_ENDPOINT_TEXT: usize = 2 * 1024 * 1024;
 /// One text of a report; longer ones are cut.
 const MAX_TEXT: usize = 512;
 /// Items of one list in one report.
@@ -102,6 +106,8 @@ struct Sidecar {
     gauges: pb::Gauges,
     /// (type URL, name) → version that is live there.
     applied: BTreeMap<(String, String), String>,
+    /// Bytes of these.
+    applied_text: usize,
     /// (type URL, name) → (version, reason) of what it refused and has not accepted since.
     nacked: BTreeMap<(String, String), (String, String)>,
     endpoints: Vec<pb::EndpointState>,
@@ -314,6 +320,7 @@ impl Store {
             last_seen_ms: now_ms,
             gauges: pb::Gauges::default(),
             applied: BTreeMap::new(),
+            applied_text: 0,
             nacked: BTreeMap::new(),
             endpoints: Vec::new(),
             dropped: 0,
@@ -325,6 +332,7 @@ impl Store {
             sidecar.session = session;
             sidecar.sequence = 0;
             sidecar.applied.clear();
+            sidecar.applied_text = 0;
             sidecar.nacked.clear();
         } else if report.sequence <= sidecar.sequence {
             self.repeated += 1;
@@ -337,10 +345,15 @@ impl Store {
             sidecar.gauges = pb::Gauges { version: cut(gauges.version), ..gauges };
         }
         if !report.endpoints.is_empty() || !report.routes.is_empty() {
-            let left_out = report.endpoints.len().saturating_sub(MAX_ENDPOINTS_OF_ONE);
+            let told = report.endpoints.len();
+            let endpoints = report.endpoints.into_iter().take(MAX_ENDPOINTS_OF_ONE).map(cut_endpoint);
+            let within = endpoints.scan(0_usize, |text, endpoint| {
+                *text += prost::Message::encoded_len(&endpoint);
+                (*text <= MAX_ENDPOINT_TEXT).then_some(endpoint)
+            });
+            sidecar.endpoints = within.collect();
+            let left_out = told - sidecar.endpoints.len();
             self.dropped = self.dropped.saturating_add(left_out as u64);
-            let endpoints = report.endpoints.into_iter().take(MAX_ENDPOINTS_OF_ONE);
-            sidecar.endpoints = endpoints.map(cut_endpoint).collect();
         }
         if !report.routes.is_empty() {
             self.first_ms.get_or_insert(now_ms);
@@ -606,10 +619,19 @@ impl Sidecar {
         for applied in applied.into_iter().take(MAX_ITEMS) {
             let key = (cut(applied.type_url), cut(applied.name));
             self.nacked.remove(&key);
+            let names = key.0.len() + key.1.len();
+            let before = self.applied.get(&key).map_or(0, |version| names + version.len());
             if applied.removed {
                 self.applied.remove(&key);
-            } else if self.applied.len() < MAX_ITEMS || self.applied.contains_key(&key) {
-                self.applied.insert(key, cut(applied.version));
+                self.applied_text -= before;
+                continue;
+            }
+            let version = cut(applied.version);
+            let text = self.applied_text - before + names + version.len();
+            let has_room = self.applied.len() < MAX_ITEMS || self.applied.contains_key(&key);
+            if has_room && text <= MAX_APPLIED_TEXT {
+                self.applied.insert(key, version);
+                self.applied_text = text;
             } else {
                 left_out += 1;
             }

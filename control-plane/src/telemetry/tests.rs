@@ -119,6 +119,29 @@ fn series_edges_and_bytes_are_bounded() {
 }
 
 #[test]
+fn what_one_sidecar_says_is_bounded_in_bytes() {
+    let mut store = Store::default();
+    let long = |n: usize| format!("{n:0>512}");
+    let applied =
+        (0..MAX_ITEMS).map(|n| pb::Applied { name: long(n), version: long(n), ..Default::default() });
+    let endpoints = (0..MAX_ENDPOINTS_OF_ONE).map(|n| pb::EndpointState {
+        uid: long(n),
+        reason: long(n),
+        ..Default::default()
+    });
+    let mut said = report(1, Vec::new());
+    (said.applied, said.endpoints) = (applied.collect(), endpoints.collect());
+    store.report(&reporter(1), said, T0);
+    let sidecar = store.sidecars.values().next().unwrap();
+    let text: usize =
+        sidecar.applied.iter().map(|(key, version)| key.0.len() + key.1.len() + version.len()).sum();
+    assert_eq!(text, sidecar.applied_text);
+    assert!(text <= MAX_APPLIED_TEXT && text > MAX_APPLIED_TEXT - 2_048, "{text}");
+    assert!(sidecar.endpoints.len() * 1_024 <= MAX_ENDPOINT_TEXT);
+    assert!(store.dropped > 0);
+}
+
+#[test]
 fn applied_and_refused_follow_the_sidecars() {
     let mut store = Store::default();
     let applied = |version: &str| pb::Applied {
