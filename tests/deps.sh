@@ -91,3 +91,15 @@ if [ "$1" = test ] && [ ! -x "$h2spec" ]; then
     lacking "h2spec needs Go and its module proxy; its test will be skipped"
   fi
 fi
+
+# gRPC's interoperability suite, by its own programs.
+interop=target/go/interop
+if [ "$1" = test ] && [ ! -x "$interop/server" ]; then
+  programs="google.golang.org/grpc/interop/client@v1.83.0 google.golang.org/grpc/interop/server@v1.83.0"
+  # shellcheck disable=SC2086
+  if command -v go >/dev/null && GOBIN=$PWD/$interop go install $programs 2>/dev/null; then
+    echo "deps: gRPC's interop programs built"
+  else
+    lacking "gRPC's interop programs need Go and its module proxy; their test will be skipped"
+  fi
+fi

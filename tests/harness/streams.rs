@@ -138,7 +138,7 @@ where
         let handle = handle.clone();
         tokio::spawn(async move {
             let mut builder = h2::server::Builder::new();
-            builder.max_concurrent_streams(streams);
+            builder.max_concurrent_streams(streams).enable_connect_protocol();
             let Ok(mut connection) = builder.handshake::<_, Bytes>(stream).await else { return };
             while let Some(Ok((request, respond))) = connection.accept().await {
                 let handled = handle(request, respond);

@@ -21,6 +21,7 @@ mod http1;
 mod http1_ends;
 mod http1_odd;
 mod http2;
+mod http2_ends;
 mod http2_odd;
 mod identity;
 mod inbound;

@@ -30,6 +30,7 @@ struct World {
     servers: Vec<Server>,
     client: Meshed,
     _backend: Meshed,
+    dir: PathBuf,
     _mesh: Mesh,
 }
 
@@ -51,9 +52,9 @@ fn is_there(program: &str) -> bool {
     Command::new(program).arg("--help").output().is_ok()
 }
 
-/// Go's server, built once for all test runs.
-fn go(dir: &Path) -> Result<PathBuf> {
-    let (source, program) = (file("main.go"), dir.join("go-server"));
+/// A program in Go; the compiler keeps what it has built.
+fn go(dir: &Path, source: &str) -> Result<PathBuf> {
+    let (source, program) = (file(source), dir.join(source.replace(['.', '/'], "-")));
     output(Command::new("go").arg("build").arg("-o").arg(&program).arg(source)).context("go build")?;
     Ok(program)
 }
@@ -120,7 +121,7 @@ fn commands(pod: &Pod, dir: &Path) -> Result<Vec<(&'static str, u16, u16, Comman
         add("uvicorn", 9006, 200, &python, &uvicorn);
     }
     if is_there("go") {
-        add("go", 9007, 200, &go(dir)?, &["9007"]);
+        add("go", 9007, 200, &go(dir, "main.go")?, &["9007"]);
     }
     Ok(all)
 }
@@ -142,7 +143,7 @@ fn world(test: &str) -> Option<World> {
     let ports: Vec<_> = servers.iter().map(|server| (server.name, server.port, server.port)).collect();
     service(&mesh, "shop", "servers", "10.96.0.1", &ports).unwrap();
     let client = mesh.workload(Workload::new("shop", "client")).unwrap();
-    Some(World { servers, client, _backend: backend, _mesh: mesh })
+    Some(World { servers, client, _backend: backend, dir, _mesh: mesh })
 }
 
 impl World {
@@ -233,6 +234,14 @@ fn real_servers_have_their_say_before_an_upload_and_real_clients_hear_it() {
                         );
                     }
                 }
+            });
+        }
+        if is_there("go") {
+            let (addresses, pod, dir) = (&addresses, &world.client.pod, &world.dir);
+            scope.spawn(move || {
+                let client = go(dir, "../clients/uploads.go").unwrap();
+                let said = output(pod.command(&client).args(addresses));
+                assert_eq!(said.unwrap_or_else(|e| panic!("uploads.go: {e:#}")), "all well");
             });
         }
         for (program, name) in [(python(), "uploads.py"), (Some("node".into()), "uploads.mjs")] {
