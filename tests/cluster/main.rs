@@ -7,10 +7,15 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 mod bed;
+mod gateway;
 mod images;
 mod install;
 mod pods;
+mod refused;
+mod startup;
 mod traffic;
+mod trust;
+mod used;
 
 use weft_harness::apps;
 use weft_harness::cluster::{self, Cluster};

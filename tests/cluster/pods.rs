@@ -1,8 +1,9 @@
 //! Pods of every kind that a cluster has, with a sidecar each.
 
 use serde_json::{Value, json};
+use weft_harness::cluster::capture::occurrences;
 use weft_harness::cluster::workloads::{INJECTED, deployment, namespace, pod, server, service, testapp};
-use weft_harness::cluster::{Cluster, images};
+use weft_harness::cluster::{Cluster, builds, images};
 
 use crate::mesh_or_skip;
 
@@ -64,8 +65,6 @@ fn a_job_completes_and_its_init_container_and_first_request_find_the_mesh() {
         let log = cluster.logs(name, "job/once", container).unwrap();
         assert!(log.contains("[0] StatusCode=200") && log.contains("x-served-by:web"), "{path}: {log}");
     }
-    let edges = cluster.weft(&["trust", name]).ask().unwrap();
-    assert!(edges.success, "{}", edges.out);
     cluster.leave(name).unwrap();
 }
 
@@ -107,8 +106,6 @@ fn pods_of_a_stateful_set_reach_each_other_by_name() {
             .unwrap_or_else(|error| panic!("{error:#}: {text}"));
         assert!(text.contains(&format!("Hostname={to}\n")), "{text}");
     }
-    let edges = cluster.weft(&["trust", name]).ask().unwrap();
-    assert!(edges.success, "{}", edges.out);
     cluster.leave(name).unwrap();
 }
 
@@ -193,4 +190,71 @@ fn a_filter_that_admits_only_the_apps_port_lets_meshed_pods_talk() {
     // That it bites.
     assert!(!refused.out.contains("[0] StatusCode=200"), "{}\n{counted}", refused.out);
     cluster.leave(name).unwrap();
+}
+
+/// With capture by the CNI plugin, until it is dropped.
+struct Plugin<'a>(&'a Cluster);
+
+impl<'a> Plugin<'a> {
+    fn install(cluster: &'a Cluster) -> Self {
+        cluster.install_weft(builds::HELM4, &["cni.enabled=true"]).unwrap();
+        let all = ["-n", "weft", "rollout", "status", "daemonset/weft-cni", "--timeout=120s"];
+        cluster.kubectl(all).run().unwrap();
+        Self(cluster)
+    }
+}
+
+impl Drop for Plugin<'_> {
+    fn drop(&mut self) {
+        self.0.install_weft(builds::HELM4, &["cni.enabled=false"]).unwrap();
+    }
+}
+
+#[test]
+fn a_pod_under_restricted_is_meshed_by_the_cni_plugin() {
+    let Some(cluster) = mesh_or_skip("a_pod_under_restricted") else { return };
+    let name = "pods-restricted";
+    cluster.forget(name).unwrap();
+    let plugin = Plugin::install(&cluster);
+    let restricted = |mut spec: Value| {
+        spec["securityContext"] = json!({
+            "runAsNonRoot": true, "runAsUser": 1000, "seccompProfile": {"type": "RuntimeDefault"},
+        });
+        for container in spec["containers"].as_array_mut().unwrap() {
+            container["securityContext"] =
+                json!({"allowPrivilegeEscalation": false, "capabilities": {"drop": ["ALL"]}});
+        }
+        spec
+    };
+    let [near, far] = cluster.nodes() else { panic!("two nodes") };
+    let web = restricted(json!({"nodeName": far.name(), "containers": [server("web")]}));
+    let job = restricted(json!({
+        "nodeName": near.name(),
+        "restartPolicy": "Never",
+        "containers": [asks("asks", "http://web/from-a-restricted-pod")],
+    }));
+    let labels = [INJECTED, ("pod-security.kubernetes.io/enforce", "restricted")];
+    cluster
+        .apply_all(&[namespace(name, &labels), deployment(name, "web", 1, web), service(name, "web")])
+        .unwrap();
+    cluster.rolled_out(name, "web").unwrap();
+    let capture = cluster.capture().unwrap();
+    cluster.apply_all(&[pod(name, "asks", job)]).unwrap();
+    let log = completed(&cluster, name, "asks", "asks");
+    let crossed = capture.end().unwrap();
+    assert!(log.contains("[0] StatusCode=200"), "{log}");
+    assert_eq!(occurrences(&crossed, "from-a-restricted-pod"), 0, "it was not captured");
+    let asked = cluster.get(name, &["pod", "asks"]).unwrap();
+    let inits = asked["spec"]["initContainers"].as_array().unwrap();
+    assert!(inits.iter().any(|one| one["name"] == "weft-proxy"), "{inits:?}");
+    let added = |one: &Value| !one["securityContext"]["capabilities"]["add"].is_null();
+    assert!(!inits.iter().any(added), "a capability: {inits:?}");
+    cluster.forget(name).unwrap();
+    drop(plugin);
+    // The nodes are as they were: a pod without a mesh starts.
+    for node in cluster.nodes() {
+        let files = std::fs::read_dir(node.folder().join("cni-conf")).unwrap();
+        let texts = files.map(|file| std::fs::read_to_string(file.unwrap().path()).unwrap());
+        assert!(texts.into_iter().all(|text| !text.contains("weft")), "the plugin is still configured");
+    }
 }

@@ -143,7 +143,10 @@ fn run(command: Command) -> Result<ExitCode> {
         }
         Command::Conformance { report, flags } => {
             let cluster = cluster::current()?.context("no cluster is up (make cluster-up)")?;
-            ensure!(cluster.conformance(&std::path::absolute(report)?, &flags)?, "the suite found something");
+            ensure!(
+                cluster.conformance(&std::path::absolute(report)?, None, &flags)?,
+                "the suite found something"
+            );
         }
     }
     Ok(ExitCode::SUCCESS)

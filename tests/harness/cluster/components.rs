@@ -277,6 +277,8 @@ impl Cluster {
             "enforceNodeAllocatable": [],
             "failCgroupV1": false,
             "failSwapOn": false,
+            // A minute elsewhere: how late a mounted ConfigMap follows. Tests wait for it.
+            "syncFrequency": "10s",
             "clusterDomain": "cluster.local",
             "clusterDNS": [DNS],
             "resolvConf": node.folder().join("resolv.conf"),

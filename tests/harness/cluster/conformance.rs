@@ -3,6 +3,7 @@
 //! The suite is compiled from its module as it is. A mesh-only run of v1.6 waits for pods of two namespaces that
 //! only a gateway run makes, so we make them: with a pod that does nothing, beside the suite and not in it.
 
+use std::fs::File;
 use std::path::Path;
 
 use anyhow::{Result, ensure};
@@ -13,6 +14,8 @@ use super::images::ECHO;
 
 /// Namespaces that the suite waits for and, without gateways, does not make.
 const AWAITED: [&str; 2] = ["gateway-conformance-app-backend", "gateway-conformance-web-backend"];
+/// Those that it makes, and whose pods are the mesh.
+pub const MESH_NAMESPACES: [&str; 2] = ["gateway-conformance-mesh", "gateway-conformance-mesh-consumer"];
 /// What Weft says it can.
 const FEATURES: [&str; 17] = [
     "Mesh",
@@ -51,9 +54,12 @@ impl Cluster {
         self.kubectl(["wait", "--for=condition=Established", "crd", "--all", "--timeout=60s"]).run().map(drop)
     }
 
-    /// Runs the suite; what it says goes to our own output. `true` if it passed.
-    pub fn conformance(&self, report: &Path, more: &[String]) -> Result<bool> {
+    /// Runs the suite; what it says goes to a log, or to our own output. `true` if it passed.
+    pub fn conformance(&self, report: &Path, log: Option<&Path>, more: &[String]) -> Result<bool> {
         self.gateway_api()?;
+        for namespace in MESH_NAMESPACES {
+            self.forget(namespace)?;
+        }
         for namespace in AWAITED {
             self.apply(&format!(
                 "apiVersion: v1
@@ -90,7 +96,15 @@ spec:
         flags.push(format!("--version=v{}", env!("CARGO_PKG_VERSION")));
         flags.push(format!("--report-output={}", report.display()));
         flags.extend(more.iter().cloned());
-        let status = self.tool(CONFORMANCE, "conformance.test", flags).command()?.status()?;
+        let mut suite = self.tool(CONFORMANCE, "conformance.test", flags).command()?;
+        if let Some(log) = log {
+            let log = File::create(log)?;
+            suite.stdout(log.try_clone()?).stderr(log);
+        }
+        let status = suite.status()?;
+        for namespace in AWAITED {
+            self.leave(namespace)?;
+        }
         ensure!(status.code().is_some(), "the suite was killed");
         Ok(status.success())
     }

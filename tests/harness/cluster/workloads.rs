@@ -10,6 +10,8 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
 
+use weft_core::ports::ADMIN;
+
 use super::images::TESTAPP;
 use super::{Cluster, processes};
 use crate::apps::Summary;
@@ -127,6 +129,18 @@ impl Cluster {
         let all = self.processes(namespace, pod)?;
         let found = all.iter().find(|(_, command)| command.starts_with(program));
         found.map(|(pid, _)| *pid).with_context(|| format!("{pod} runs no {program}: {all:?}"))
+    }
+
+    /// The sum of a sidecar's metric of a name and a label's value (empty: any), asked through the API server.
+    pub fn metric(&self, namespace: &str, pod: &str, name: &str, label: &str) -> Result<f64> {
+        let path = format!("/api/v1/namespaces/{namespace}/pods/{pod}:{ADMIN}/proxy/metrics");
+        let text = self.kubectl(["get", "--raw", &path]).run()?;
+        let of = |line: &&str| {
+            let rest = line.strip_prefix(name).filter(|rest| rest.starts_with([' ', '{']));
+            rest.is_some_and(|rest| label.is_empty() || rest.contains(&format!("\"{label}\"")))
+        };
+        let values = text.lines().filter(of).filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok());
+        Ok(values.sum())
     }
 
     /// How often the containers of a label's pods were started again, with the pods' uids.
