@@ -202,3 +202,40 @@ fn a_request_timeout_answers_504_with_a_reason() {
     policy(&world.mesh, "api", serde_json::json!({"timeouts": {"request": "200ms"}}));
     until("the timeout holds", || served_by(&world, &[API]) == "504 outbound;timeout");
 }
+
+#[test]
+fn callers_stay_on_their_node_or_with_one_endpoint_where_the_service_says_so() {
+    let Some(mesh) = mesh_or_skip("reach") else { return };
+    let on = |name: &str, node: &str| Workload { node: Some(node.to_owned()), ..Workload::new("shop", name) };
+    let apps = [("api-1", "n1"), ("api-2", "n2"), ("api-3", "n2")];
+    let apps: Vec<_> = apps.iter().map(|(name, node)| serve(&mesh, on(name, node), &[]).unwrap()).collect();
+    let clients =
+        [mesh.workload(on("client-1", "n1")).unwrap(), mesh.workload(on("client-2", "n2")).unwrap()];
+    let says = |more: serde_json::Value| {
+        let mut spec = serde_json::json!({"clusterIP": "10.96.0.10", "clusterIPs": ["10.96.0.10"],
+            "selector": {"app": "api"}, "ports": [{"name": "http", "port": 80, "targetPort": 8080}]});
+        spec.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        let object = serde_json::json!({"apiVersion": "v1", "kind": "Service",
+            "metadata": {"namespace": "shop", "name": "api"}, "spec": spec});
+        mesh.write("service-api.yaml", &format!("{object:#}\n")).unwrap();
+    };
+    let served = |client: &Meshed| -> Vec<String> {
+        let summary = load(&mesh, &client.pod, &["--url", API, "--rate", "100", "--seconds", "1"]).unwrap();
+        assert_eq!(summary.failed, 0, "{summary:?}");
+        summary.served_by.into_keys().collect()
+    };
+    let becomes = |what: &str, holds: &dyn Fn() -> bool| until(what, || holds());
+    says(serde_json::json!({}));
+    becomes("everybody is asked", &|| {
+        curl(&clients[0].pod, &["-f", API]).is_ok() && served(&clients[0]).len() == 3
+    });
+    says(serde_json::json!({"internalTrafficPolicy": "Local"}));
+    becomes("their own node alone", &|| {
+        served(&clients[0]) == ["api-1"] && served(&clients[1]) == ["api-2", "api-3"]
+    });
+    says(serde_json::json!({"sessionAffinity": "ClientIP"}));
+    becomes("one endpoint each", &|| clients.iter().all(|client| served(client).len() == 1));
+    // The same one with every connection, and from the next start of its sidecar on.
+    assert_eq!(served(&clients[0]), served(&clients[0]));
+    drop(apps);
+}

@@ -76,6 +76,8 @@ pub struct Workload {
     pub under: Vec<String>,
     /// What the kubelet would ask of its one container: `livenessProbe` and so on.
     pub probes: serde_json::Value,
+    /// The node that it is said to be on.
+    pub node: Option<String>,
 }
 
 /// A pod with a sidecar.
@@ -158,6 +160,7 @@ impl Workload {
             env: BTreeMap::new(),
             under: Vec::new(),
             probes: serde_json::Value::Null,
+            node: None,
         }
     }
 
@@ -594,6 +597,9 @@ fn pod_yaml_in(
             "conditions": [{ "type": "Ready", "status": if ready { "True" } else { "False" } }],
         },
     });
+    if let Some(node) = &workload.node {
+        object["spec"]["nodeName"] = node.as_str().into();
+    }
     if let Some(probes) = workload.probes.as_object() {
         for (name, probe) in probes {
             object["spec"]["containers"][0][name] = probe.clone();
