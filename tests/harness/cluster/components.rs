@@ -179,18 +179,18 @@ impl Cluster {
         Ok(())
     }
 
-    /// Ends the API server as a crash does.
+    /// Ends the API server as a crash does, and what acts on it: that loses its lease within seconds elsewhere, and ends.
+    /// Here there is no lease to lose: it would come back late, and with the nodes' silence in mind.
     pub fn stop_api_server(&self) -> Result<()> {
-        processes::end(&self.state, "kube-apiserver")
-    }
-
-    /// Starts it again, and what acts on it: elsewhere these lose their lease meanwhile, end, and are started again.
-    /// Here there is no lease to lose, and they would come back late, one watch after the other.
-    pub fn start_api_server(&self) -> Result<()> {
-        self.start_api()?;
-        for name in ["kube-controller-manager", "kube-scheduler"] {
+        for name in ["kube-apiserver", "kube-controller-manager", "kube-scheduler"] {
             processes::end(&self.state, name)?;
         }
+        Ok(())
+    }
+
+    /// Starts them again.
+    pub fn start_api_server(&self) -> Result<()> {
+        self.start_api()?;
         self.start_managers()
     }
 
