@@ -189,11 +189,17 @@ impl Index {
         if spec.target_refs.is_empty() {
             return only(Ports::All).map(|ports| Reach { ports: Some(ports), closes: None });
         }
+        // A Service that never was can be about pods that no other one has. To close the others for a name that is
+        // mistyped, or comes a moment before its Service, would be an outage.
+        let nobodys = || {
+            let mut services = in_namespace(&self.services, &pod_name.0);
+            !services.any(|(name, service)| self.may_be_pod_of(name, service, pod_name, pod))
+        };
         let (mut targets, mut unknown) = (BTreeSet::new(), false);
         for target in &spec.target_refs {
             let service_name: Name = (policy.0.clone(), target.name.as_str().into());
             let Some(service) = self.services.get(&service_name).or(self.former.get(&service_name)) else {
-                unknown = true;
+                unknown |= nobodys();
                 continue;
             };
             if self.may_be_pod_of(&service_name, service, pod_name, pod) {

@@ -502,20 +502,24 @@ fn a_policy_about_a_service_does_not_open_its_pods_when_the_service_is_away() {
     apply(&mut index, SHOP);
     assert!(index.former.is_empty());
     assert_eq!((at(&index, "cart-9-uid", 8081), at(&index, "cart-9-uid", 7)), (closed, open));
-    // A target that never was: nobody knows what it was to protect. What it would let in gets in nowhere.
+    // A target that never was: it may be about pods that no Service has. What it would let in gets in nowhere.
+    apply(
+        &mut index,
+        "apiVersion: v1\nkind: Pod\nmetadata: {name: lone, namespace: shop, uid: lone-uid, labels: {app: crat}}\n",
+    );
     let dirty = apply(&mut index, &policy("crat", "ports: [7, 8080], "));
-    assert!(dirty.contains(&Key::Workload(uid("cart-1-uid"))));
+    assert!(dirty.contains(&Key::Workload(uid("lone-uid"))));
     let shut = (MtlsMode::Strict, Action::Deny, 0);
-    assert_eq!((at(&index, "cart-1-uid", 8080), at(&index, "cart-1-uid", 7)), (shut, shut));
-    assert_eq!(at(&index, "cart-1-uid", 9090), open);
-    // It comes, and has no such pods.
+    assert_eq!((at(&index, "lone-uid", 8080), at(&index, "lone-uid", 7)), (shut, shut));
+    assert_eq!((at(&index, "lone-uid", 9090), at(&index, "cart-1-uid", 8080)), (open, open));
+    // It comes, and the pod is its: now it is known where, and whom it lets in.
     let crat = "apiVersion: v1\nkind: Service\nmetadata: {name: crat, namespace: shop}\n\
-                spec: {clusterIP: 10.96.0.20, selector: {app: crat}, ports: [{port: 80}]}\n";
-    assert!(apply(&mut index, crat).contains(&Key::Workload(uid("cart-1-uid"))));
-    assert_eq!(at(&index, "cart-1-uid", 8080), open);
+                spec: {clusterIP: 10.96.0.20, selector: {app: crat}, ports: [{port: 8080}]}\n";
+    assert!(apply(&mut index, crat).contains(&Key::Workload(uid("lone-uid"))));
+    assert_eq!((at(&index, "lone-uid", 8080), at(&index, "lone-uid", 7)), (closed, open));
     // What was deleted is remembered for as long as a policy names it.
     delete(&mut index, Kind::Service, "crat");
-    assert_eq!((index.former.len(), at(&index, "cart-1-uid", 8080)), (1, open));
+    assert_eq!((index.former.len(), at(&index, "lone-uid", 8080)), (1, closed));
     delete(&mut index, Kind::AuthorizationPolicy, "callers");
     assert!(index.former.is_empty());
 }
