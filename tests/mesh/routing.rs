@@ -224,7 +224,7 @@ fn callers_stay_on_their_node_or_with_one_endpoint_where_the_service_says_so() {
         assert_eq!(summary.failed, 0, "{summary:?}");
         summary.served_by.into_keys().collect()
     };
-    let becomes = |what: &str, holds: &dyn Fn() -> bool| until(what, || holds());
+    let becomes = |what: &str, holds: &dyn Fn() -> bool| until(what, holds);
     says(serde_json::json!({}));
     becomes("everybody is asked", &|| {
         curl(&clients[0].pod, &["-f", API]).is_ok() && served(&clients[0]).len() == 3
