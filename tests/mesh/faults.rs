@@ -37,12 +37,17 @@ fn three(test: &str, args: &[&str]) -> Option<Three> {
     Some(Three { client, backends, mesh })
 }
 
-/// What is idempotent is sent again when its answer was cut off.
-fn retry_on_reset(three: &Three) {
-    crate::policy(&three.mesh, "api", serde_json::json!({"retries": {"onReset": true, "maxRetries": 2}}));
+/// Gives callers of the three a policy, and waits until it is live.
+fn keeps_to(three: &Three, spec: serde_json::Value) {
+    crate::policy(&three.mesh, "api", spec);
     let mut wait_applied = three.mesh.weft(&["wait", "TrafficPolicy/shop/api", "--applied"]);
     curl(&three.client.pod, &[API]).unwrap();
     output(&mut wait_applied).unwrap();
+}
+
+/// What is idempotent is sent again when its answer was cut off.
+fn retry_on_reset(three: &Three) {
+    keeps_to(three, serde_json::json!({"retries": {"onReset": true, "maxRetries": 2}}));
 }
 
 /// From now on no packet reaches the pod or leaves it; nobody is told.
@@ -216,6 +221,8 @@ fn opaque_connections_meet_a_black_hole_once() {
 #[test]
 fn a_third_of_all_packets_may_be_lost_and_no_request_is_stuck() {
     let Some(three) = three("loss", &[]) else { return };
+    // A lost first packet is sent again after a second, which is all that connecting may take unless somebody says more.
+    keeps_to(&three, serde_json::json!({"timeouts": {"connect": "4s"}}));
     // The same way without a mesh: a client and a server without sidecars.
     let bare = three.mesh.world.pod("bare").unwrap();
     let bare_client = three.mesh.world.pod("bare-client").unwrap();

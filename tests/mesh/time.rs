@@ -9,7 +9,7 @@ use std::{
 };
 
 use weft_control_plane::cli::demo::{
-    mesh::{Mesh, Meshed, Workload, wait},
+    mesh::{Mesh, Meshed, Workload, tail, wait},
     netns::{Pod, Process},
 };
 use weft_harness::apps::{Served, curl, load, mesh_or_skip, python, serve, service, skip, start, testapp};
@@ -112,7 +112,8 @@ fn clocks_of_two_nodes_may_be_five_minutes_off_each_way() {
         let Some(clocks) = clocks("skew", starts, false) else { return };
         let args = ["--url", ECHO, "--rate", "50", "--seconds", "1", "--half-post"];
         let summary = load(&clocks.mesh, &clocks.client.pod, &args).unwrap();
-        assert_eq!(summary.failed, 0, "{starts:?}: {summary:?}");
+        let logs = [&clocks.client.log, &clocks.server.sidecar.log].map(|log| tail(log));
+        assert_eq!(summary.failed, 0, "{starts:?}: {summary:?}\n{}", logs.join("\n"));
     }
 }
 

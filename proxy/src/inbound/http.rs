@@ -463,8 +463,9 @@ impl Inner {
                         return Err(Error::UploadBroken);
                     }
                     tracing::debug!(detail = %error.detail, app = %self.original, "no answer from the app");
-                    // The app may have died of what it was sent first: no other pod is to be given that too.
-                    let seen = sent_before && !error.failure.was_sent();
+                    // An app that was just ending and one that died of what it was sent look alike. One other pod is
+                    // given it, not one after the other.
+                    let seen = sent_before && outgoing.headers.contains_key(WEFT_ATTEMPT);
                     return Err(if seen { Error::Reset } else { Error::from_failure(error.failure) });
                 }
             }
