@@ -33,6 +33,14 @@ fn a_reused_address_is_never_taken_for_the_pod_that_had_it() {
     // echo-1 goes without a word to the controller; a pod of another service gets its address.
     let ip = pair.server.sidecar.pod.ip;
     pair.server.app.signal(nix::sys::signal::Signal::SIGKILL).unwrap();
+    pair.server.sidecar.proxy.signal(nix::sys::signal::Signal::SIGKILL).unwrap();
+    // Its connections end before its cable is cut: what is sent into one that nobody ended may have arrived.
+    let address = ip.to_string();
+    wait(Duration::from_secs(10), || {
+        let mut connections = pair.client.pod.command("ss");
+        Ok(output(connections.args(["-Htn", "state", "established", "dst", &address]))?.is_empty())
+    })
+    .unwrap();
     pair.mesh.world.remove(&pair.server.sidecar.pod);
     let mut other = Workload::new("shop", "other-1");
     other.ip = Some(ip);
