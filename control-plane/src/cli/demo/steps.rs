@@ -319,11 +319,8 @@ fn endpoint_dies(stage: &mut Stage, claims: &mut Claims) -> Result<()> {
             None => "it was not ejected by both callers within 6s".to_owned(),
         },
     );
-    claims.claim(
-        sent_again > 0.0,
-        format!("{sent_again:.0} attempts met the dead or the failing endpoint, and were sent to another"),
-    );
     claims.figure("ejected_after_ms", seen.map(|after| after.as_secs_f64() * 1e3));
+    // Often none: callers that lose a connection ask at once whether anybody is there.
     claims.figure("sent_again", sent_again);
     stage.revive(VICTIM)?;
     let revived = Instant::now();
