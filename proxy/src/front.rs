@@ -25,7 +25,7 @@ use std::{
 
 use bytes::{Buf, Bytes, BytesMut};
 use futures_util::task::AtomicWaker;
-use http::{HeaderValue, Response, StatusCode, header};
+use http::{Response, StatusCode};
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use hyper::server::conn::http1;
 use tokio::{
@@ -41,6 +41,7 @@ use crate::{
     body::Replay,
     config,
     error::{Component, Error},
+    head,
     listener::Accepted,
     presence,
     tcp::write_to_inner,
@@ -130,7 +131,7 @@ impl Requests {
             upload.discard().await;
         }
         if !upload.is_read() && response.status() != StatusCode::SWITCHING_PROTOCOLS {
-            response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+            head::closes(response);
         }
     }
 

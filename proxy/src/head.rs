@@ -323,6 +323,11 @@ fn asked_upgrade(method: &Method, headers: &HeaderMap) -> Option<Upgrade> {
     usable.then(|| Upgrade { protocol: asked.clone() })
 }
 
+/// Says of an answer over HTTP/1 that its connection ends with it.
+pub(crate) fn closes<B>(response: &mut Response<B>) {
+    response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+}
+
 /// Removes what belongs to one connection (RFC 9110 §7.6.1) and what is ours alone (`weft-*`).
 pub(crate) fn remove_connection_headers(headers: &mut HeaderMap) {
     // One look at each name: to search for those that are seldom there costs more than all the rest of this.

@@ -51,6 +51,16 @@ fn soak_ten_rolling_restarts_lose_no_request() {
     rolling_restarts("soak_ten_rolling_restarts_lose_no_request", 10);
 }
 
+/// Endpoints change, and the mesh follows.
+fn a_pod_is_replaced(cluster: &Cluster, load: &Load) {
+    cluster
+        .kubectl(["-n", NAMESPACE, "delete", "pod", &cluster.pod(NAMESPACE, "app=web").unwrap()])
+        .run()
+        .unwrap();
+    cluster.rolled_out(NAMESPACE, "web").unwrap();
+    load.more(200).unwrap();
+}
+
 #[test]
 fn a_killed_controller_loses_no_request() {
     let Some(cluster) = mesh_or_skip("a_killed_controller_loses_no_request") else { return };
@@ -68,12 +78,7 @@ fn a_killed_controller_loses_no_request() {
         .unwrap();
     cluster.rolled_out(weft::NAMESPACE, "weft-controller").unwrap();
     // Endpoints change under the one that has just begun.
-    cluster
-        .kubectl(["-n", NAMESPACE, "delete", "pod", &cluster.pod(NAMESPACE, "app=web").unwrap()])
-        .run()
-        .unwrap();
-    cluster.rolled_out(NAMESPACE, "web").unwrap();
-    load.more(200).unwrap();
+    a_pod_is_replaced(&cluster, &load);
     load.none_failed(&cluster, "controller killed, deleted, and an endpoint gone under the new one").unwrap();
 }
 
@@ -86,13 +91,8 @@ fn api_server_away(test: &str, requests: u64) {
     cluster.start_api_server().unwrap();
     away.unwrap();
     load.more(200).unwrap();
-    // It is believed again: endpoints change, and the mesh follows.
-    cluster
-        .kubectl(["-n", NAMESPACE, "delete", "pod", &cluster.pod(NAMESPACE, "app=web").unwrap()])
-        .run()
-        .unwrap();
-    cluster.rolled_out(NAMESPACE, "web").unwrap();
-    load.more(200).unwrap();
+    // It is believed again.
+    a_pod_is_replaced(&cluster, &load);
     load.none_failed(&cluster, &format!("API server away for {} s, then a pod deleted", requests / 200))
         .unwrap();
 }

@@ -21,14 +21,14 @@ use weft_harness::{
 use crate::{ECHO_ADDRESS, policy};
 
 /// A client pod and a pod of `echo` whose HTTP/2 server is the test's own.
-struct World {
+pub(super) struct World {
     _server: Server,
-    client: Meshed,
+    pub(super) client: Meshed,
     backend: Meshed,
     mesh: Mesh,
 }
 
-fn world<F, H>(test: &str, streams: u32, handle: H) -> Option<World>
+pub(super) fn world<F, H>(test: &str, streams: u32, handle: H) -> Option<World>
 where
     F: Future<Output = anyhow::Result<()>> + Send + 'static,
     H: Fn(http::Request<h2::RecvStream>, h2::server::SendResponse<Bytes>) -> F + Clone + Send + 'static,

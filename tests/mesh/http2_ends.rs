@@ -5,30 +5,13 @@ use std::path::PathBuf;
 
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Request, Response};
-use weft_control_plane::cli::demo::mesh::{Mesh, Meshed, Workload};
+use weft_control_plane::cli::demo::mesh::Workload;
 use weft_harness::{
     apps::{mesh_or_skip, output, service, skip, start},
-    streams::{self, Server, ask, connect, head, read, send, write},
+    streams::{self, ask, connect, head, read, send, write},
 };
 
-use crate::{ECHO_ADDRESS, pair};
-
-/// A client pod and a server of HTTP/2 that carries out what a path says.
-struct World {
-    _server: Server,
-    client: Meshed,
-    _backend: Meshed,
-    _mesh: Mesh,
-}
-
-fn world(test: &str) -> Option<World> {
-    let mesh = mesh_or_skip(test)?;
-    service(&mesh, "shop", "echo", "10.96.0.1", &[("web", 80, 8080)]).unwrap();
-    let backend = mesh.workload(Workload::new("shop", "echo-1")).unwrap();
-    let server = Server::start(&backend.pod, 8080, 100, serve).unwrap();
-    let client = mesh.workload(Workload::new("shop", "client")).unwrap();
-    Some(World { _server: server, client, _backend: backend, _mesh: mesh })
-}
+use crate::{ECHO_ADDRESS, http2::world, pair};
 
 async fn serve(
     request: Request<h2::RecvStream>,
@@ -74,7 +57,7 @@ fn upgrade(path: &str) -> Request<()> {
 
 #[test]
 fn upgrades_between_two_ends_of_http2_are_extended_connects() {
-    let Some(world) = world("extended_connect") else { return };
+    let Some(world) = world("extended_connect", 100, serve) else { return };
     streams::run(async {
         let sender = connect(&world.client.pod, ECHO_ADDRESS).await?;
         assert_eq!(ask(&sender, head("GET", "/")).await?.status(), 400);
@@ -115,7 +98,7 @@ fn an_upgrade_over_http2_to_an_app_that_does_not_offer_them_is_a_502_with_a_reas
 
 #[test]
 fn grpc_metadata_up_to_64_kib_passes_both_ways_and_more_is_431() {
-    let Some(world) = world("metadata") else { return };
+    let Some(world) = world("metadata", 100, serve) else { return };
     streams::run(async {
         let sender = connect(&world.client.pod, ECHO_ADDRESS).await?;
         let call = |answer: usize, metadata: usize| {

@@ -112,12 +112,19 @@ fn an_upgraded_connection_counts_and_ends_when_its_request_would_be_refused() {
     wait(Duration::from_secs(5), || Ok(open(&pair.client, "outbound") == 0.0)).unwrap();
 }
 
+/// An app that speaks bytes at the pair's server, as port 91 of its Service.
+fn with_raw_port(pair: &Pair) -> Process {
+    let pod = &pair.server.sidecar.pod;
+    let app = start(&mut testapp(&pair.mesh, pod, &["tcp", "--port", "9100"]), pod, 9100).unwrap();
+    service(&pair.mesh, "shop", "echo", "10.96.0.1", &[("web", 80, 8080), ("raw", 91, 9100)]).unwrap();
+    app
+}
+
 #[test]
 fn an_open_plaintext_connection_ends_when_mtls_is_required() {
     let Some(pair) = pair("strict_later", &[]) else { return };
     let pod = &pair.server.sidecar.pod;
-    let _app = start(&mut testapp(&pair.mesh, pod, &["tcp", "--port", "9100"]), pod, 9100).unwrap();
-    service(&pair.mesh, "shop", "echo", "10.96.0.1", &[("web", 80, 8080), ("raw", 91, 9100)]).unwrap();
+    let _app = with_raw_port(&pair);
     let outsider = pair.mesh.plain(&Workload::new("shop", "legacy-1")).unwrap();
     let opaque = talk(&outsider, &pod.ip.to_string(), 9100, "talk\\n");
     let upgraded = talk(&outsider, &pod.ip.to_string(), 8080, SWITCH);
@@ -132,8 +139,7 @@ fn an_open_plaintext_connection_ends_when_mtls_is_required() {
 fn a_caller_that_speaks_late_is_judged_by_what_it_says_where_only_identities_are_admitted() {
     let Some(pair) = pair("late_identity", &[]) else { return };
     let pod = &pair.server.sidecar.pod;
-    let _app = start(&mut testapp(&pair.mesh, pod, &["tcp", "--port", "9100"]), pod, 9100).unwrap();
-    service(&pair.mesh, "shop", "echo", "10.96.0.1", &[("web", 80, 8080), ("raw", 91, 9100)]).unwrap();
+    let _app = with_raw_port(&pair);
     let outsider = pair.mesh.plain(&Workload::new("shop", "legacy-1")).unwrap();
     let address = format!("{}:9100", pod.ip);
     policy(

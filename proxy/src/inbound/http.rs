@@ -273,7 +273,7 @@ impl Server {
             let mut response = inner.answer(&error, grpc, exchange, decision);
             if error.ends_connection() && !h2 {
                 // What follows on the connection may be meant otherwise than we read it.
-                response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+                head::closes(&mut response);
             }
             Permitted::of(response)
         });
@@ -281,7 +281,7 @@ impl Server {
             requests.ends_after(upload.as_ref(), refused, &mut response).await;
             if worker.drain.phase() >= Phase::LameDuck && response.status() != StatusCode::SWITCHING_PROTOCOLS
             {
-                response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+                head::closes(&mut response);
             }
         }
         response

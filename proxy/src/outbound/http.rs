@@ -133,7 +133,7 @@ impl Client {
             let mut response = self.answer(&error, grpc, exchange, decision);
             if error.ends_connection() && !h2 {
                 // What follows on the connection may be meant otherwise than we read it.
-                response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+                head::closes(&mut response);
             }
             response
         });
