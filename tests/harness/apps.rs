@@ -53,6 +53,30 @@ pub struct Served {
     pub sidecar: Meshed,
 }
 
+impl Served {
+    /// Kills the app and keeps the pod. Returns when its sidecar has let go of all connections to it: before that a
+    /// request may go into one of them that looks alive, and nobody can tell whether it arrived.
+    pub fn kill_app(self) -> Result<Meshed> {
+        drop(self.app);
+        let connected = || -> Result<bool> {
+            let tables = self.sidecar.pod.enter(|| {
+                ["tcp", "tcp6"].map(|table| std::fs::read_to_string(format!("/proc/thread-self/net/{table}")))
+            })?;
+            // Fields: number, local address, remote address, state; 06 is TIME_WAIT, which belongs to nobody.
+            Ok(tables.into_iter().collect::<Result<Vec<_>, _>>()?.iter().flat_map(|table| table.lines()).any(
+                |line| {
+                    let mut fields = line.split_whitespace().skip(2);
+                    fields.next().is_some_and(|remote| remote.ends_with(":1F90"))
+                        && fields.next() != Some("06")
+                },
+            ))
+        };
+        mesh::wait(Duration::from_secs(10), || connected().map(|connected| !connected))
+            .context("the sidecar keeps connections to an app that has ended")?;
+        Ok(self.sidecar)
+    }
+}
+
 /// A mesh for a test, or `None` where there can be none: the reason is printed past the runner's capture.
 pub fn mesh_or_skip(test: &str) -> Option<Mesh> {
     mesh_with(test, Options::default())

@@ -157,8 +157,7 @@ fn a_failing_endpoint_is_ejected_and_one_that_refuses_costs_no_request() {
     assert!(failing.failed <= failing.sent / 20, "{failing:?}");
     assert!(ejections >= 1.0);
     // The app of another endpoint dies without a word: nothing was sent to it, so nothing fails.
-    let dead = world.apps.remove(1);
-    drop(dead.app);
+    let _without_app = world.apps.remove(1).kill_app().unwrap();
     world.apps.remove(0);
     world.mesh.forget("api-1").unwrap();
     let args = ["--url", API, "--rate", "200", "--seconds", "3", "--half-post"];
