@@ -10,7 +10,8 @@ use crate::mesh_or_skip;
 const NAMESPACE: &str = "traffic";
 const URL: &str = "http://web/load";
 
-/// Three replicas of a server on both nodes, and 200 requests a second from the first. All tests here share them.
+/// Three replicas of a server on both nodes, which ends as soon as it is told to and has no hook of its own: what its
+/// kept connections have just brought arrives because the injector's preStop keeps it from hearing for a while. And 200 requests a second from the first. All tests here share them.
 fn loaded(cluster: &Cluster) -> Load {
     let spread = json!([{
         "maxSkew": 1,

@@ -36,6 +36,7 @@ log: {{ .Values.proxy.log | quote }}
 logFormat: {{ .Values.proxy.logFormat }}
 skipOutboundPorts: {{ .Values.proxy.skipOutboundPorts | quote }}
 skipOutboundCidrs: {{ .Values.proxy.skipOutboundCidrs | quote }}
+prestopSleepSeconds: {{ .Values.injector.prestopSleepSeconds }}
 resources: {{ .Values.proxy.resources | toJson }}
 env: {{ .Values.proxy.env | toJson }}
 {{- end }}

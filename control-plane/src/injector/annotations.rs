@@ -28,7 +28,7 @@ pub const CPU_LIMIT: &str = "weft.dev/proxy-cpu-limit";
 pub const MEMORY_REQUEST: &str = "weft.dev/proxy-memory-request";
 /// What the sidecar may have: `512Mi`.
 pub const MEMORY_LIMIT: &str = "weft.dev/proxy-memory-limit";
-/// How long an app that exits at once on SIGTERM is kept from hearing it: `5s`.
+/// How long an app that exits at once on SIGTERM is kept from hearing it: `5s`; `0s`: not at all.
 pub const PRESTOP_SLEEP: &str = "weft.dev/prestop-sleep";
 
 /// A pod's settings.
@@ -46,7 +46,7 @@ pub struct Annotations {
     pub log: Option<String>,
     /// Quantities by `requests.cpu`, `limits.memory` and so on.
     pub resources: BTreeMap<(&'static str, &'static str), String>,
-    /// Seconds.
+    /// Seconds, if it says.
     pub prestop_sleep: Option<u64>,
 }
 
@@ -201,8 +201,8 @@ fn quantity(text: &str) -> Result<(), String> {
 fn sleep(text: &str) -> Result<u64, String> {
     let GatewayDuration(time) = text.parse().map_err(|_| format!("{text:?} is not a duration: write 5s"))?;
     match time.as_secs() {
-        seconds @ 1..=3_600 if time.subsec_nanos() == 0 => Ok(seconds),
-        _ => Err(format!("{text:?}: write whole seconds, from 1s to 1h")),
+        seconds @ 0..=3_600 if time.subsec_nanos() == 0 => Ok(seconds),
+        _ => Err(format!("{text:?}: write whole seconds, up to 1h; 0s for none")),
     }
 }
 
@@ -225,7 +225,11 @@ pub const ALL: [(&str, &str, &str); 13] = [
     (CPU_LIMIT, "what the sidecar may have", "1"),
     (MEMORY_REQUEST, "what the sidecar asks for", "32Mi"),
     (MEMORY_LIMIT, "what the sidecar may have", "512Mi"),
-    (PRESTOP_SLEEP, "how long an app that exits at once is kept from hearing that it should", "5s"),
+    (
+        PRESTOP_SLEEP,
+        "how long containers without a preStop hook are kept from hearing that they should end; 0s: not at all",
+        "5s",
+    ),
     (WEIGHT, "the pod's share of its services' requests; others have 1", "2"),
     (INJECTED, "written by the injector: the pod has a sidecar", "true"),
 ];

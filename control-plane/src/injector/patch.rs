@@ -14,6 +14,11 @@
 //! probe would always pass. The sidecar tries the app's port in its place: the probe asks its admin port. Probes by
 //! HTTP and gRPC stay as they are; the controller reads their ports and paths from the pod and admits exactly these.
 //!
+//! When the app's containers hear of their end: an app that exits at once takes with it what a kept connection has just
+//! brought, while callers do not know yet that the pod is leaving. A POST that may have been read is nobody's to repeat.
+//! So they sleep for a few seconds first (`preStop.sleep`), unless they have a preStop of their own. What ends by itself,
+//! a Job, runs no preStop. Kubernetes 1.29 has the field only behind a gate, and drops it where that is shut.
+//!
 //! # What is refused
 //! A pod that would be only half in the mesh: a container that runs as the sidecar's user is not captured, a container
 //! that listens on the sidecar's ports is not reached. A pod that shares its node's network is left alone instead, and
@@ -108,9 +113,7 @@ pub fn inject(pod: &Pod, by_default: bool, values: &Values) -> Result<Outcome, R
     patch.extend(add_all("/spec/volumes", spec.volumes.is_some(), volumes(), false));
     patch.extend(rewritten.patch());
     // Before the containers in front of them are added: positions are those of the pod as it came.
-    if let Some(seconds) = asks.prestop_sleep {
-        patch.extend(prestop_sleep(spec, seconds)?);
-    }
+    patch.extend(prestop_sleep(spec, asks.prestop_sleep, values.prestop_sleep_seconds)?);
     let first = if values.cni { check(&asks, values) } else { capture(&asks, values) };
     let mut containers = vec![first];
     containers.push(sidecar(spec, &asks, values, &rewritten.ports())?);
@@ -378,9 +381,19 @@ fn volumes() -> Vec<Value> {
     ]
 }
 
-/// Keeps containers that end at once on SIGTERM from hearing it for a while: what has been sent to them arrives.
-fn prestop_sleep(spec: &PodSpec, seconds: u64) -> Result<Vec<PatchOperation>, Refused> {
+/// Keeps containers that end at once on SIGTERM from hearing it for a while: what has been sent to them arrives. What
+/// the pod asks for it gets; what the installation says takes no more than a quarter of the time that the app has to
+/// end in.
+fn prestop_sleep(
+    spec: &PodSpec,
+    asked: Option<u64>,
+    by_default: u64,
+) -> Result<Vec<PatchOperation>, Refused> {
     let grace = u64::try_from(spec.termination_grace_period_seconds.unwrap_or(DEFAULT_GRACE)).unwrap_or(0);
+    let seconds = asked.unwrap_or_else(|| by_default.min(grace / 4));
+    if seconds == 0 {
+        return Ok(Vec::new());
+    }
     if seconds >= grace {
         return Err(Refused(vec![format!(
             "annotation {PRESTOP_SLEEP}: {seconds}s leaves nothing of the {grace}s of \

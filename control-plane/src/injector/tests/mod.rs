@@ -245,6 +245,41 @@ fn every_annotation_is_taken_as_its_own_example_shows() {
     }
 }
 
+/// The `preStop` of the pod's first container.
+fn prestop(pod: &Value, values: &Values) -> Value {
+    injected(pod, values)["spec"]["containers"][0]["lifecycle"]["preStop"].clone()
+}
+
+#[test]
+fn an_app_hears_of_its_end_when_its_callers_have_and_keeps_its_own_hook() {
+    let installed = |seconds| Values { prestop_sleep_seconds: seconds, ..Values::default() };
+    let sleep = |seconds: u64| json!({ "sleep": { "seconds": seconds } });
+    assert_eq!(prestop(&plain(), &Values::default()), sleep(3));
+    assert_eq!(prestop(&plain(), &installed(0)), Value::Null);
+    let mut pod = plain();
+    pod["spec"]["containers"][0]["lifecycle"] = json!({ "preStop": { "exec": { "command": ["flush"] } } });
+    assert_eq!(prestop(&pod, &Values::default()), json!({ "exec": { "command": ["flush"] } }));
+    for (asked, got) in [("0s", Value::Null), ("7s", sleep(7))] {
+        let mut pod = plain();
+        pod["metadata"]["annotations"] = json!({ "weft.dev/prestop-sleep": asked });
+        assert_eq!(prestop(&pod, &Values::default()), got, "{asked}");
+    }
+}
+
+#[test]
+fn the_sleep_of_every_pod_takes_no_more_than_a_quarter_of_its_grace() {
+    let graces =
+        [(0, Value::Null), (3, Value::Null), (4, json!(1)), (11, json!(2)), (12, json!(3)), (600, json!(3))];
+    for (grace, seconds) in graces {
+        let mut pod = plain();
+        pod["spec"]["terminationGracePeriodSeconds"] = json!(grace);
+        assert_eq!(prestop(&pod, &Values::default())["sleep"]["seconds"], seconds, "{grace}");
+    }
+    // An installation that says more than a pod has refuses no pod for it.
+    let long = Values { prestop_sleep_seconds: 90, ..Values::default() };
+    assert_eq!(prestop(&plain(), &long)["sleep"]["seconds"], 7);
+}
+
 #[test]
 fn a_sleep_that_outlives_the_pod_is_refused() {
     let mut value = plain();
