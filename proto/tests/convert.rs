@@ -360,7 +360,7 @@ fn authorization() -> impl Strategy<Value = Authorization> {
         .prop_map(|(object, action, sources, http)| AuthzRule { object, action, sources, http });
     (action(), vec(rule, 0..4), any::<u64>()).prop_map(|(default, rules, generation)| Authorization {
         default,
-        rules,
+        rules: rules.into(),
         generation,
     })
 }
@@ -813,7 +813,9 @@ fn an_authorization_names_the_field_that_is_wrong() {
 #[test]
 fn anyone_is_written_as_no_sources() {
     let mut policy = authz::parse(&good_authorization().encode_to_vec()).unwrap();
-    policy.rules[0].sources.push(SourceMatch::default());
+    let mut rules = policy.rules.to_vec();
+    rules[0].sources.push(SourceMatch::default());
+    policy.rules = rules.into();
     let back = authz::parse(&v1::Authorization::from(&policy).encode_to_vec()).unwrap();
     assert!(back.rules[0].sources.is_empty());
 }

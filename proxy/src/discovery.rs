@@ -341,7 +341,7 @@ mod tests {
 
     fn inbound(egress: Egress) -> InboundPolicy {
         let authorization =
-            Arc::new(Authorization { default: Action::Allow, rules: Vec::new(), generation: 1 });
+            Arc::new(Authorization { default: Action::Allow, rules: Vec::new().into(), generation: 1 });
         InboundPolicy {
             identity: "spiffe://a.test/ns/shop/sa/web".parse().unwrap(),
             ports: std::collections::BTreeMap::new(),

@@ -421,8 +421,11 @@ fn consistent(policy: &Authorization, peer: &Peer<'_>, ask: &Ask<'_>, canonical:
         Verdict::Deny { .. } => {}
     }
     // Nobody is let in by nothing.
-    let with =
-        |default, rules: Vec<AuthzRule>| Authorization { default, rules, generation: policy.generation };
+    let with = |default, rules: Vec<AuthzRule>| Authorization {
+        default,
+        rules: rules.into(),
+        generation: policy.generation,
+    };
     let permits = |policy: &Authorization| authz::authorize(policy, peer, ask).is_permit();
     assert!(!permits(&with(Action::Deny, Vec::new())));
     let denies = policy.rules.iter().filter(|rule| rule.action == Action::Deny).cloned();

@@ -260,7 +260,7 @@ impl Index {
                 });
             }
         }
-        Authorization { default, rules, generation: 0 }
+        Authorization { default, rules: rules.into(), generation: 0 }
     }
 }
 

@@ -33,7 +33,7 @@ impl TryFrom<&v1::Authorization> for Authorization {
         requires(&at, &policy.requires)?;
         Ok(Self {
             default: action(&at.field("default"), policy.default)?,
-            rules: at.each("rules", &policy.rules, MAX_RULES, rule)?,
+            rules: at.each("rules", &policy.rules, MAX_RULES, rule)?.into(),
             generation: policy.generation,
         })
     }

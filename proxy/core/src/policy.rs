@@ -11,6 +11,7 @@ use ipnet::IpNet;
 
 use crate::identity::{PodUid, SpiffeId, TrustDomain};
 pub use crate::{
+    authz::AuthzRules,
     backoff::Backoff,
     budget::BudgetParams,
     route::RouteTable,
@@ -520,7 +521,7 @@ pub struct Authorization {
     /// What happens when no rule matches.
     pub default: Action,
     /// The rules, in any order.
-    pub rules: Vec<AuthzRule>,
+    pub rules: AuthzRules,
     /// Grows with each change.
     pub generation: u64,
 }

@@ -396,7 +396,8 @@ impl State {
                 return self.member(service, uid, Some(endpoint));
             }
             Name::Authorization(..) => {
-                let policy = convert::authz::parse(body).map_err(|e| e.to_string())?;
+                let mut policy = convert::authz::parse(body).map_err(|e| e.to_string())?;
+                policy.rules = policy.rules.indexed();
                 Value::Authorization(Arc::new(policy))
             }
             Name::Workload(_) => {

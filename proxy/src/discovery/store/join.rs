@@ -358,8 +358,9 @@ pub(super) fn nothing(name: &ServiceName) -> Arc<Service> {
 }
 
 /// What holds where no authorization can be used.
-static DENY: LazyLock<Arc<Authorization>> =
-    LazyLock::new(|| Arc::new(Authorization { default: Action::Deny, rules: Vec::new(), generation: 0 }));
+static DENY: LazyLock<Arc<Authorization>> = LazyLock::new(|| {
+    Arc::new(Authorization { default: Action::Deny, rules: Vec::new().into(), generation: 0 })
+});
 /// How long the snapshot before it serves instead of one that lost something: what takes its place may be on
 /// its way.
 pub(super) const HOPE: Duration = Duration::from_secs(2);
