@@ -335,7 +335,8 @@ impl Inner {
         decision.request(&outgoing.headers, &outgoing.path);
         let path = outgoing.path.path();
         let port = self.port();
-        let permitted = if self.is_probe(&port, &outgoing) {
+        let probe = self.is_probe(&port, &outgoing);
+        let permitted = if probe {
             Ok(())
         } else if self.caller.must_not_speak_plaintext(&port) {
             self.worker.recorder.count(Counter::PlaintextRefused);
@@ -343,8 +344,11 @@ impl Inner {
         } else {
             self.authorize(&port.authorization, &outgoing)
         };
-        // Whoever is refused does not choose what is remembered of it.
-        exchange.is_of(self.edge(if grpc && permitted.is_ok() { path } else { "" }));
+        // The kubelet is nobody's caller, and admitted in every mode: an edge would stand in the way of strict for ever.
+        if !probe {
+            // Whoever is refused does not choose what is remembered of it.
+            exchange.is_of(self.edge(if grpc && permitted.is_ok() { path } else { "" }));
+        }
         permitted?;
         let mut permission = Permission::new(self);
         if self.worker.drain.is_refusing() {
