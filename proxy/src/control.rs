@@ -813,6 +813,32 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_new_root_is_believed_as_soon_as_the_stream_says_it() {
+        let controller = FakeController::start("weft-controller").await;
+        controller.configure();
+        let shared = Arc::new(Shared::default());
+        let control = start(&controller.config(), &shared, Vec::new());
+        until("configuration", || control.lacks().is_empty()).await;
+        let old = Authority::new("cluster.local");
+        let bundle = |sequence, roots: &[&Authority]| {
+            let bundle = pb::TrustBundle {
+                roots_der: roots.iter().map(|root| root.root.to_vec().into()).collect(),
+                sequence,
+                ..Default::default()
+            };
+            controller.put("trust/cluster.local", ResourceType::TrustBundle, &bundle);
+        };
+        let roots = || control.material.borrow().as_ref().map_or(0, |m| m.trust().roots("cluster.local"));
+        bundle(1, &[&old, &controller.authority]);
+        until("both roots", || roots() == 2).await;
+        // What is mounted is a minute behind: it knows only the root that the controller signs by no longer.
+        std::fs::write(controller.dir.join("roots.pem"), &old.pem).unwrap();
+        bundle(2, &[&old, &controller.authority]);
+        until("renewal", || controller.state.issued.load(Ordering::SeqCst) >= 2).await;
+        assert_eq!(shared.counter(Counter::RenewalFailures), 0);
+    }
+
+    #[tokio::test]
     async fn nobody_else_is_the_controller() {
         let impostor = FakeController::start("web").await;
         impostor.configure();

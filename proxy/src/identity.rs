@@ -5,7 +5,8 @@
 //! from the issuer's own clock when the certificate arrives; from then on only elapsed time counts. A wall
 //! clock that says "expired" (a machine that slept) asks for one renewal, at most every ten minutes.
 //!
-//! Why the anchors and the token are files read at each use: both rotate underneath a running sidecar.
+//! Why the anchors and the token are files read at each use: both rotate underneath a running sidecar. Why the roots of
+//! the control stream count beside the anchors: they are the newer ones while there is a stream.
 //!
 //! A certificate is kept until its last second, whatever the controller does meanwhile. Then there is no
 //! identity: not ready, no mTLS in or out, never plaintext instead.
@@ -22,7 +23,7 @@ use tokio::{
     sync::watch,
     time::{Instant, sleep_until, timeout},
 };
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 use weft_core::{backoff::full_jitter, identity::Validity};
 use weft_proto::pb::v1::{CertifyRequest, CertifyResponse, identity_client::IdentityClient};
 use zeroize::Zeroizing;
@@ -176,8 +177,9 @@ impl Keeper {
     /// Asks for a certificate and publishes it; gives the time of the next renewal.
     async fn renew(&mut self) -> Result<Instant, CertifyError> {
         let key = WorkloadKey::generate()?;
-        let answer =
-            certify(&self.config, &key, self.issued.as_ref().map(|issued| issued.material.clock())).await?;
+        let streamed = self.bundles.borrow().trust.clone();
+        let clock = self.issued.as_ref().map(|issued| issued.material.clock());
+        let answer = certify(&self.config, &key, &streamed, clock).await?;
         let issued = self.take(&key, answer)?;
         let renew = issued.renew;
         info!(identity = %issued.material.identity, generation = issued.material.generation,
@@ -248,14 +250,23 @@ impl Keeper {
     }
 }
 
-/// One exchange with the issuer, over server-authenticated TLS on its own connection.
+/// One exchange with the issuer, over server-authenticated TLS on its own connection. It is believed by what is mounted
+/// and by what the stream said: a kubelet renews a file a minute after a new root signs.
 async fn certify(
     config: &Config,
     key: &WorkloadKey,
+    streamed: &Trust,
     clock: Option<Clock>,
 ) -> Result<CertifyResponse, CertifyError> {
     let token = read_token(&config.token_file).await?;
-    let anchors = Trust::from_file(&config.trust_domain, &config.trust_anchors)?;
+    let anchors = match Trust::from_file(&config.trust_domain, &config.trust_anchors) {
+        Ok(anchors) => anchors.merged(streamed),
+        Err(error) if streamed.roots(config.trust_domain.as_str()) == 0 => return Err(error.into()),
+        Err(error) => {
+            debug!(%error, "anchor file not used");
+            streamed.clone()
+        }
+    };
     let tls = controller_config(&anchors, &config.controller_identity, None, clock)?;
     // The issuer takes the key and nothing else: the request names nobody.
     let mut params = rcgen::CertificateParams::default();

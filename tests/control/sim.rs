@@ -30,7 +30,13 @@ use weft_control_plane::{
     index::{Event, Index},
     metrics::Metrics,
     resources::ObjectKey,
-    serve::{connection, discovery::Discovery, published::Published, publisher::Publisher, tls::Peer},
+    serve::{
+        connection,
+        discovery::Discovery,
+        published::Published,
+        publisher::Publisher,
+        tls::{Peer, Presented},
+    },
     source::{
         Batch,
         yaml::{self, Document},
@@ -240,10 +246,16 @@ impl Replica {
         tasks.spawn(async move {
             let mut connections = JoinSet::new();
             while let Some((client, stream)) = accepted.recv().await {
+                let now = SystemTime::now();
                 let peer = Peer {
                     identity: "spiffe://cluster.local/ns/shop/sa/web".parse().unwrap(),
                     uid: PodUid::new(&format!("web-{client}-uid")).unwrap(),
-                    not_after: SystemTime::now() + AGE,
+                    certificate: Presented {
+                        serial: "1".to_owned(),
+                        not_before: now,
+                        not_after: now + AGE,
+                        authority: Vec::new(),
+                    },
                 };
                 connections.spawn(connection(stream, Some(peer), routes.clone(), AGE, closing_seen.clone()));
             }

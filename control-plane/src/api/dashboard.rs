@@ -26,7 +26,7 @@ use weft_core::identity::PodUid;
 use super::{
     merge,
     status::{Facts, pod_name},
-    types::{Anchor, Certs, Endpoints, Refusal, Rotated, Routes, Status},
+    types::{Anchor, Certs, Endpoints, Refusal, Rotated, Routes, Status, WorkloadCertificate},
 };
 use crate::{
     ca::{Ca, RotateRoot},
@@ -40,6 +40,7 @@ use crate::{
         publisher::{State, now_ms},
         replicas::Replicas,
         telemetry::Reports,
+        tls::Peer,
     },
     telemetry::{Filter, Parts, Store},
 };
@@ -99,8 +100,8 @@ pub async fn serve(
                     let reason = "the mesh is shown on loopback only".to_owned();
                     return Ok(Refused(StatusCode::NOT_FOUND, reason).response());
                 }
-                if let Some(step) = rotation(&head) {
-                    return Ok(api.rotate(step).await.unwrap_or_else(Refused::response));
+                if let Some(asked) = rotation(&head) {
+                    return Ok(api.rotate(asked).await.unwrap_or_else(Refused::response));
                 }
                 let others = api.ask_others(&head).await;
                 // Merging is work: not on the threads that serve sidecars.
@@ -295,16 +296,74 @@ impl Api {
                 workload.pod = pod_name(&state.index, &uid);
             }
         }
-        Certs {
+        drop(state);
+        let own = Certs {
             trust_domain: self.ca.trust_domain().to_string(),
             sequence: self.ca.bundle().borrow().sequence,
             anchors: self.ca.describe().into_iter().map(anchor).collect(),
             workloads,
-        }
+        };
+        let shown = Certs { workloads: self.presented(), ..Certs::default() };
+        merge::certs(own, vec![(String::new(), Some(shown))])
     }
 
-    async fn rotate(&self, step: Result<Option<RotateRoot>, Refused>) -> Answer {
-        let step = step?;
+    /// What connected sidecars came with. A controller that has just begun has signed nothing yet.
+    fn presented(&self) -> Vec<WorkloadCertificate> {
+        let streams = self.published.subscribers.streams();
+        let state = self.state();
+        let shown = |peer: &Arc<Peer>| WorkloadCertificate {
+            pod: pod_name(&state.index, &peer.uid),
+            uid: peer.uid.to_string(),
+            identity: peer.identity.to_string(),
+            serial: peer.certificate.serial.clone(),
+            not_before: seconds(peer.certificate.not_before),
+            not_after: seconds(peer.certificate.not_after),
+            anchor: self.ca.root_by_key(&peer.certificate.authority),
+            connected: true,
+        };
+        streams.iter().map(shown).collect()
+    }
+
+    /// Refuses to retire a root by which somebody is still known: nobody would believe that sidecar any more, and what
+    /// it has open would end.
+    async fn nobody_needs_the_old_root(&self) -> Result<(), Refused> {
+        let conflict = |reason: String| Refused(StatusCode::CONFLICT, reason);
+        let stays = self.ca.staying_root().map_err(|error| conflict(error.to_string()))?;
+        let others = match &self.replicas {
+            Some(replicas) => replicas.ask("/api/v1/certs").await,
+            None => Others::new(),
+        };
+        let others = parts(others);
+        let silent: Vec<_> =
+            others.iter().filter(|(_, part)| part.is_none()).map(|(name, _)| &**name).collect();
+        if !silent.is_empty() {
+            let silent = silent.join(", ");
+            return Err(conflict(format!(
+                "{silent} does not say which certificates its sidecars have: ask again, or --force"
+            )));
+        }
+        let workloads = merge::certs(self.certs(), others).workloads;
+        let late = workloads.iter().filter(|workload| workload.connected && workload.anchor != stays);
+        let late: Vec<_> = late.map(|workload| &*workload.pod).collect();
+        if late.is_empty() {
+            return Ok(());
+        }
+        let named = late.iter().take(NAMED).copied().collect::<Vec<_>>().join(", ");
+        let more = match late.len().saturating_sub(NAMED) {
+            0 => String::new(),
+            more => format!(" and {more} more"),
+        };
+        Err(conflict(format!(
+            "nobody would believe {named}{more} any more: their certificates are of the old root. Wait until they have \
+             renewed (`weft certs` shows who has), or --force"
+        )))
+    }
+
+    async fn rotate(&self, asked: Result<Rotation, Refused>) -> Answer {
+        let Rotation { step, force } = asked?;
+        if step == Some(RotateRoot::Retire) && !force {
+            self.nobody_needs_the_old_root().await?;
+        }
         let done = match (&self.authority, step) {
             (Some(authority), step) => authority.rotate(&self.ca, step).await,
             (None, None) => self.ca.rotate_leaves(),
@@ -349,8 +408,16 @@ fn parts<T: DeserializeOwned>(others: Others) -> Vec<merge::Part<T>> {
     others.into_iter().map(|(name, body)| (name, body.and_then(read))).collect()
 }
 
-/// Which step is asked for; `None`: this is no such question. Without a step only certificates are renewed.
-fn rotation(head: &http::request::Parts) -> Option<Result<Option<RotateRoot>, Refused>> {
+/// What is to be rotated.
+struct Rotation {
+    /// Without a step only certificates are renewed.
+    step: Option<RotateRoot>,
+    /// Whatever becomes of those who have not followed.
+    force: bool,
+}
+
+/// Which step is asked for; `None`: this is no such question.
+fn rotation(head: &http::request::Parts) -> Option<Result<Rotation, Refused>> {
     if head.uri.path() != "/api/v1/certs/rotate" || head.method != Method::POST {
         return None;
     }
@@ -359,16 +426,17 @@ fn rotation(head: &http::request::Parts) -> Option<Result<Option<RotateRoot>, Re
         return Some(Err(Refused(StatusCode::FORBIDDEN, "not for browsers".to_owned())));
     }
     let query = query(head.uri.query().unwrap_or_default());
-    Some(match query.get("root").map(String::as_str) {
-        None => Ok(None),
-        Some("add") => Ok(Some(RotateRoot::Add)),
-        Some("activate") => Ok(Some(RotateRoot::Activate)),
-        Some("retire") => Ok(Some(RotateRoot::Retire)),
+    let step = match query.get("root").map(String::as_str) {
+        None => None,
+        Some("add") => Some(RotateRoot::Add),
+        Some("activate") => Some(RotateRoot::Activate),
+        Some("retire") => Some(RotateRoot::Retire),
         Some(other) => {
             let reason = format!("root {other:?}: write add, then activate, then retire");
-            Err(Refused(StatusCode::BAD_REQUEST, reason))
+            return Some(Err(Refused(StatusCode::BAD_REQUEST, reason)));
         }
-    })
+    };
+    Some(Ok(Rotation { step, force: query.get("force").is_some_and(|force| force == "true") }))
 }
 
 impl Refused {
@@ -436,6 +504,8 @@ fn seconds(at: SystemTime) -> i64 {
     i64::try_from(since.as_secs()).unwrap_or(i64::MAX)
 }
 
+/// Pods that a refusal names.
+const NAMED: usize = 20;
 const MAX_CONNECTIONS: usize = 1_024;
 /// Connections of one address: a kubelet has one for each probe, a Prometheus one.
 const MAX_OF_ONE: usize = 16;

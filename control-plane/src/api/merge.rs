@@ -6,9 +6,11 @@
 //! Why counts of another version are not added: a controller that has not heard of a change says that its sidecars are
 //! up to date, with what was there before. It is late itself then, and is named among those that are.
 
-use std::collections::{BTreeMap, HashMap, btree_map::Entry};
+use std::collections::{BTreeMap, BTreeSet, HashMap, btree_map::Entry};
 
-use super::types::{Certs, Endpoints, Laggard, ObjectStatus, ReplicaStatus, SidecarStatus, Status};
+use super::types::{
+    Certs, Endpoints, Laggard, ObjectStatus, ReplicaStatus, SidecarStatus, Status, WorkloadCertificate,
+};
 use crate::telemetry::view::EdgeRow;
 
 /// A replica's part; `None`: it did not answer.
@@ -147,22 +149,34 @@ pub fn edges(own: Vec<EdgeRow>, others: Vec<Part<Vec<EdgeRow>>>) -> Vec<EdgeRow>
 
 /// The newest certificate of every workload, whoever signed it.
 pub fn certs(own: Certs, others: Vec<Part<Certs>>) -> Certs {
-    let mut whole = own;
-    for workload in others.into_iter().filter_map(|(_, part)| part).flat_map(|part| part.workloads) {
-        match whole.workloads.iter_mut().find(|known| known.uid == workload.uid) {
-            Some(known) if known.not_before < workload.not_before => *known = workload,
-            Some(_) => {}
-            None => whole.workloads.push(workload),
+    let others = others.into_iter().filter_map(|(_, part)| part).flat_map(|part| part.workloads);
+    let signing: BTreeSet<_> =
+        own.anchors.iter().filter(|anchor| anchor.signing).map(|a| &a.serial).collect();
+    // A renewal may come within the second of the one before: then the root that signs now is the newer one.
+    let age = |of: &WorkloadCertificate| (of.not_before, signing.contains(&of.anchor));
+    let mut whole: BTreeMap<String, WorkloadCertificate> = BTreeMap::new();
+    for workload in own.workloads.into_iter().chain(others) {
+        match whole.entry(workload.uid.clone()) {
+            Entry::Vacant(place) => {
+                place.insert(workload);
+            }
+            Entry::Occupied(mut known) => {
+                let known = known.get_mut();
+                let connected = known.connected || workload.connected;
+                if age(known) < age(&workload) {
+                    *known = workload;
+                }
+                known.connected = connected;
+            }
         }
     }
-    whole.workloads.sort_by(|a, b| a.uid.cmp(&b.uid));
-    whole
+    Certs { workloads: whole.into_values().collect(), ..own }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{api::types::WorkloadCertificate, telemetry::view::SidecarRow};
+    use crate::{api::types::Anchor, telemetry::view::SidecarRow};
 
     fn object(applied: u32, of: u32, after: Option<u64>) -> ObjectStatus {
         ObjectStatus { name: "r".to_owned(), applied, of, applied_after_ms: after, ..ObjectStatus::default() }
@@ -242,5 +256,25 @@ mod tests {
         let of = |not_before| Certs { workloads: vec![certificate(not_before)], ..Certs::default() };
         let whole = certs(of(1), vec![(String::new(), Some(of(2))), (String::new(), None)]);
         assert_eq!(whole.workloads, [certificate(2)]);
+    }
+
+    #[test]
+    fn of_two_certificates_of_one_second_that_of_the_signing_root_is_the_newer() {
+        let of = |anchor: &str, connected| WorkloadCertificate {
+            anchor: anchor.to_owned(),
+            connected,
+            ..WorkloadCertificate::default()
+        };
+        let anchor =
+            |serial: &str, signing| Anchor { serial: serial.to_owned(), signing, ..Anchor::default() };
+        let own = |workload| Certs {
+            anchors: vec![anchor("a", false), anchor("b", true)],
+            workloads: vec![workload],
+            ..Certs::default()
+        };
+        for (first, second) in [("a", "b"), ("b", "a")] {
+            let whole = certs(own(of(first, true)), vec![(String::new(), Some(own(of(second, false))))]);
+            assert_eq!(whole.workloads, [of("b", true)], "and who is connected anywhere is connected");
+        }
     }
 }

@@ -202,6 +202,10 @@ pub struct WorkloadCertificate {
     pub not_before: i64,
     /// End.
     pub not_after: i64,
+    /// The serial number of the trust anchor that it goes back to; empty: of none that is trusted now.
+    pub anchor: String,
+    /// Whether its sidecar is connected to a controller.
+    pub connected: bool,
 }
 
 /// `POST /api/v1/certs/rotate`

@@ -33,6 +33,8 @@ pub struct Issued {
     pub validity: Validity,
     /// Serial number, in hexadecimal.
     pub serial: String,
+    /// That of the root that it goes back to.
+    pub root: String,
 }
 
 /// Signs `key` as `subject` for `lifetime`, but never beyond `root_end`.
@@ -68,7 +70,7 @@ pub fn sign(
         SanType::DnsName(subject.name.as_str().try_into().map_err(failed)?),
     ];
     let certificate = params.signed_by(key, issuer).map_err(failed)?;
-    Ok(Issued { chain: vec![certificate.der().clone()], validity, serial: serial_text })
+    Ok(Issued { chain: vec![certificate.der().clone()], validity, serial: serial_text, root: String::new() })
 }
 
 /// 127 random bits: positive, and never twice.

@@ -161,6 +161,19 @@ impl Ca {
         self.roots().describe()
     }
 
+    /// The serial number of the root that stays when the old one is retired.
+    ///
+    /// # Errors
+    /// There is none to retire.
+    pub fn staying_root(&self) -> Result<String, CaError> {
+        self.roots().staying().map(str::to_owned)
+    }
+
+    /// The serial number of the root that a key identifier is of; empty: of none that is trusted.
+    pub fn root_by_key(&self, key: &[u8]) -> String {
+        self.roots().by_key(key).unwrap_or_default().to_owned()
+    }
+
     /// Makes every sidecar renew its certificate now.
     ///
     /// # Errors

@@ -27,7 +27,7 @@ use rcgen::{
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, pem::PemObject};
 use serde::{Deserialize, Serialize};
 use weft_core::identity::TrustDomain;
-use x509_parser::prelude::{FromDer, X509Certificate};
+use x509_parser::prelude::{FromDer, ParsedExtension, X509Certificate};
 use zeroize::Zeroizing;
 
 use super::{Bundle, CaError, issuer, issuer::Issued, issuer::Subject};
@@ -105,6 +105,8 @@ struct Root {
     not_before: SystemTime,
     not_after: SystemTime,
     serial: String,
+    /// What certificates that it signed name it by.
+    key_id: Vec<u8>,
 }
 
 impl Place {
@@ -340,9 +342,7 @@ impl Roots {
                 self.save(register)
             }
             RotateRoot::Retire => {
-                if self.roots.len() < 2 || !newest_signs {
-                    return refuse("there is no old root to retire: add and activate a new one first");
-                }
+                self.staying()?;
                 register.trusted = vec![self.register.active.clone()];
                 self.save(register)?;
                 let active = self.register.active.clone();
@@ -350,6 +350,32 @@ impl Roots {
                 Ok(())
             }
         }
+    }
+
+    /// The serial number of the root that stays when the old one is retired.
+    ///
+    /// # Errors
+    /// There is none to retire.
+    pub fn staying(&self) -> Result<&str, CaError> {
+        self.is_ours()?;
+        let newest =
+            self.roots.last().filter(|root| self.roots.len() > 1 && root.name == self.register.active);
+        newest.map(|root| root.serial.as_str()).ok_or_else(|| {
+            let reason = "there is no old root to retire: add and activate a new one first";
+            CaError::Rotation(reason.to_owned())
+        })
+    }
+
+    /// The serial number of the root that a key identifier is of.
+    pub fn by_key(&self, key: &[u8]) -> Option<&str> {
+        let root = self.roots.iter().find(|root| !key.is_empty() && root.key_id == key)?;
+        Some(&root.serial)
+    }
+
+    /// The serial number of the root that workloads' certificates go back to now.
+    pub fn signing(&self) -> &str {
+        let active = self.roots.iter().find(|root| root.name == self.register.active);
+        active.map_or("", |root| root.serial.as_str())
     }
 
     /// Signs a workload's key.
@@ -378,6 +404,7 @@ impl Roots {
             Issuer::from_ca_cert_der(certificate, own).map_err(|e| CaError::Signing(e.to_string()))?;
         let mut issued = issuer::sign(key, subject, lifetime, now, &issuer, not_after)?;
         issued.chain.extend(chain.iter().cloned());
+        issued.root = self.signing().to_owned();
         Ok(issued)
     }
 
@@ -512,7 +539,21 @@ fn root(name: &str, certificate: CertificateDer<'static>, key: Option<&[u8]>) ->
     let not_before = at(parsed.validity().not_before.timestamp());
     let not_after = at(parsed.validity().not_after.timestamp());
     let serial = hex(parsed.raw_serial());
-    Ok(Root { name: name.to_owned(), certificate, key, not_before, not_after, serial })
+    let key_id = parsed.extensions().iter().find_map(|extension| {
+        let ParsedExtension::SubjectKeyIdentifier(id) = extension.parsed_extension() else { return None };
+        Some(id.0.to_vec())
+    });
+    let key_id = key_id.unwrap_or_default();
+    Ok(Root { name: name.to_owned(), certificate, key, not_before, not_after, serial, key_id })
+}
+
+/// Which key signed a certificate; empty where it does not say.
+pub(crate) fn authority_key(certificate: &X509Certificate<'_>) -> Vec<u8> {
+    let said = certificate.extensions().iter().find_map(|extension| {
+        let ParsedExtension::AuthorityKeyIdentifier(said) = extension.parsed_extension() else { return None };
+        said.key_identifier.as_ref()
+    });
+    said.map(|id| id.0.to_vec()).unwrap_or_default()
 }
 
 fn is_self_signed(certificate: &CertificateDer<'_>) -> bool {
@@ -577,7 +618,7 @@ pub fn pem(label: &str, der: &[u8]) -> String {
 }
 
 /// In hexadecimal.
-pub(super) fn hex(bytes: &[u8]) -> String {
+pub(crate) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 

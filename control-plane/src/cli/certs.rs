@@ -26,6 +26,9 @@ pub(super) struct CertsArgs {
     /// live everywhere
     #[arg(long, value_enum, value_name = "STEP")]
     rotate: Option<Step>,
+    /// Retire a root though sidecars are known by it: they are believed by nobody until they have renewed
+    #[arg(long, requires = "rotate")]
+    force: bool,
     #[command(flatten)]
     asking: Asking,
 }
@@ -39,7 +42,7 @@ enum Step {
     Add,
     /// The new root signs, and every workload renews
     Activate,
-    /// The old root is trusted no longer
+    /// The old root is trusted no longer; refused while a connected sidecar's certificate is of it
     Retire,
 }
 
@@ -57,7 +60,8 @@ impl Step {
 pub(super) async fn main(args: &CertsArgs) -> Result<ExitCode> {
     let api = Api::find(&args.asking).await?;
     if let Some(step) = args.rotate {
-        let _: Rotated = api.post(step.path()).await?;
+        let force = if args.force && step == Step::Retire { "&force=true" } else { "" };
+        let _: Rotated = api.post(&format!("{}{force}", step.path())).await?;
     }
     let certs: Certs = api.get("/api/v1/certs").await?;
     match args.asking.format.output {
@@ -101,15 +105,19 @@ fn lines(certs: &Certs, now: i64, screen: &Screen) -> Vec<String> {
         Column::text("POD").cut(12),
         Column::text("IDENTITY").drop(1),
         Column::text("SERIAL").drop(2),
+        Column::text("TRUST ANCHOR").cut(16).drop(4),
         Column::number("AGE").drop(3),
         Column::number("ENDS IN"),
     ]);
+    let signs = |serial: &str| certs.anchors.iter().any(|anchor| anchor.signing && anchor.serial == serial);
     for certificate in &certs.workloads {
+        let anchor = if signs(&certificate.anchor) { Tone::Dim } else { Tone::Warn };
         let soon = certificate.not_after - now < 3_600;
         workloads.row(vec![
             certificate.pod.as_str().into(),
             Cell::toned(Tone::Dim, &certificate.identity),
             Cell::toned(Tone::Dim, &certificate.serial),
+            Cell::toned(anchor, &certificate.anchor),
             left(now, certificate.not_before).into(),
             Cell::toned(if soon { Tone::Warn } else { Tone::Plain }, left(certificate.not_after, now)),
         ]);

@@ -73,7 +73,7 @@ impl AggregatedDiscoveryService for Discovery {
         &self,
         request: Request<Streaming<DeltaDiscoveryRequest>>,
     ) -> Result<Response<Self::DeltaAggregatedResourcesStream>, Status> {
-        let peer = request.extensions().get::<Peer>().cloned();
+        let peer = request.extensions().get::<Peer>().cloned().map(Arc::new);
         let peer = peer.ok_or_else(|| Status::unauthenticated("a client certificate is needed"))?;
         self.published.admit(&peer)?;
         let closing = request.extensions().get::<Closing>().map(|closing| closing.0.clone());

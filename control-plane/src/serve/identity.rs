@@ -142,6 +142,8 @@ impl Certify {
             serial: issued.serial.clone(),
             not_before: seconds(issued.validity.not_before),
             not_after: seconds(issued.validity.not_after),
+            anchor: issued.root.clone(),
+            connected: false,
         };
         tracing::info!(pod = %certificate.pod, %uid, identity = %certificate.identity, "certified");
         let response = CertifyResponse {

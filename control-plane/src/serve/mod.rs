@@ -158,8 +158,9 @@ impl Server {
     ) {
         // A connection must not outlive the certificate that it came with.
         let mut age = self.max_age.mul_f64(rand::rng().random_range(0.8..1.2));
-        if let Some(left) =
-            peer.as_ref().and_then(|p| p.not_after.duration_since(std::time::SystemTime::now()).ok())
+        if let Some(left) = peer
+            .as_ref()
+            .and_then(|p| p.certificate.not_after.duration_since(std::time::SystemTime::now()).ok())
         {
             age = age.min(left);
         }

@@ -18,8 +18,8 @@ use crate::index::hash;
 pub struct Subscriber {
     /// Of the stream.
     pub id: u64,
-    /// Who is at its other end.
-    pub peer: Peer,
+    /// Who is at its other end. Shared: each subscription has it.
+    pub peer: Arc<Peer>,
     /// Its task.
     pub wake: Arc<Wake>,
 }
@@ -159,7 +159,7 @@ impl Subscribers {
     }
 
     /// Every open stream's other end.
-    pub fn streams(&self) -> Vec<Peer> {
+    pub fn streams(&self) -> Vec<Arc<Peer>> {
         lock(&self.streams).by_id.values().map(|subscriber| subscriber.peer.clone()).collect()
     }
 
@@ -193,15 +193,22 @@ const MAX_STREAMS_OF_POD: usize = 8;
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::serve::tls::Presented;
 
     #[test]
     fn a_pod_has_few_streams_and_the_newest_counts() {
         let subscribers = Subscribers::default();
-        let peer = Peer {
+        let now = std::time::SystemTime::now();
+        let peer = Arc::new(Peer {
             identity: "spiffe://cluster.local/ns/shop/sa/web".parse().unwrap(),
             uid: PodUid::new("web-1").unwrap(),
-            not_after: std::time::SystemTime::now(),
-        };
+            certificate: Presented {
+                serial: String::new(),
+                not_before: now,
+                not_after: now,
+                authority: Vec::new(),
+            },
+        });
         let stream = |id| Subscriber { id, peer: peer.clone(), wake: Arc::default() };
         for id in 0..MAX_STREAMS_OF_POD as u64 {
             assert!(subscribers.open(&stream(id)));

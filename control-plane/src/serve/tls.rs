@@ -19,7 +19,10 @@ use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 use weft_core::identity::{PodUid, SpiffeId};
 use x509_parser::{extensions::GeneralName, prelude::*};
 
-use crate::ca::{Bundle, Ca, CaError, Issued};
+use crate::ca::{
+    Bundle, Ca, CaError, Issued,
+    root::{authority_key, hex},
+};
 
 /// Who is at the other end, as its certificate says.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -28,8 +31,21 @@ pub struct Peer {
     pub identity: SpiffeId,
     /// Which pod: the one DNS name, `<uid>.weft.internal`.
     pub uid: PodUid,
-    /// End of the certificate.
+    /// The certificate that it came with.
+    pub certificate: Presented,
+}
+
+/// A certificate, as far as anybody asks about it later.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Presented {
+    /// Hexadecimal.
+    pub serial: String,
+    /// Start.
+    pub not_before: SystemTime,
+    /// End.
     pub not_after: SystemTime,
+    /// Which key signed it (the authority key identifier); empty where it does not say.
+    pub authority: Vec<u8>,
 }
 
 /// Why a certificate is no workload's.
@@ -74,11 +90,18 @@ pub fn peer(chain: &[CertificateDer<'_>]) -> Result<Peer, PeerError> {
     let [host] = hosts[..] else { return Err(PeerError::Pod) };
     let uid =
         host.strip_suffix(".weft.internal").and_then(|uid| PodUid::new(uid).ok()).ok_or(PeerError::Pod)?;
-    let end = u64::try_from(leaf.validity().not_after.timestamp()).unwrap_or(0);
+    let at = |time: ASN1Time| {
+        SystemTime::UNIX_EPOCH + Duration::from_secs(u64::try_from(time.timestamp()).unwrap_or(0))
+    };
     Ok(Peer {
         identity: uri.parse().map_err(|_| PeerError::Identity)?,
         uid,
-        not_after: SystemTime::UNIX_EPOCH + Duration::from_secs(end),
+        certificate: Presented {
+            serial: hex(leaf.raw_serial()),
+            not_before: at(leaf.validity().not_before),
+            not_after: at(leaf.validity().not_after),
+            authority: authority_key(&leaf),
+        },
     })
 }
 

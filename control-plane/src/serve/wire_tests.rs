@@ -464,7 +464,15 @@ async fn who_gets_in() {
     assert_eq!(sequence(&bundle), (2, 1));
     wire.ack(&bundle).await;
     assert_eq!(mesh.http("POST", "/api/v1/certs/rotate?root=retire").await.0, 409);
-    for (step, wanted) in [("add", (3, 2)), ("activate", (4, 2)), ("retire", (5, 1))] {
+    for (step, wanted) in [("add", (3, 2)), ("activate", (4, 2)), ("retire&force=true", (5, 1))] {
+        if step.starts_with("retire") {
+            // Nobody would believe it any more: it has not renewed.
+            let (status, said) = mesh.http("POST", "/api/v1/certs/rotate?root=retire").await;
+            assert!(
+                status == 409 && said.contains("shop/new") && said.contains("--force"),
+                "{status} {said}"
+            );
+        }
         let answer = mesh.http("POST", &format!("/api/v1/certs/rotate?root={step}")).await;
         assert_eq!(answer.0, 200, "{answer:?}");
         let bundle = wire.next().await;
@@ -490,6 +498,34 @@ async fn who_gets_in() {
     assert_eq!(mesh.http("GET", "/api/v1/routes?window=10s&service=shop/cart").await.0, 200);
     assert_eq!(mesh.http("GET", "/nothing").await.0, 404);
     assert_eq!(mesh.http("GET", "/api/v1/certs/rotate").await.0, 405);
+    mesh.stop().await;
+}
+
+#[tokio::test]
+async fn a_root_is_retired_when_no_connected_sidecar_is_known_by_it_also_after_a_restart() {
+    let mut mesh = Mesh::start("retire", SHOP).await;
+    let rotate =
+        async |mesh: &Mesh, step: &str| mesh.http("POST", &format!("/api/v1/certs/rotate?root={step}")).await;
+    let mut old = mesh.credentials("cart", "cart-1-uid").await;
+    for step in ["add", "activate"] {
+        assert_eq!(rotate(&mesh, step).await.0, 200, "{step}");
+    }
+    old.roots = mesh.roots();
+    // A controller that has just begun has signed nothing: it knows what sidecars show.
+    mesh.controller.stop().await;
+    mesh.controller = Mesh::controller(&mesh.folder, SHOP).await;
+    timeout(LONG, mesh.controller.synced()).await.unwrap();
+    let late = Wire::open(mesh.discovery(&old).await).await.unwrap();
+    let (status, said) = rotate(&mesh, "retire").await;
+    assert!(status == 409 && said.contains("shop/cart-1"), "{status} {said}");
+    // It renews, and its stream is still the old one.
+    mesh.credentials("cart", "cart-1-uid").await;
+    let certs: Certs = serde_json::from_str(&mesh.http("GET", "/api/v1/certs").await.1).unwrap();
+    let signing = certs.anchors.iter().find(|anchor| anchor.signing).unwrap();
+    let own = certs.workloads.iter().find(|workload| workload.uid == "cart-1-uid").unwrap();
+    assert!(own.connected && own.anchor == signing.serial, "{certs:?}");
+    assert_eq!(rotate(&mesh, "retire").await.0, 200);
+    drop(late);
     mesh.stop().await;
 }
 
