@@ -133,6 +133,8 @@ test-cluster: images ## Tests on a real cluster, which is brought up for them (r
 	if [ $$up = 3 ] && [ "$${CI:-}" != true ]; then exit 0; fi
 	[ $$up = 0 ] || exit $$up
 	status=0
+	# Here there is a helm for certain.
+	WEFT_HELM=required $(CARGO) test --locked --quiet -p weft-control-plane --lib cli::install || status=$$?
 	$(CARGO) test --locked -p weft-tests --test cluster -- --test-threads=1 $(ARGS) || status=$$?
 	$(BUILT)/$(PROFILE:dev=debug)/weft-cluster down
 	exit $$status

@@ -13,7 +13,6 @@ use std::{
 
 use anyhow::Context as _;
 use arc_swap::ArcSwap;
-use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use tokio::{
     net::TcpListener,
     sync::{mpsc, watch},
@@ -34,7 +33,7 @@ use crate::{
     ca::{Bundle, Ca},
     config::{Cluster, Config, Source},
     index::Index,
-    k8s::{self, authority::Authority, status::Statuses, token::Reviewer},
+    k8s::{self, authority::Authority, owner::Owner, status::Statuses, token::Reviewer},
     metrics::Metrics,
     serve::{
         Server,
@@ -192,7 +191,7 @@ impl Controller {
                 let webhook = Webhook::new(
                     listen(settings.webhook)?,
                     settings.values.clone(),
-                    owner.clone(),
+                    Some(owner.clone()),
                     Some(anchors),
                 );
                 tasks.spawn(webhook.run(client.clone(), webhook_closing));
@@ -278,7 +277,7 @@ impl Controller {
 struct InCluster {
     client: kube::Client,
     authority: Arc<Authority>,
-    owner: Option<OwnerReference>,
+    owner: Owner,
     settings: Box<Cluster>,
 }
 
@@ -290,7 +289,7 @@ async fn open(config: &Config) -> anyhow::Result<(Ca, Option<InCluster>)> {
         Source::Kubernetes(settings) => {
             let client = k8s::controllers_client(settings.server.as_ref()).await?;
             let Cluster { namespace, issuer_secret, cluster_role, .. } = &**settings;
-            let owner = k8s::owner::owner(&client, cluster_role.as_deref()).await;
+            let owner = Owner::find(&client, cluster_role.as_deref()).await;
             let opened =
                 Authority::open(client.clone(), namespace, issuer_secret, owner.clone(), domain, lifetime);
             let (authority, ca) = opened.await?;

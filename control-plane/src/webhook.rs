@@ -36,7 +36,7 @@ use hyper_util::{
     rt::{TokioExecutor, TokioIo, TokioTimer},
     server::conn::auto,
 };
-use k8s_openapi::{api::core::v1::Pod, apimachinery::pkg::apis::meta::v1::OwnerReference};
+use k8s_openapi::api::core::v1::Pod;
 use kube::Client;
 use rustls::ServerConfig;
 use serde::{Deserialize, de::DeserializeOwned};
@@ -53,7 +53,7 @@ use crate::{
     ca::Ca,
     index::validate,
     injector::{Outcome, Values, inject},
-    k8s::authority::Authority,
+    k8s::{authority::Authority, owner::Owner},
     resources::{Header, Kind, Meaning, Object},
     serve::{Share, Shares, closed},
 };
@@ -78,7 +78,7 @@ pub struct Webhook {
     /// Whether anybody ever connected.
     asked: Arc<AtomicBool>,
     /// Of what it makes.
-    owner: Option<OwnerReference>,
+    owner: Option<Owner>,
     /// What injected pods mount.
     anchors: Option<Anchors>,
 }
@@ -115,7 +115,7 @@ impl Webhook {
     pub fn new(
         listener: TcpListener,
         values: Arc<Values>,
-        owner: Option<OwnerReference>,
+        owner: Option<Owner>,
         anchors: Option<Anchors>,
     ) -> Self {
         Self { listener, values, asked: Arc::default(), owner, anchors }

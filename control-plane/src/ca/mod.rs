@@ -161,6 +161,11 @@ impl Ca {
         self.roots().describe()
     }
 
+    /// The files of roots that are kept elsewhere, unless somebody supplies them.
+    pub fn made(&self) -> Option<Files> {
+        self.roots().made().cloned()
+    }
+
     /// The serial number of the root that stays when the old one is retired.
     ///
     /// # Errors

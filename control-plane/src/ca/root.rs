@@ -285,6 +285,11 @@ impl Roots {
         }
     }
 
+    /// The same, unless somebody else supplies them.
+    pub fn made(&self) -> Option<&Files> {
+        self.files().filter(|_| self.supplied.is_none())
+    }
+
     /// The trust anchors, as sidecars read them.
     pub fn anchors(&self) -> String {
         self.roots.iter().map(|root| pem("CERTIFICATE", &root.certificate)).collect()

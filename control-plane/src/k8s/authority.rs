@@ -12,8 +12,10 @@
 //! Why a namespace belongs to one mesh: pods mount one ConfigMap of that name. Two installations would replace each
 //! other's anchors for ever, and each time cut off the other's sidecars; whoever was there first stays.
 //!
-//! Why the last good roots stay: a Secret that is deleted or spoilt must not end a mesh that runs. It is said,
-//! loudly, and nothing else happens.
+//! Why the last good roots stay: a Secret that is deleted or spoilt must not end a mesh that runs. It is said, loudly.
+//! What was spoilt is left to whoever did it. What is gone is put back: the cluster removes it with the ClusterRole that
+//! owns it, which may have been made anew under a mesh that runs, and a controller that starts then would make another
+//! authority. An installation that is removed has no right to put anything back.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -26,7 +28,7 @@ use futures_util::StreamExt as _;
 use k8s_openapi::{
     ByteString,
     api::core::v1::{ConfigMap, ObjectReference, Secret},
-    apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference},
+    apimachinery::pkg::apis::meta::v1::ObjectMeta,
 };
 use kube::{
     Api, Client,
@@ -43,7 +45,10 @@ use tokio::{
 use weft_core::identity::TrustDomain;
 use zeroize::Zeroizing;
 
-use super::{owner, watch::is_expired};
+use super::{
+    owner::{self, Owner},
+    watch::is_expired,
+};
 use crate::{
     ca::{Bundle, Ca, CaError, Files, Place, Roots, RotateRoot},
     resources::{INJECT, lookup},
@@ -57,7 +62,7 @@ pub struct Authority {
     namespace: String,
     name: String,
     trust_domain: TrustDomain,
-    owner: Option<OwnerReference>,
+    owner: Owner,
     /// Where the anchors stand, which, and since when that is known.
     published: Arc<Mutex<BTreeMap<Arc<str>, Stands>>>,
     /// Namespaces of other installations, which were told so.
@@ -76,7 +81,7 @@ impl Authority {
         client: Client,
         namespace: &str,
         name: &str,
-        owner: Option<OwnerReference>,
+        owner: Owner,
         trust_domain: TrustDomain,
         lifetime: Duration,
     ) -> anyhow::Result<(Arc<Self>, Ca)> {
@@ -132,7 +137,8 @@ impl Authority {
         loop {
             let mut found = self.secrets.get_opt(&self.name).await?;
             let adopted = found.as_mut().is_some_and(|secret| {
-                owner::is_ours(&secret.metadata) && owner::adopt(&mut secret.metadata, self.owner.as_ref())
+                owner::is_ours(&secret.metadata)
+                    && owner::adopt(&mut secret.metadata, self.owner.now().as_ref())
             });
             let before = found.as_ref().map(files).unwrap_or_default();
             let mut roots = Roots::open_in(Place::Memory(before.clone()), &self.trust_domain)?;
@@ -164,7 +170,7 @@ impl Authority {
                 name: Some(self.name.clone()),
                 namespace: Some(self.namespace.clone()),
                 labels: Some(owner::labels()),
-                owner_references: self.owner.clone().map(|owner| vec![owner]),
+                owner_references: self.owner.now().map(|owner| vec![owner]),
                 ..ObjectMeta::default()
             },
             data: Some(data),
@@ -173,23 +179,60 @@ impl Authority {
         }
     }
 
+    /// Makes the Secret again from what is in force here.
+    async fn put_back(&self, ca: &Ca) {
+        let Some(files) = ca.made() else {
+            tracing::error!(secret = self.name, "the supplied issuer is gone: it stays in force here");
+            return;
+        };
+        let data: BTreeMap<_, _> =
+            files.iter().map(|(name, bytes)| (name.clone(), ByteString(bytes.to_vec()))).collect();
+        for _ in 0..PUT_BACK {
+            if let Err(error) = self.owner.look().await {
+                tracing::debug!(%error, "the cluster role cannot be read");
+            }
+            match self.secrets.create(&PostParams::default(), &self.secret(data.clone())).await {
+                Ok(_) => {
+                    tracing::error!(secret = self.name, "the issuer's Secret was gone, and is put back");
+                    return;
+                }
+                // Somebody else did.
+                Err(kube::Error::Api(status)) if status.code == 409 => return,
+                Err(error) => {
+                    tracing::error!(%error, secret = self.name, "the issuer's Secret is gone and cannot be put back: what it held stays in force here, but a controller that starts makes a new authority");
+                    if super::is_refusal(&error) {
+                        return;
+                    }
+                    sleep(RETRY).await;
+                }
+            }
+        }
+    }
+
     /// Follows the Secret, for ever.
     pub async fn follow(self: Arc<Self>, ca: Arc<Ca>) {
         let config =
             watcher::Config::default().fields(&format!("metadata.name={}", self.name)).timeout(WATCH_SECONDS);
         let mut events = std::pin::pin!(watcher(self.secrets.clone(), config.clone()));
-        let mut known = None;
+        let (mut known, mut listed) = (None, false);
         while let Some(event) = events.next().await {
+            listed |= matches!(&event, Ok(watcher::Event::InitApply(_)));
             let secret = match event {
                 Ok(watcher::Event::Apply(secret) | watcher::Event::InitApply(secret)) => secret,
                 Ok(watcher::Event::Delete(_)) => {
-                    tracing::error!(
-                        secret = self.name,
-                        "the issuer's Secret is gone: what it held stays in force here, but a controller that starts makes a new authority"
-                    );
+                    self.put_back(&ca).await;
                     continue;
                 }
-                Ok(watcher::Event::Init | watcher::Event::InitDone) => continue,
+                Ok(watcher::Event::Init) => {
+                    listed = false;
+                    continue;
+                }
+                Ok(watcher::Event::InitDone) => {
+                    if !listed {
+                        self.put_back(&ca).await;
+                    }
+                    continue;
+                }
                 Err(error) => {
                     tracing::debug!(%error, "the issuer's Secret cannot be watched");
                     sleep(RETRY).await;
@@ -215,16 +258,29 @@ impl Authority {
 
     /// Keeps the trust anchors in every namespace of `injected`, for ever.
     pub async fn publish(self: Arc<Self>, ca: Arc<Ca>, mut injected: watch::Receiver<BTreeSet<Arc<str>>>) {
-        let mut bundle = ca.bundle();
+        let (mut bundle, mut owners) = (ca.bundle(), self.owner.changes());
         let mut look = tokio::time::interval(REPAIR);
         look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             tokio::select! {
                 changed = bundle.changed() => if changed.is_err() { return },
                 changed = injected.changed() => if changed.is_err() { return },
+                // What names the owner that is gone is about to be removed.
+                changed = owners.changed() => {
+                    if changed.is_err() {
+                        return;
+                    }
+                    lock(&self.published).clear();
+                }
                 // Somebody may have changed or removed it, or it could not be written.
-                _ = look.tick() => lock(&self.published).clear(),
+                _ = look.tick() => {
+                    lock(&self.published).clear();
+                    if let Err(error) = self.owner.look().await {
+                        tracing::debug!(%error, "the cluster role cannot be read");
+                    }
+                }
             }
+            owners.mark_unchanged();
             bundle.borrow_and_update();
             let namespaces = injected.borrow_and_update().clone();
             lock(&self.published).retain(|namespace, _| namespaces.contains(namespace));
@@ -270,7 +326,7 @@ impl Authority {
                 return Err(NotPublished::Foreign(other.chars().take(MAX_NAMESPACE).collect()));
             }
             let claimed = installation.is_some();
-            let adopted = owner::adopt(&mut there.metadata, self.owner.as_ref());
+            let adopted = owner::adopt(&mut there.metadata, self.owner.now().as_ref());
             let said = lookup(&there.metadata.annotations, SEQUENCE);
             let newer = said.and_then(|text| text.parse().ok()).is_some_and(|there: u64| there > sequence);
             let text = there.data.as_ref().and_then(|data| data.get(ANCHORS)).map_or("", String::as_str);
@@ -289,7 +345,7 @@ impl Authority {
                 namespace: Some(namespace.to_owned()),
                 labels: Some(owner::labels()),
                 annotations: Some(annotations.into()),
-                owner_references: self.owner.clone().map(|owner| vec![owner]),
+                owner_references: self.owner.now().map(|owner| vec![owner]),
                 ..ObjectMeta::default()
             },
             data: Some([(ANCHORS.to_owned(), anchors.to_owned())].into()),
@@ -375,6 +431,8 @@ const MAX_TOLD: usize = 10_000;
 /// Of server-side apply.
 pub(crate) const MANAGER: &str = "weft";
 const CONFLICTS: u32 = 20;
+/// Tries.
+const PUT_BACK: u32 = 60;
 const RETRY: Duration = Duration::from_secs(1);
 const REPAIR: Duration = Duration::from_secs(60);
 const WATCH_SECONDS: u32 = 60;

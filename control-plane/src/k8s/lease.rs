@@ -16,12 +16,14 @@ use kube_lease_manager::LeaseManagerBuilder;
 use serde_json::json;
 use tokio::{sync::watch, time::sleep};
 
+use super::owner::Owner;
+
 /// Tries to hold the lease, for ever; `leads` says whether it does.
 pub async fn hold(
     client: Client,
     namespace: String,
     identity: String,
-    owner: Option<OwnerReference>,
+    owner: Owner,
     leads: watch::Sender<bool>,
 ) {
     // Two that had one name would both lead.
@@ -30,6 +32,7 @@ pub async fn hold(
         false => identity,
     };
     let leases: Api<Lease> = Api::namespaced(client.clone(), &namespace);
+    let mut owners = owner.changes();
     loop {
         let built = LeaseManagerBuilder::new(client.clone(), LEASE)
             .with_namespace(namespace.as_str())
@@ -45,12 +48,17 @@ pub async fn hold(
                 loop {
                     let now = *held.borrow_and_update();
                     leads.send_if_modified(|leads| std::mem::replace(leads, now) != now);
-                    if let Some(owner) = owner.as_ref().filter(|_| now)
-                        && let Err(error) = own(&leases, owner).await
+                    let owner = owners.borrow_and_update().clone();
+                    if let Some(owner) = owner.filter(|_| now)
+                        && let Err(error) = own(&leases, &owner).await
                     {
                         tracing::warn!(%error, "the lease has no owner: it stays when Weft is uninstalled");
                     }
-                    if held.changed().await.is_err() {
+                    let changed = tokio::select! {
+                        changed = held.changed() => changed,
+                        changed = owners.changed() => changed,
+                    };
+                    if changed.is_err() {
                         break;
                     }
                 }

@@ -7,41 +7,81 @@
 //!
 //! Why an owner is also mended: an installation that follows another one at once finds what that one has left, about to
 //! be removed under its hands. What we made is ours to take over; an issuer that vanished would be two authorities.
+//!
+//! Why the owner is looked at again: the role may be made anew under a mesh that runs (`kubectl replace --force`, a tool
+//! that renames and prunes). The cluster then removes what names the old one, and what we write must name the new one.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use k8s_openapi::{
     api::rbac::v1::ClusterRole,
     apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference},
 };
 use kube::{Api, Client};
-use tokio::time::sleep;
+use tokio::{sync::watch, time::sleep};
 
 use crate::resources::lookup;
 
-/// The owner of all that this installation makes. Waits for an API server that does not answer.
-pub async fn owner(client: &Client, cluster_role: Option<&str>) -> Option<OwnerReference> {
-    let name = cluster_role?;
-    loop {
-        match Api::<ClusterRole>::all(client.clone()).get(name).await {
-            Ok(role) => {
-                return Some(OwnerReference {
-                    api_version: "rbac.authorization.k8s.io/v1".to_owned(),
-                    kind: "ClusterRole".to_owned(),
-                    name: name.to_owned(),
-                    uid: role.metadata.uid?,
-                    ..OwnerReference::default()
-                });
+/// The owner of all that this installation makes, as it is now.
+#[derive(Clone)]
+pub struct Owner {
+    client: Client,
+    role: Option<String>,
+    now: Arc<watch::Sender<Option<OwnerReference>>>,
+}
+
+impl Owner {
+    /// The cluster role of that name. Waits for an API server that does not answer.
+    pub async fn find(client: &Client, cluster_role: Option<&str>) -> Self {
+        let role = cluster_role.map(str::to_owned);
+        let own = Self { client: client.clone(), role, now: Arc::new(watch::Sender::new(None)) };
+        while let Err(error) = own.look().await {
+            if super::is_refusal(&error) {
+                tracing::warn!(%error, role = own.role, "the cluster role cannot be read: what is made here has no owner");
+                break;
             }
-            Err(error) if super::is_refusal(&error) => {
-                tracing::warn!(%error, name, "the cluster role cannot be read: what is made here has no owner");
-                return None;
-            }
-            Err(error) => {
-                tracing::warn!(%error, name, "the cluster role cannot be read yet");
-                sleep(RETRY).await;
-            }
+            tracing::warn!(%error, role = own.role, "the cluster role cannot be read yet");
+            sleep(RETRY).await;
         }
+        own
+    }
+
+    /// Who it is now.
+    pub fn now(&self) -> Option<OwnerReference> {
+        self.now.borrow().clone()
+    }
+
+    /// Hears when it is another one.
+    pub fn changes(&self) -> watch::Receiver<Option<OwnerReference>> {
+        self.now.subscribe()
+    }
+
+    /// Looks again.
+    ///
+    /// # Errors
+    /// It cannot be read: what was known stays.
+    pub async fn look(&self) -> Result<(), kube::Error> {
+        let Some(name) = &self.role else { return Ok(()) };
+        let role = Api::<ClusterRole>::all(self.client.clone()).get(name).await?;
+        let owner = role.metadata.uid.map(|uid| OwnerReference {
+            api_version: "rbac.authorization.k8s.io/v1".to_owned(),
+            kind: "ClusterRole".to_owned(),
+            name: name.clone(),
+            uid,
+            ..OwnerReference::default()
+        });
+        self.now.send_if_modified(|now| {
+            let differs = *now != owner;
+            *now = owner;
+            differs
+        });
+        Ok(())
+    }
+}
+
+impl std::fmt::Debug for Owner {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Owner").field("role", &self.role).finish_non_exhaustive()
     }
 }
 

@@ -297,6 +297,30 @@ async fn what_the_controller_makes_goes_with_the_installation_that_made_it() {
 }
 
 #[tokio::test]
+async fn an_authority_outlives_the_role_that_owned_its_secret() {
+    let fake = Fake::start().await;
+    shop(&fake);
+    const SECRETS: &str = "/api/v1/secrets";
+    fake.apply(ROLES, json!({"metadata": {"name": ROLE, "uid": "first"}}));
+    let controller = controller(&fake).await;
+    let of = |kind, namespace, name| fake.get(kind, namespace, name).unwrap_or_default();
+    let owner = |object: Value| object["metadata"]["ownerReferences"][0]["uid"].clone();
+    let anchors = || of("/api/v1/configmaps", "shop", "weft-trust");
+    let made = of(SECRETS, "weft", "weft-issuer");
+    assert_eq!(owner(made.clone()), "first");
+    eventually(|| owner(anchors()) == "first").await;
+    // `kubectl replace --force` of the role: another uid, and the cluster removes what the old one owned.
+    fake.apply(ROLES, json!({"metadata": {"name": ROLE, "uid": "second"}}));
+    fake.delete(SECRETS, "weft", "weft-issuer");
+    eventually(|| fake.get(SECRETS, "weft", "weft-issuer").is_some()).await;
+    let back = of(SECRETS, "weft", "weft-issuer");
+    assert_eq!(back["data"], made["data"], "the same authority");
+    assert_eq!(owner(back), "second");
+    eventually(|| owner(anchors()) == "second").await;
+    controller.stop().await;
+}
+
+#[tokio::test]
 async fn the_api_server_says_whose_a_token_is() {
     let mut fake = Fake::start().await;
     let token = |aud: &str, exp: u64| {

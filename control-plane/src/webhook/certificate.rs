@@ -41,12 +41,16 @@ use weft_core::identity::Validity;
 use x509_parser::prelude::{FromDer as _, X509Certificate};
 use zeroize::Zeroizing;
 
-use crate::{k8s::owner, resources::CONTROL_NAMESPACE, serve::tls::provider};
+use crate::{
+    k8s::owner::{self, Owner},
+    resources::CONTROL_NAMESPACE,
+    serve::tls::provider,
+};
 
 /// Keeps the certificate of both webhooks, for ever. The first one is there when `first` is told.
 pub(super) async fn keep(
     client: Client,
-    owner: Option<OwnerReference>,
+    owner: Option<Owner>,
     first: tokio::sync::oneshot::Sender<Arc<ArcSwap<ServerConfig>>>,
 ) {
     let mut first = Some(first);
@@ -54,7 +58,8 @@ pub(super) async fn keep(
     let mut known = Known::default();
     loop {
         let leaf = serving.as_ref().map(|(_, leaf)| leaf);
-        let wait = match refresh(&client, owner.as_ref(), leaf, &mut known).await {
+        let now = owner.as_ref().and_then(Owner::now);
+        let wait = match refresh(&client, now.as_ref(), leaf, &mut known).await {
             Ok(None) => LOOK_EVERY,
             Ok(Some(leaf)) => {
                 if let Some((config, kept)) = &mut serving {
