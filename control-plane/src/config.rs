@@ -5,43 +5,36 @@ use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr},
     path::PathBuf,
     sync::Arc,
-    time::{Duration, SystemTime},
+    time::Duration,
 };
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, Parser, ValueEnum};
 use weft_core::{
-    identity::{PodUid, SpiffeId, TrustDomain},
+    identity::TrustDomain,
     policy::ServiceName,
     ports,
 };
 
-use crate::{injector::Values, resources::values::GatewayDuration, webhook};
+use crate::{
+    injector::Values,
+    resources::{CONTROL_NAMESPACE, values::GatewayDuration},
+    webhook,
+};
 
 /// Weft's controller: reads the mesh's objects, tells every sidecar its policy, issues its certificate.
 #[derive(Clone, Debug, Parser)]
 #[command(
     version,
-    args_conflicts_with_subcommands = true,
     after_help = "Example, without Kubernetes:\n  \
         weft-controller --source dir ./mesh --state-dir ./state\n  \
-        weft-controller token --state-dir ./state --namespace shop --service-account cart --uid cart-1\n\n\
+        weft token --state-dir ./state --namespace shop --service-account cart --uid cart-1\n\n\
         Sidecars trust STATE-DIR/trust-anchors.pem and bring such a token.\n\
         `weft status` shows what was read, what is wrong with it, and where it is live."
 )]
 pub struct Cli {
-    /// Another thing to do than to serve.
-    #[command(subcommand)]
-    pub command: Option<Command>,
     /// Flags of the server.
     #[command(flatten)]
     pub serve: ServeArgs,
-}
-
-/// Other things to do.
-#[derive(Clone, Debug, Subcommand)]
-pub enum Command {
-    /// Make a join token for one workload, and print it.
-    Token(TokenArgs),
 }
 
 /// Flags of the server.
@@ -50,16 +43,10 @@ pub struct ServeArgs {
     /// Where the mesh's objects are: `kubernetes`, or `dir PATH`, a folder of YAML and JSON, watched.
     #[arg(long, num_args = 1..=2, value_names = ["KIND", "PATH"], env = "WEFT_SOURCE", value_delimiter = ':')]
     pub source: Vec<String>,
-    /// Kubernetes: the namespace that the controller itself runs in.
-    #[arg(long, value_name = "NAME", env = "WEFT_NAMESPACE", default_value = "weft")]
-    pub namespace: String,
-    /// Kubernetes: the Secret of the issuer, there; made if missing, or yours in the layout of kubernetes.io/tls
+    /// Kubernetes: the Secret of the issuer, in the namespace weft; made if missing, or yours in the layout of kubernetes.io/tls
     /// (tls.crt, tls.key, and the roots in ca.crt).
     #[arg(long, value_name = "NAME", env = "WEFT_ISSUER_SECRET", default_value = "weft-issuer")]
     pub issuer_secret: String,
-    /// Kubernetes: what sidecars' tokens are for.
-    #[arg(long, value_name = "NAME", env = "WEFT_TOKEN_AUDIENCE", default_value = "weft")]
-    pub token_audience: String,
     /// Kubernetes: the ClusterRole that owns what the controller makes, so that it goes with the installation.
     #[arg(long, value_name = "NAME", env = "WEFT_CLUSTER_ROLE")]
     pub cluster_role: Option<String>,
@@ -117,29 +104,6 @@ pub enum LogFormat {
     Json,
 }
 
-/// Flags of `token`.
-#[derive(Clone, Debug, Args)]
-pub struct TokenArgs {
-    /// The controller's state folder.
-    #[arg(long, value_name = "PATH", env = "WEFT_STATE_DIR", default_value = "./state")]
-    pub state_dir: PathBuf,
-    /// The workload's namespace.
-    #[arg(long)]
-    pub namespace: String,
-    /// Its service account.
-    #[arg(long)]
-    pub service_account: String,
-    /// Its pod's uid.
-    #[arg(long)]
-    pub uid: String,
-    /// Its pod's name.
-    #[arg(long, default_value = "")]
-    pub pod: String,
-    /// How long the token can be used. A sidecar uses it at every renewal.
-    #[arg(long, value_name = "DURATION", default_value = "720h")]
-    pub ttl: String,
-}
-
 /// What the controller uses.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -177,12 +141,8 @@ pub enum Source {
 pub struct Cluster {
     /// The API server, if it is not the one of the service account or the kubeconfig.
     pub server: Option<http::Uri>,
-    /// Its own namespace.
-    pub namespace: String,
-    /// The issuer's Secret there.
+    /// The issuer's Secret, in the controller's own namespace.
     pub issuer_secret: String,
-    /// What tokens are for.
-    pub audience: String,
     /// What owns what it makes.
     pub cluster_role: Option<String>,
     /// This replica.
@@ -196,7 +156,7 @@ pub struct Cluster {
 impl Cluster {
     /// The Service that sidecars come by; behind it are all controllers.
     pub fn service(&self) -> ServiceName {
-        let (namespace, name) = (self.namespace.as_str().into(), "weft-controller".into());
+        let (namespace, name) = (CONTROL_NAMESPACE.into(), "weft-controller".into());
         ServiceName { namespace, name, port: ports::DISCOVERY }
     }
 }
@@ -246,9 +206,7 @@ impl Config {
         let source = match args.source.as_slice() {
             [kind] if kind == "kubernetes" => Source::Kubernetes(Box::new(Cluster {
                 server: None,
-                namespace: args.namespace.clone(),
                 issuer_secret: args.issuer_secret.clone(),
-                audience: args.token_audience.clone(),
                 cluster_role: args.cluster_role.clone().filter(|name| !name.is_empty()),
                 pod: args.pod_name.clone(),
                 webhook: (args.listen, args.webhook_port).into(),
@@ -322,33 +280,6 @@ impl Config {
     }
 }
 
-impl TokenArgs {
-    /// The token's claims.
-    ///
-    /// # Errors
-    /// Everything that is wrong with the flags.
-    pub fn claims(&self, now: SystemTime) -> Result<crate::ca::Claims, ConfigErrors> {
-        let mut errors = Vec::new();
-        let ttl = self.ttl.parse::<GatewayDuration>().map(|d| d.0).unwrap_or_default();
-        if ttl.is_zero() {
-            errors.push(format!("--ttl {}: write a duration such as 24h", self.ttl));
-        }
-        if let Err(error) = PodUid::new(&self.uid) {
-            errors.push(format!("--uid: {error}"));
-        }
-        // Any trust domain will do: only namespace and service account are looked at.
-        let named =
-            TrustDomain::new("x").and_then(|td| SpiffeId::new(&td, &self.namespace, &self.service_account));
-        if let Err(error) = named {
-            errors.push(format!("--namespace, --service-account: {error}"));
-        }
-        if !errors.is_empty() {
-            return Err(ConfigErrors(errors));
-        }
-        Ok(crate::ca::Claims::new(&self.namespace, &self.service_account, &self.uid, &self.pod, now + ttl))
-    }
-}
-
 const MIN_LIFETIME: Duration = Duration::from_secs(10);
 const MAX_LIFETIME: Duration = Duration::from_secs(24 * 3_600);
 
@@ -372,10 +303,10 @@ mod tests {
         assert_eq!(config.discovery, "127.0.0.1:14010".parse().unwrap());
         assert_eq!(config.api, "127.0.0.1:14080".parse().unwrap());
         assert_eq!(config.certificate_lifetime, Duration::from_secs(90));
-        let cli = parse("weft-controller --source kubernetes --namespace mesh --probe-listen [::]:14081");
+        let cli = parse("weft-controller --source kubernetes --issuer-secret mine --probe-listen [::]:14081");
         let config = Config::new(&cli.serve).unwrap();
         let Source::Kubernetes(cluster) = &config.source else { panic!("{:?}", config.source) };
-        assert_eq!((&*cluster.namespace, &*cluster.issuer_secret), ("mesh", "weft-issuer"));
+        assert_eq!(cluster.issuer_secret, "mine");
         assert_eq!(config.probes, Some("[::]:14081".parse().unwrap()));
     }
 
@@ -388,17 +319,5 @@ mod tests {
         assert_eq!(errors.len(), 4, "{errors:?}");
         let cli = parse("weft-controller --source dir /does/not/exist");
         assert!(Config::new(&cli.serve).unwrap_err().to_string().contains("no such folder"));
-    }
-
-    #[test]
-    fn tokens_need_no_other_flags() {
-        let cli = parse(
-            "weft-controller token --state-dir /s --namespace shop --service-account cart --uid u-1 --ttl 1h",
-        );
-        let Some(Command::Token(args)) = cli.command else { panic!("no token") };
-        let claims = args.claims(SystemTime::UNIX_EPOCH).unwrap();
-        assert_eq!((claims.exp, &*claims.uid), (3_600, "u-1"));
-        let bad = TokenArgs { uid: "A".to_owned(), ttl: "soon".to_owned(), ..args };
-        assert_eq!(bad.claims(SystemTime::UNIX_EPOCH).unwrap_err().0.len(), 2);
     }
 }

@@ -105,7 +105,7 @@ impl Controller {
         let state = publisher.state();
         let mut certify = Certify::new(ca.clone(), published.clone(), metrics.clone());
         if let Some(cluster) = &cluster {
-            certify = certify.with_tokens(Reviewer::new(cluster.client.clone(), &cluster.settings.audience));
+            certify = certify.with_tokens(Reviewer::new(cluster.client.clone()));
         }
         let store = Arc::new(Mutex::new(Store::default()));
         let reports = Reports::new(store.clone(), published.clone(), metrics.clone());
@@ -196,9 +196,9 @@ impl Controller {
                 );
                 tasks.spawn(webhook.run(client.clone(), webhook_closing));
                 tasks.spawn(k8s::watch::watch(client.clone(), statuses.clone(), injected, batches));
-                let Cluster { namespace, pod, .. } = *settings;
+                let pod = settings.pod;
                 let ask = move || api_server.clone().whole_status();
-                tasks.spawn(k8s::lease::hold(client.clone(), namespace, pod.clone(), owner, leads));
+                tasks.spawn(k8s::lease::hold(client.clone(), pod.clone(), owner, leads));
                 tasks.spawn(k8s::status::write(client, pod, statuses, leads_seen, ask));
                 tasks.spawn(authority.clone().follow(ca.clone()));
                 tasks.spawn(authority.publish(ca.clone(), injected_seen));
@@ -288,10 +288,10 @@ async fn open(config: &Config) -> anyhow::Result<(Ca, Option<InCluster>)> {
         Source::Folder(_) => Ok((Ca::open(&config.state_dir, domain, lifetime)?, None)),
         Source::Kubernetes(settings) => {
             let client = k8s::controllers_client(settings.server.as_ref()).await?;
-            let Cluster { namespace, issuer_secret, cluster_role, .. } = &**settings;
+            let Cluster { issuer_secret, cluster_role, .. } = &**settings;
             let owner = Owner::find(&client, cluster_role.as_deref()).await;
             let opened =
-                Authority::open(client.clone(), namespace, issuer_secret, owner.clone(), domain, lifetime);
+                Authority::open(client.clone(), issuer_secret, owner.clone(), domain, lifetime);
             let (authority, ca) = opened.await?;
             Ok((ca, Some(InCluster { client, authority, owner, settings: settings.clone() })))
         }

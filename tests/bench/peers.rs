@@ -93,7 +93,7 @@ impl World {
             }
         }
         let needed: &[(Peer, &[&str])] =
-            &[(Peer::Weft, &["weft-proxy", "weft-controller"]), (Peer::Relay, &["relay"])];
+            &[(Peer::Weft, &["weft-proxy", "weft-controller", "weft"]), (Peer::Relay, &["relay"])];
         for program in needed.iter().filter(|(peer, _)| pairs.contains(peer)).flat_map(|(_, names)| *names) {
             if !programs.join(program).is_file() {
                 bail!("{} is missing: cargo build --release --workspace", programs.join(program).display());

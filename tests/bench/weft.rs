@@ -78,10 +78,10 @@ fn sidecar(
 ) -> Result<Process> {
     let (uid, dir) = (uid(name), world.dir.join("weft"));
     let process = format!("weft-{name}");
-    let mut command = Command::new(world.programs.join("weft-controller"));
+    let mut command = Command::new(world.programs.join("weft"));
     command.arg("token").arg("--state-dir").arg(dir.join("state"));
     command.args(["--namespace", "bench", "--service-account", name, "--uid", &uid, "--pod", name]);
-    let made = command.output().context("cannot run weft-controller")?;
+    let made = command.output().context("cannot run weft")?;
     if !made.status.success() {
         bail!("no join token: {}", String::from_utf8_lossy(&made.stderr).trim());
     }

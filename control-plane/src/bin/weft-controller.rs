@@ -2,36 +2,22 @@
 
 #![forbid(unsafe_code)]
 
-use std::{process::ExitCode, time::SystemTime};
+use std::process::ExitCode;
 
 use anyhow::Context as _;
 use clap::Parser as _;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::{filter::Targets, layer::SubscriberExt as _, util::SubscriberInitExt as _};
-use weft_control_plane::{
-    ca::JoinKey,
-    config::{Cli, Command, Config, LogFormat, ServeArgs, TokenArgs},
-};
+use weft_control_plane::config::{Cli, Config, LogFormat, ServeArgs};
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
-    let done = match &cli.command {
-        Some(Command::Token(args)) => token(args),
-        None => serve(&cli.serve),
-    };
-    match done {
+    match serve(&Cli::parse().serve) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("weft-controller: {error:#}");
             ExitCode::FAILURE
         }
     }
-}
-
-fn token(args: &TokenArgs) -> anyhow::Result<()> {
-    let claims = args.claims(SystemTime::now())?;
-    println!("{}", JoinKey::open(&args.state_dir)?.sign(&claims));
-    Ok(())
 }
 
 fn serve(args: &ServeArgs) -> anyhow::Result<()> {

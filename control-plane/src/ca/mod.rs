@@ -15,6 +15,8 @@ use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 use tokio::sync::watch;
 use weft_core::identity::{PodUid, SpiffeId, TrustDomain};
 
+use crate::resources::CONTROL_NAMESPACE;
+
 pub mod csr;
 pub mod issuer;
 pub mod root;
@@ -215,7 +217,7 @@ impl Ca {
 /// # Errors
 /// None for a valid trust domain.
 pub fn controller_identity(trust_domain: &TrustDomain) -> Result<SpiffeId, CaError> {
-    SpiffeId::new(trust_domain, "weft", "weft-controller").map_err(|e| CaError::Signing(e.to_string()))
+    SpiffeId::new(trust_domain, CONTROL_NAMESPACE, "weft-controller").map_err(|e| CaError::Signing(e.to_string()))
 }
 
 /// The subject of a workload's certificate.

@@ -102,7 +102,7 @@ impl JoinKey {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
                 let mut key = Zeroizing::new([0; KEY_LEN]);
                 rand::rng().fill_bytes(&mut *key);
-                // `weft-controller token` may do the same at this moment: whoever is first is right.
+                // `weft token` may do the same at this moment: whoever is first is right.
                 let text = Zeroizing::new(BASE64.encode(*key));
                 if write_first(&path, text.as_bytes())? { Ok(Self::new(&*key)) } else { Self::open(state) }
             }

@@ -31,11 +31,8 @@ use super::{
 };
 use crate::{
     api::types::{Certs, Status},
-    k8s::{
-        authority::{INSTALLATION, TRUST},
-        watch::INJECT,
-    },
-    resources::{INJECTED, lookup},
+    k8s::authority::INSTALLATION,
+    resources::{INJECT, INJECTED, TRUST_CONFIG_MAP, lookup},
 };
 
 #[derive(Debug, Args)]
@@ -296,7 +293,7 @@ fn foreign_line(namespace: &str, of: &str) -> Line {
         format!("namespace {namespace} is of the Weft in namespace {of}"),
         format!(
             "a namespace belongs to one mesh: take the label {INJECT} away here, or uninstall that Weft and run \
-             `kubectl -n {namespace} delete configmap {TRUST}`"
+             `kubectl -n {namespace} delete configmap {TRUST_CONFIG_MAP}`"
         ),
     )
 }
@@ -334,9 +331,9 @@ async fn injection(client: &Client, mesh: &str) -> Vec<Line> {
     let mut found = Vec::new();
     for namespace in injected.items.into_iter().filter_map(|namespace| namespace.metadata.name) {
         let maps: Api<ConfigMap> = Api::namespaced(client.clone(), &namespace);
-        match maps.get_opt(TRUST).await {
+        match maps.get_opt(TRUST_CONFIG_MAP).await {
             Ok(None) => found.push(bad(
-                format!("namespace {namespace} has no ConfigMap {TRUST}: its sidecars cannot start"),
+                format!("namespace {namespace} has no ConfigMap {TRUST_CONFIG_MAP}: its sidecars cannot start"),
                 "the controller makes it: see its logs, and that its ClusterRole lets it write configmaps",
             )),
             Ok(Some(map)) => {

@@ -51,7 +51,7 @@ use super::{
 };
 use crate::{
     ca::{Bundle, Ca, CaError, Files, Place, Roots, RotateRoot},
-    resources::{INJECT, lookup},
+    resources::{CONTROL_NAMESPACE, INJECT, TRUST_CONFIG_MAP, TRUST_KEY, lookup},
 };
 
 /// Keeps the authority's Secret.
@@ -59,7 +59,6 @@ use crate::{
 pub struct Authority {
     secrets: Api<Secret>,
     client: Client,
-    namespace: String,
     name: String,
     trust_domain: TrustDomain,
     owner: Owner,
@@ -79,17 +78,15 @@ impl Authority {
     /// A Secret that is there and cannot be used, or that may not be read or made.
     pub async fn open(
         client: Client,
-        namespace: &str,
         name: &str,
         owner: Owner,
         trust_domain: TrustDomain,
         lifetime: Duration,
     ) -> anyhow::Result<(Arc<Self>, Ca)> {
-        let secrets = Api::namespaced(client.clone(), namespace);
+        let secrets = Api::namespaced(client.clone(), CONTROL_NAMESPACE);
         let own = Self {
             secrets,
             client,
-            namespace: namespace.to_owned(),
             name: name.to_owned(),
             trust_domain: trust_domain.clone(),
             owner,
@@ -104,7 +101,7 @@ impl Authority {
                     sleep(RETRY).await;
                 }
                 Err(failed) => {
-                    return Err(failed).with_context(|| format!("Secret {namespace}/{name}"));
+                    return Err(failed).with_context(|| format!("Secret {CONTROL_NAMESPACE}/{name}"));
                 }
             }
         };
@@ -168,7 +165,7 @@ impl Authority {
         Secret {
             metadata: ObjectMeta {
                 name: Some(self.name.clone()),
-                namespace: Some(self.namespace.clone()),
+                namespace: Some(CONTROL_NAMESPACE.to_owned()),
                 labels: Some(owner::labels()),
                 owner_references: self.owner.now().map(|owner| vec![owner]),
                 ..ObjectMeta::default()
@@ -320,16 +317,16 @@ impl Authority {
 
     async fn publish_in(&self, namespace: &str, sequence: u64, anchors: &str) -> Result<(), NotPublished> {
         let maps: Api<ConfigMap> = Api::namespaced(self.client.clone(), namespace);
-        if let Some(mut there) = maps.get_opt(TRUST).await? {
+        if let Some(mut there) = maps.get_opt(TRUST_CONFIG_MAP).await? {
             let installation = lookup(&there.metadata.annotations, INSTALLATION);
-            if let Some(other) = installation.filter(|other| *other != self.namespace) {
+            if let Some(other) = installation.filter(|other| *other != CONTROL_NAMESPACE) {
                 return Err(NotPublished::Foreign(other.chars().take(MAX_NAMESPACE).collect()));
             }
             let claimed = installation.is_some();
             let adopted = owner::adopt(&mut there.metadata, self.owner.now().as_ref());
             let said = lookup(&there.metadata.annotations, SEQUENCE);
             let newer = said.and_then(|text| text.parse().ok()).is_some_and(|there: u64| there > sequence);
-            let text = there.data.as_ref().and_then(|data| data.get(ANCHORS)).map_or("", String::as_str);
+            let text = there.data.as_ref().and_then(|data| data.get(TRUST_KEY)).map_or("", String::as_str);
             // A replica that has not heard of a rotation yet must not take it back. Anchors of which none is ours are
             // those of another authority, one that is gone: they must not keep ours away.
             let akin = anchors.split_inclusive(END).any(|anchor| text.contains(anchor));
@@ -338,20 +335,20 @@ impl Authority {
             }
         }
         let annotations =
-            [(SEQUENCE.to_owned(), sequence.to_string()), (INSTALLATION.to_owned(), self.namespace.clone())];
+            [(SEQUENCE.to_owned(), sequence.to_string()), (INSTALLATION.to_owned(), CONTROL_NAMESPACE.to_owned())];
         let map = ConfigMap {
             metadata: ObjectMeta {
-                name: Some(TRUST.to_owned()),
+                name: Some(TRUST_CONFIG_MAP.to_owned()),
                 namespace: Some(namespace.to_owned()),
                 labels: Some(owner::labels()),
                 annotations: Some(annotations.into()),
                 owner_references: self.owner.now().map(|owner| vec![owner]),
                 ..ObjectMeta::default()
             },
-            data: Some([(ANCHORS.to_owned(), anchors.to_owned())].into()),
+            data: Some([(TRUST_KEY.to_owned(), anchors.to_owned())].into()),
             ..ConfigMap::default()
         };
-        maps.patch(TRUST, &PatchParams::apply(MANAGER).force(), &Patch::Apply(&map)).await?;
+        maps.patch(TRUST_CONFIG_MAP, &PatchParams::apply(MANAGER).force(), &Patch::Apply(&map)).await?;
         Ok(())
     }
 
@@ -369,7 +366,7 @@ impl Authority {
             api_version: Some("v1".to_owned()),
             kind: Some("ConfigMap".to_owned()),
             namespace: Some(namespace.to_owned()),
-            name: Some(TRUST.to_owned()),
+            name: Some(TRUST_CONFIG_MAP.to_owned()),
             ..ObjectReference::default()
         };
         if let Err(error) = Recorder::new(self.client.clone(), reporter).publish(&event, &about).await {
@@ -390,7 +387,7 @@ enum NotPublished {
     #[error(transparent)]
     Api(#[from] kube::Error),
     #[error(
-        "ConfigMap {TRUST} here is of the Weft in namespace {0}: a namespace belongs to one mesh. Take the label \
+        "ConfigMap {TRUST_CONFIG_MAP} here is of the Weft in namespace {0}: a namespace belongs to one mesh. Take the label \
          {INJECT} and Weft's pods away from this namespace, or uninstall that Weft and delete the ConfigMap"
     )]
     Foreign(String),
@@ -415,10 +412,6 @@ fn files(secret: &Secret) -> Files {
     data.map(|(name, bytes)| (name.clone(), Zeroizing::new(bytes.0.clone()))).collect()
 }
 
-/// The ConfigMap of trust anchors, and its one entry: what sidecars mount.
-pub const TRUST: &str = "weft-trust";
-/// See [`TRUST`].
-pub const ANCHORS: &str = "roots.pem";
 /// What ends each of them.
 const END: &str = "-----END CERTIFICATE-----\n";
 const SEQUENCE: &str = "weft.dev/trust-sequence";

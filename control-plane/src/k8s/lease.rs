@@ -17,11 +17,11 @@ use serde_json::json;
 use tokio::{sync::watch, time::sleep};
 
 use super::owner::Owner;
+use crate::resources::CONTROL_NAMESPACE;
 
 /// Tries to hold the lease, for ever; `leads` says whether it does.
 pub async fn hold(
     client: Client,
-    namespace: String,
     identity: String,
     owner: Owner,
     leads: watch::Sender<bool>,
@@ -31,11 +31,11 @@ pub async fn hold(
         true => format!("weft-controller-{:016x}", rand::random::<u64>()),
         false => identity,
     };
-    let leases: Api<Lease> = Api::namespaced(client.clone(), &namespace);
+    let leases: Api<Lease> = Api::namespaced(client.clone(), CONTROL_NAMESPACE);
     let mut owners = owner.changes();
     loop {
         let built = LeaseManagerBuilder::new(client.clone(), LEASE)
-            .with_namespace(namespace.as_str())
+            .with_namespace(CONTROL_NAMESPACE)
             .with_identity(identity.as_str())
             .with_field_manager(format!("weft-{identity}"))
             .with_duration(DURATION)

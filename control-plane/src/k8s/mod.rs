@@ -113,7 +113,7 @@ pub const CLUSTER_GRANTS: &[Grant] = &[
     Grant {
         group: "",
         resources: &["configmaps"],
-        names: &[authority::TRUST],
+        names: &[crate::resources::TRUST_CONFIG_MAP],
         verbs: &["get", "create", "patch"],
     },
     // authority.rs: what owns these; the name is that of the chart's own cluster role

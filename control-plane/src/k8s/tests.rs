@@ -31,9 +31,7 @@ fn config(fake: &Fake, pod: &str) -> Config {
     let mut config = Config::loopback(PathBuf::new(), PathBuf::new()).unwrap();
     config.source = Source::Kubernetes(Box::new(Cluster {
         server: Some(fake.uri()),
-        namespace: "weft".to_owned(),
         issuer_secret: "weft-issuer".to_owned(),
-        audience: "weft".to_owned(),
         cluster_role: Some(ROLE.to_owned()),
         pod: pod.to_owned(),
         webhook: (Ipv4Addr::LOCALHOST, 0).into(),
@@ -335,7 +333,7 @@ async fn the_api_server_says_whose_a_token_is() {
                 "authentication.kubernetes.io/pod-name": ["cart-1"]}}}),
     );
     let client = super::client_of(kube::Config::new(fake.uri())).unwrap();
-    let reviewer = Reviewer::new(client, "weft");
+    let reviewer = Reviewer::new(client);
     let claims = reviewer.check(&format!("{good}\n")).await.unwrap();
     assert_eq!((&*claims.ns, &*claims.sa, &*claims.uid), ("shop", "cart", "u-1"));
     let asked = fake.writes().len();

@@ -18,23 +18,21 @@ use kube::{Api, Client, api::PostParams};
 use serde::Deserialize;
 use tokio::sync::Semaphore;
 
-use crate::ca::{Claims, TokenCheck, TokenError};
+use crate::{
+    ca::{Claims, TokenCheck, TokenError},
+    resources::TOKEN_AUDIENCE,
+};
 
 /// Asks the API server.
 pub struct Reviewer {
     api: Api<TokenReview>,
-    audience: String,
     asking: Semaphore,
 }
 
 impl Reviewer {
-    /// Takes tokens that are for `audience`.
-    pub fn new(client: Client, audience: &str) -> Arc<Self> {
-        Arc::new(Self {
-            api: Api::all(client),
-            audience: audience.to_owned(),
-            asking: Semaphore::new(AT_A_TIME),
-        })
+    /// Takes tokens that are for the mesh.
+    pub fn new(client: Client) -> Arc<Self> {
+        Arc::new(Self { api: Api::all(client), asking: Semaphore::new(AT_A_TIME) })
     }
 
     /// What is for us, and not over.
@@ -44,7 +42,7 @@ impl Reviewer {
         if said.exp <= now {
             return Err(TokenError::Expired);
         }
-        if !said.aud.has(&self.audience) {
+        if !said.aud.has(TOKEN_AUDIENCE) {
             return Err(TokenError::Unknown);
         }
         Ok(said)
@@ -70,7 +68,7 @@ impl TokenCheck for Reviewer {
         let token = token.trim();
         let said = self.said(token)?;
         let review = TokenReview {
-            spec: TokenReviewSpec { token: token.to_owned(), audiences: Some(vec![self.audience.clone()]) },
+            spec: TokenReviewSpec { token: token.to_owned(), audiences: Some(vec![TOKEN_AUDIENCE.to_owned()]) },
             ..TokenReview::default()
         };
         // Who waits for others waits no shorter for the answer.
@@ -86,13 +84,13 @@ impl TokenCheck for Reviewer {
                 }
                 Err(_) => return Err(TokenError::Unavailable),
             };
-        claims(answer.status.as_ref(), &self.audience, said.exp)
+        claims(answer.status.as_ref(), said.exp)
     }
 }
 
 impl std::fmt::Debug for Reviewer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Reviewer").field("audience", &self.audience).finish_non_exhaustive()
+        f.debug_struct("Reviewer").finish_non_exhaustive()
     }
 }
 
@@ -149,9 +147,9 @@ fn said(token: &str) -> Result<Said, TokenError> {
 }
 
 /// The API server's answer as claims. An API server that does not know audiences names none: its yes is none.
-fn claims(status: Option<&TokenReviewStatus>, audience: &str, exp: u64) -> Result<Claims, TokenError> {
+fn claims(status: Option<&TokenReviewStatus>, exp: u64) -> Result<Claims, TokenError> {
     let status = status.ok_or(TokenError::Unavailable)?;
-    let for_us = status.audiences.iter().flatten().any(|one| one == audience);
+    let for_us = status.audiences.iter().flatten().any(|one| one == TOKEN_AUDIENCE);
     if status.authenticated != Some(true) || !for_us {
         return Err(TokenError::Unknown);
     }
@@ -198,7 +196,7 @@ mod tests {
 
     #[test]
     fn only_a_pods_own_token_for_the_mesh_is_somebody() {
-        let good = claims(Some(&status(|_| {})), "weft", 7).unwrap();
+        let good = claims(Some(&status(|_| {})), 7).unwrap();
         let wanted = Claims {
             ns: "shop".to_owned(),
             sa: "cart".to_owned(),
@@ -207,13 +205,13 @@ mod tests {
             exp: 7,
         };
         assert_eq!(good, wanted);
-        let refused = |edit: fn(&mut TokenReviewStatus)| claims(Some(&status(edit)), "weft", 7).unwrap_err();
+        let refused = |edit: fn(&mut TokenReviewStatus)| claims(Some(&status(edit)), 7).unwrap_err();
         assert_eq!(refused(|s| s.authenticated = Some(false)), TokenError::Unknown);
         assert_eq!(refused(|s| s.audiences = None), TokenError::Unknown);
         assert_eq!(refused(|s| s.audiences = Some(vec!["api".to_owned()])), TokenError::Unknown);
         assert_eq!(refused(|s| s.user = None), TokenError::Unknown);
         let user = |name: &str| {
-            claims(Some(&status(|s| s.user.as_mut().unwrap().username = Some(name.to_owned()))), "weft", 7)
+            claims(Some(&status(|s| s.user.as_mut().unwrap().username = Some(name.to_owned()))), 7)
         };
         assert_eq!(user("system:node:n1"), Err(TokenError::Claims));
         assert_eq!(user("system:serviceaccount:shop"), Err(TokenError::Claims));
@@ -222,7 +220,7 @@ mod tests {
             TokenError::Claims,
             "not bound to a pod"
         );
-        assert_eq!(claims(None, "weft", 7), Err(TokenError::Unavailable));
+        assert_eq!(claims(None, 7), Err(TokenError::Unavailable));
     }
 
     #[test]

@@ -41,7 +41,7 @@ use super::{
 use crate::{
     index::{Event, Name, SERVICE_NAME, ZONE, hash, validate},
     injector::patch::PROXY,
-    resources::{INJECTED, Kind, Object, ObjectKey, lookup},
+    resources::{INJECT, INJECTED, Kind, Object, ObjectKey, lookup},
     source::{Batch, Problem},
 };
 
@@ -490,9 +490,6 @@ fn namespace(namespace: PartialObjectMeta<Namespace>) -> Option<Seen> {
 fn now() -> Instant {
     tokio::time::Instant::now().into_std()
 }
-
-/// The namespace's label that asks for sidecars.
-pub const INJECT: &str = "weft.dev/inject";
 
 const ALL: [Watched; 10] = [
     Watched::Nodes,

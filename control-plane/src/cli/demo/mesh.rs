@@ -355,13 +355,13 @@ impl Mesh {
     }
 
     fn token(&self, workload: &Workload, uid: &str) -> Result<String> {
-        let mut command = Command::new(self.binaries.path("weft-controller"));
+        let mut command = Command::new(self.binaries.path("weft"));
         command
             .arg("token")
             .arg("--state-dir")
             .arg(self.dir.join("state"))
             .args(["--namespace", &workload.namespace, "--service-account", &workload.service_account])
-            .args(["--uid", uid, "--pod", &workload.name]);
+            .args(["--uid", uid, "--pod", &workload.name, "--valid-for", "720h"]);
         run(&mut command).context("making a join token")
     }
 
