@@ -9,11 +9,7 @@ use std::{
 };
 
 use clap::{Args, Parser, ValueEnum};
-use weft_core::{
-    identity::TrustDomain,
-    policy::ServiceName,
-    ports,
-};
+use weft_core::{identity::TrustDomain, policy::ServiceName, ports};
 
 use crate::{
     injector::Values,

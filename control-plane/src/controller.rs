@@ -290,8 +290,7 @@ async fn open(config: &Config) -> anyhow::Result<(Ca, Option<InCluster>)> {
             let client = k8s::controllers_client(settings.server.as_ref()).await?;
             let Cluster { issuer_secret, cluster_role, .. } = &**settings;
             let owner = Owner::find(&client, cluster_role.as_deref()).await;
-            let opened =
-                Authority::open(client.clone(), issuer_secret, owner.clone(), domain, lifetime);
+            let opened = Authority::open(client.clone(), issuer_secret, owner.clone(), domain, lifetime);
             let (authority, ca) = opened.await?;
             Ok((ca, Some(InCluster { client, authority, owner, settings: settings.clone() })))
         }

@@ -217,7 +217,8 @@ impl Ca {
 /// # Errors
 /// None for a valid trust domain.
 pub fn controller_identity(trust_domain: &TrustDomain) -> Result<SpiffeId, CaError> {
-    SpiffeId::new(trust_domain, CONTROL_NAMESPACE, "weft-controller").map_err(|e| CaError::Signing(e.to_string()))
+    SpiffeId::new(trust_domain, CONTROL_NAMESPACE, "weft-controller")
+        .map_err(|e| CaError::Signing(e.to_string()))
 }
 
 /// The subject of a workload's certificate.

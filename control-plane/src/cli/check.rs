@@ -333,7 +333,9 @@ async fn injection(client: &Client, mesh: &str) -> Vec<Line> {
         let maps: Api<ConfigMap> = Api::namespaced(client.clone(), &namespace);
         match maps.get_opt(TRUST_CONFIG_MAP).await {
             Ok(None) => found.push(bad(
-                format!("namespace {namespace} has no ConfigMap {TRUST_CONFIG_MAP}: its sidecars cannot start"),
+                format!(
+                    "namespace {namespace} has no ConfigMap {TRUST_CONFIG_MAP}: its sidecars cannot start"
+                ),
                 "the controller makes it: see its logs, and that its ClusterRole lets it write configmaps",
             )),
             Ok(Some(map)) => {

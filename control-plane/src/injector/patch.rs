@@ -23,6 +23,9 @@
 //! A pod that would be only half in the mesh: a container that runs as the sidecar's user is not captured, a container
 //! that listens on the sidecar's ports is not reached. A pod that shares its node's network is left alone instead, and
 //! says so in an annotation: capture would capture the node.
+//!
+//! Why a pod that has its sidecar is looked at again: other webhooks add containers after this one was asked, and these
+//! are held to the same. It is asked again when they have (`reinvocationPolicy`).
 
 use std::{fmt, net::IpAddr, ops::RangeInclusive};
 
@@ -93,7 +96,7 @@ pub fn inject(pod: &Pod, by_default: bool, values: &Values) -> Result<Outcome, R
         return Ok(Outcome::Leave("it asks for no sidecar"));
     }
     if spec.init_containers.iter().flatten().any(|container| container.name == PROXY) {
-        return Ok(Outcome::Leave("it has a sidecar already"));
+        return again(pod, spec, values);
     }
     if let Some(reason) = cannot_be_captured(pod, spec) {
         let mut says = vec![(NOT_INJECTED, reason)];
@@ -104,7 +107,7 @@ pub fn inject(pod: &Pod, by_default: bool, values: &Values) -> Result<Outcome, R
         return Ok(Outcome::Skip(reason, Patch(annotate(pod, &says))));
     }
     let asks = asks?;
-    let wrong = conflicts(spec);
+    let wrong = conflicts(spec, false);
     if !wrong.is_empty() {
         return Err(Refused(wrong));
     }
@@ -119,6 +122,43 @@ pub fn inject(pod: &Pod, by_default: bool, values: &Values) -> Result<Outcome, R
     containers.push(sidecar(spec, &asks, values, &rewritten.ports())?);
     patch.extend(add_all("/spec/initContainers", spec.init_containers.is_some(), containers, true));
     Ok(Outcome::Inject(Patch(patch)))
+}
+
+/// A pod that has a sidecar, and may have more containers than when it got it.
+fn again(pod: &Pod, spec: &PodSpec, values: &Values) -> Result<Outcome, Refused> {
+    let wrong = conflicts(spec, true);
+    if !wrong.is_empty() {
+        return Err(Refused(wrong));
+    }
+    let asks = Annotations::read(pod.metadata.labels.as_ref(), pod.metadata.annotations.as_ref())?;
+    let rewritten = TcpProbes::of(spec);
+    let mut patch = rewritten.patch();
+    patch.extend(prestop_sleep(spec, asks.prestop_sleep, values.prestop_sleep_seconds)?);
+    if !rewritten.0.is_empty() {
+        patch.push(more_probes(spec, rewritten.ports()));
+    }
+    if patch.is_empty() {
+        return Ok(Outcome::Leave("it has a sidecar already"));
+    }
+    Ok(Outcome::Inject(Patch(patch)))
+}
+
+/// Tells the sidecar that is there of more ports to try.
+fn more_probes(spec: &PodSpec, mut ports: Vec<u16>) -> PatchOperation {
+    let containers = spec.init_containers.iter().flatten();
+    let position = containers.clone().position(|container| container.name == PROXY).unwrap_or_default();
+    let settings = containers.skip(position).take(1).filter_map(|sidecar| sidecar.env.as_ref()).flatten();
+    let known = settings.enumerate().find(|(_, setting)| setting.name == TCP_PROBES);
+    let before = known.and_then(|(_, setting)| setting.value.as_deref()).unwrap_or_default();
+    ports.extend(before.split(',').filter_map(|port| port.parse::<u16>().ok()));
+    ports.sort_unstable();
+    ports.dedup();
+    let ports = ports.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
+    let list = format!("/spec/initContainers/{position}/env");
+    match known {
+        Some((at, _)) => add(&format!("{list}/{at}/value"), json!(ports)),
+        None => add(&format!("{list}/-"), json!({ "name": TCP_PROBES, "value": ports })),
+    }
 }
 
 /// Pods in which there is nothing to capture, or more than the pod.
@@ -136,19 +176,20 @@ fn cannot_be_captured(pod: &Pod, spec: &PodSpec) -> Option<&'static str> {
     None
 }
 
-/// What would leave the pod half in the mesh.
-fn conflicts(spec: &PodSpec) -> Vec<String> {
+/// What would leave the pod half in the mesh. `injected`: what is ours is there already.
+fn conflicts(spec: &PodSpec, injected: bool) -> Vec<String> {
     let mut wrong = Vec::new();
     let uid = i64::from(ports::PROXY_UID);
     let bypasses = "the sidecar's own user, whose connections are not captured: use another runAsUser";
     if spec.security_context.as_ref().is_some_and(|context| context.run_as_user == Some(uid)) {
         wrong.push(format!("spec.securityContext.runAsUser: {uid} is {bypasses}"));
     }
-    for (path, container) in containers(spec) {
+    let ours = |name: &str| [INIT, CHECK, PROXY].contains(&name);
+    for (path, container) in containers(spec).filter(|(_, container)| !injected || !ours(&container.name)) {
         if container.security_context.as_ref().is_some_and(|context| context.run_as_user == Some(uid)) {
             wrong.push(format!("{path}.securityContext.runAsUser ({}): {uid} is {bypasses}", container.name));
         }
-        if [INIT, CHECK, PROXY].contains(&container.name.as_str()) {
+        if ours(&container.name) {
             wrong.push(format!("{path}.name: {:?} is the name of a container that is added", container.name));
         }
         for (position, port) in container.ports.iter().flatten().enumerate() {
@@ -161,7 +202,7 @@ fn conflicts(spec: &PodSpec) -> Vec<String> {
             }
         }
     }
-    for (position, volume) in spec.volumes.iter().flatten().enumerate() {
+    for (position, volume) in spec.volumes.iter().flatten().enumerate().filter(|_| !injected) {
         if [IDENTITY, SOCKET].contains(&volume.name.as_str()) {
             wrong.push(format!(
                 "spec.volumes[{position}].name: {:?} is the name of a volume that is added",
@@ -318,7 +359,7 @@ fn sidecar(
         ("WEFT_LOG", asks.log.clone().unwrap_or_else(|| values.log.clone())),
         ("WEFT_LOG_FORMAT", values.log_format.clone()),
         ("WEFT_DRAIN_TIMEOUT", if grace == DEFAULT_GRACE { String::new() } else { format!("{drain}s") }),
-        ("WEFT_TCP_PROBES", probes.join(",")),
+        (TCP_PROBES, probes.join(",")),
     ];
     let settings = settings.into_iter().filter(|(_, value)| !value.is_empty());
     env.extend(settings.map(|(name, value)| json!({ "name": name, "value": value })));
@@ -501,6 +542,8 @@ pub const INIT: &str = "weft-init";
 pub const CHECK: &str = "weft-check";
 /// The sidecar.
 pub const PROXY: &str = "weft-proxy";
+/// Ports that the sidecar tries in a kubelet's place.
+const TCP_PROBES: &str = "WEFT_TCP_PROBES";
 const IDENTITY: &str = "weft-identity";
 const IDENTITY_PATH: &str = "/var/run/secrets/weft";
 const TOKEN_FILE: &str = "token";

@@ -334,8 +334,10 @@ impl Authority {
                 return Ok(());
             }
         }
-        let annotations =
-            [(SEQUENCE.to_owned(), sequence.to_string()), (INSTALLATION.to_owned(), CONTROL_NAMESPACE.to_owned())];
+        let annotations = [
+            (SEQUENCE.to_owned(), sequence.to_string()),
+            (INSTALLATION.to_owned(), CONTROL_NAMESPACE.to_owned()),
+        ];
         let map = ConfigMap {
             metadata: ObjectMeta {
                 name: Some(TRUST_CONFIG_MAP.to_owned()),

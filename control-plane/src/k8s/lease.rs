@@ -20,12 +20,7 @@ use super::owner::Owner;
 use crate::resources::CONTROL_NAMESPACE;
 
 /// Tries to hold the lease, for ever; `leads` says whether it does.
-pub async fn hold(
-    client: Client,
-    identity: String,
-    owner: Owner,
-    leads: watch::Sender<bool>,
-) {
+pub async fn hold(client: Client, identity: String, owner: Owner, leads: watch::Sender<bool>) {
     // Two that had one name would both lead.
     let identity = match identity.is_empty() {
         true => format!("weft-controller-{:016x}", rand::random::<u64>()),

@@ -68,7 +68,10 @@ impl TokenCheck for Reviewer {
         let token = token.trim();
         let said = self.said(token)?;
         let review = TokenReview {
-            spec: TokenReviewSpec { token: token.to_owned(), audiences: Some(vec![TOKEN_AUDIENCE.to_owned()]) },
+            spec: TokenReviewSpec {
+                token: token.to_owned(),
+                audiences: Some(vec![TOKEN_AUDIENCE.to_owned()]),
+            },
             ..TokenReview::default()
         };
         // Who waits for others waits no shorter for the answer.

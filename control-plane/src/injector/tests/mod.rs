@@ -126,6 +126,32 @@ fn what_installation_and_pod_both_skip_is_skipped_once_and_the_check_knows_of_it
 }
 
 #[test]
+fn what_another_webhook_adds_later_is_held_to_the_same() {
+    let mut pod = injected(&plain(), &Values::default());
+    let late = |container: Value| {
+        let mut pod = injected(&plain(), &Values::default());
+        pod["spec"]["containers"].as_array_mut().unwrap().push(container);
+        pod
+    };
+    let probed = |name: &str, port: u16| {
+        json!({ "name": name, "image": "x",
+            "readinessProbe": { "tcpSocket": { "port": port, "host": "" }, "periodSeconds": 3 } })
+    };
+    for (name, port, known) in [("db", 5_432, "5432"), ("cache", 6_379, "5432,6379")] {
+        pod["spec"]["containers"].as_array_mut().unwrap().push(probed(name, port));
+        pod = injected(&pod, &Values::default());
+        let container = pod["spec"]["containers"].as_array().unwrap().last().unwrap();
+        assert_eq!(container["readinessProbe"]["httpGet"]["path"], format!("/probe/{port}"));
+        assert_eq!(container["lifecycle"]["preStop"]["sleep"]["seconds"], 3);
+        let sidecar = &pod["spec"]["initContainers"][1];
+        let env = sidecar["env"].as_array().unwrap().iter().find(|env| env["name"] == "WEFT_TCP_PROBES");
+        assert_eq!(env.unwrap()["value"], known, "{sidecar}");
+    }
+    let bypasses = json!({ "name": "x", "image": "x", "securityContext": { "runAsUser": 2102 } });
+    assert!(refused(&late(bypasses)).contains("sidecar's own user"));
+}
+
+#[test]
 fn a_pod_that_is_sent_to_windows_nodes_gets_no_linux_sidecar() {
     let mut windows = plain();
     windows["spec"]["nodeSelector"] = json!({ "kubernetes.io/os": "windows" });
