@@ -73,7 +73,7 @@ pub(crate) enum Error {
     PathNotCanonical,
     #[error("the sidecar has no policy for this workload yet")]
     NotReady,
-    #[error("the sidecar has as many requests in flight as it may")]
+    #[error("the sidecar has as much in flight as it may")]
     Overloaded,
     #[error("the control plane did not answer in time for a destination inside the mesh")]
     DiscoveryTimeout,

@@ -105,6 +105,7 @@ pub async fn start(
     tracing::info!(descriptors, memory = memory.as_ref().map(Memory::limit), "limits of this process");
     let now = tokio::time::Instant::now().into_std();
     let limits = Limits::new(&config.limits, descriptors, memory, now);
+    tokio::spawn(limits.clone().watch_memory());
     count_panics(&shared);
     let drain = Drain::new();
     let (asks, answers): (Vec<_>, Vec<_>) = (0..config.workers).map(|_| metrics::channel()).unzip();

@@ -3,12 +3,13 @@
 //! Why before anything runs out: a process without descriptors can neither dial an endpoint for a request that it has
 //! accepted nor answer its probes, and one that meets its container's memory limit is killed with all that it carries.
 //! So what is new is refused while there is still room for what is there. Why a reset and not a wait: whoever connects
-//! is told at once, and can go elsewhere.
+//! is told at once, and can go elsewhere. Connections that are there bring new requests, though: they are refused too when
+//! memory is nearly used up.
 //!
 //! Descriptors are counted by nobody: the kernel gives the lowest free number, so the number of a new one says how many
 //! are in use.
 //!
-//! One count for all workers: the limits are the pod's. Only connections take it, never requests.
+//! One count for all workers: the limits are the pod's. Only connections take it; a request reads one flag.
 
 use std::{
     collections::HashMap,
@@ -41,12 +42,15 @@ pub(crate) struct Slot {
     peer: Option<IpAddr>,
 }
 
-/// Memory, asked for at most every [`SAMPLE_AGE`] or [`SAMPLE_TAKES`] connections.
+/// Memory, asked for every [`WATCH`], and at most every [`SAMPLE_AGE`] or [`SAMPLE_TAKES`] connections.
 struct Watched {
     memory: Memory,
     sampled: Mutex<Instant>,
     takes: AtomicUsize,
+    /// Too short for connections.
     short: AtomicBool,
+    /// Too short for requests.
+    nearly_gone: AtomicBool,
 }
 
 impl Limits {
@@ -76,8 +80,25 @@ impl Limits {
                 sampled,
                 takes: AtomicUsize::new(0),
                 short: AtomicBool::new(false),
+                nearly_gone: AtomicBool::new(false),
             }),
         })
+    }
+
+    /// Asks how much memory is used, for requests of connections that are there. Ends only where it has no limit.
+    pub(crate) async fn watch_memory(self: Arc<Self>) {
+        let Some(memory) = &self.memory else { return };
+        let mut tick = tokio::time::interval(WATCH);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            tick.tick().await;
+            memory.sample();
+        }
+    }
+
+    /// Whether requests are refused, since memory is nearly used up.
+    pub(crate) fn refuses_requests(&self) -> bool {
+        self.memory.as_ref().is_some_and(|memory| memory.nearly_gone.load(Ordering::Relaxed))
     }
 
     /// Room for one connection from `peer`, by this descriptor, if there is.
@@ -148,23 +169,38 @@ impl Watched {
             }
             due
         };
-        if due && let Some(used) = self.memory.used() {
-            let short = used >= self.memory.limit() / 100 * SHORT_PERCENT;
-            if short != self.short.swap(short, Ordering::Relaxed) {
-                let limit = self.memory.limit();
+        if due {
+            self.sample();
+        }
+        self.short.load(Ordering::Relaxed)
+    }
+
+    fn sample(&self) {
+        let Some(used) = self.memory.used() else { return };
+        let limit = self.memory.limit();
+        let flags = [
+            ("connections", &self.short, SHORT_PERCENT),
+            ("requests", &self.nearly_gone, NEARLY_GONE_PERCENT),
+        ];
+        for (what, flag, percent) in flags {
+            let short = used >= limit / 100 * percent;
+            if short != flag.swap(short, Ordering::Relaxed) {
                 if short {
-                    tracing::warn!(used, limit, "connections are refused: memory is short");
+                    tracing::warn!(used, limit, "{what} are refused: memory is short");
                 } else {
-                    tracing::info!(used, limit, "connections are accepted again");
+                    tracing::info!(used, limit, "{what} are accepted again");
                 }
             }
         }
-        self.short.load(Ordering::Relaxed)
     }
 }
 
 /// Of the container's limit. The rest is for what connections that are there may still need.
 const SHORT_PERCENT: u64 = 80;
+/// Of the container's limit. The rest is for the requests that are under way.
+const NEARLY_GONE_PERCENT: u64 = 92;
+/// Some 20 µs ten times a second.
+const WATCH: Duration = Duration::from_millis(100);
 /// Asking costs some 20 µs: never for each connection of a flood ...
 const SAMPLE_TAKES: usize = 32;
 /// ... and never old news for one that comes alone.

@@ -3,6 +3,7 @@
 use std::{
     net::{SocketAddr, TcpStream},
     path::PathBuf,
+    process::{Child, Command, Stdio},
     sync::{Arc, Mutex, mpsc},
     time::{Duration, Instant},
 };
@@ -178,6 +179,16 @@ fn tracked_connections_and_local_ports_are_exported() {
 struct Group {
     dir: PathBuf,
     v2: bool,
+    limit: u64,
+}
+
+/// Memory of a group that something else than the sidecar uses.
+struct Ballast(Child);
+
+impl Drop for Ballast {
+    fn drop(&mut self) {
+        let _ = self.0.kill().and_then(|()| self.0.wait());
+    }
 }
 
 impl Group {
@@ -190,7 +201,7 @@ impl Group {
         };
         std::fs::create_dir(&dir)?;
         // From here on dropping it removes it.
-        let group = Self { dir, v2 };
+        let group = Self { dir, v2, limit };
         std::fs::write(
             group.dir.join(if v2 { "memory.max" } else { "memory.limit_in_bytes" }),
             limit.to_string(),
@@ -202,6 +213,29 @@ impl Group {
         let text = std::fs::read_to_string(self.dir.join(file)).unwrap();
         let line = text.lines().find_map(|line| line.strip_prefix(key));
         line.unwrap_or("0").trim().parse().unwrap()
+    }
+
+    /// What the group uses, without what the kernel would give back first.
+    fn used(&self) -> u64 {
+        let (used, total) =
+            if self.v2 { ("memory.current", "") } else { ("memory.usage_in_bytes", "total_") };
+        let cached = ["inactive_file ", "active_file "];
+        let cached: u64 = cached.iter().map(|key| self.number("memory.stat", &format!("{total}{key}"))).sum();
+        self.number(used, "").saturating_sub(cached)
+    }
+
+    /// Uses up its memory to so many of a hundred parts.
+    fn fill(&self, percent: u64) -> Ballast {
+        let bytes = (self.limit / 100 * percent).saturating_sub(self.used());
+        let mut command = Command::new("sh");
+        // `tail` keeps what may be the end until it has seen it.
+        let hold = "echo $$ > \"$0/cgroup.procs\" && exec tail -c \"$1\"";
+        command.args(["-c", hold, self.dir.to_str().unwrap(), &bytes.to_string()]);
+        let mut ballast =
+            Ballast(command.stdin(Stdio::piped()).stdout(Stdio::null()).spawn().expect("a shell"));
+        let zeros = &mut std::io::Read::take(std::io::repeat(0), bytes);
+        std::io::copy(zeros, ballast.0.stdin.as_mut().expect("piped")).unwrap();
+        ballast
     }
 
     fn kills(&self) -> u64 {
@@ -259,6 +293,41 @@ fn ten_thousand_connections_in_64_mib_are_shed_and_nothing_is_killed() {
     drop(holding);
     drop(pair);
     drop(group);
+}
+
+#[test]
+fn when_memory_is_nearly_gone_requests_of_connections_that_stand_are_refused_too() {
+    if weft_control_plane::cli::demo::netns::usable().is_err() {
+        return skip("memory_gone", "no network namespaces");
+    }
+    let group = match Group::new("memory-gone", 256 << 20) {
+        Ok(group) => group,
+        Err(error) => return skip("memory_gone", &format!("no memory control group can be made: {error}")),
+    };
+    let enter = "echo $$ > \"$0/cgroup.procs\" && exec \"$@\"";
+    let Some(mut pair) = launched("memory_gone", &[], &["sh", "-c", enter, group.dir.to_str().unwrap()])
+    else {
+        return;
+    };
+    let (outsider, plain) = (stranger(&pair.mesh), format!("http://{}/", address(&pair.server)));
+    let answer = |args: &[&str]| {
+        let said = ["-o", "/dev/null", "-w", "%{http_code} %header{weft-reason} %header{grpc-status}", ECHO];
+        curl(&pair.client.pod, &[&said, args].concat()).unwrap()
+    };
+    assert_eq!(answer(&[]), "200");
+    // New connections are refused; requests come by the one that stands between the two sidecars.
+    let _most = group.fill(86);
+    wait(Duration::from_secs(10), || Ok(curl(&outsider, &[&plain]).is_err())).unwrap();
+    assert_eq!(answer(&[]), "200");
+    let rest = group.fill(96);
+    wait(Duration::from_secs(10), || Ok(answer(&[]) == "503 inbound;overloaded")).unwrap();
+    let grpc = ["--http2-prior-knowledge", "-H", "content-type: application/grpc", "-X", "POST"];
+    assert_eq!(answer(&grpc), "200 inbound;overloaded 8", "RESOURCE_EXHAUSTED");
+    let shed = pair.server.sidecar.metric("weft_requests_shed_total", &[]).unwrap();
+    assert!(shed >= 2.0, "{shed}");
+    drop(rest);
+    wait(Duration::from_secs(10), || Ok(answer(&[]) == "200")).expect("room again");
+    assert!(pair.server.sidecar.proxy.running() && group.kills() == 0, "killed");
 }
 
 /// What many connections do, and what each may cost.

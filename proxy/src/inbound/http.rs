@@ -298,6 +298,9 @@ impl Inner {
             return error.response(Component::Inbound, grpc);
         }
         self.worker.recorder.error(answer.code);
+        if *error == Error::Overloaded {
+            self.worker.recorder.count(Counter::RequestsShed);
+        }
         tracing::warn!(component = "inbound", code = answer.code, status = answer.status.as_u16(), %error,
             destination = %self.original, client = %self.client,
             caller = self.caller.identity.as_ref().map(|id| id.as_str()),
@@ -353,6 +356,10 @@ impl Inner {
         let mut permission = Permission::new(self);
         if self.worker.drain.is_refusing() {
             return Err(Error::Draining);
+        }
+        // A pod whose probes fail is killed, which is what this is to avoid.
+        if !probe && self.worker.limits.refuses_requests() {
+            return Err(Error::Overloaded);
         }
         if let Some(attempt) = attempt {
             tracing::debug!(?attempt, request_id = decision.request_id(), "another attempt");

@@ -198,6 +198,9 @@ impl Client {
         }
         decision.rule(&rule.label);
         exchange.belongs_to(resolved.series(&self.worker.recorder, Some(rule_index), None, spoken));
+        if self.worker.limits.refuses_requests() {
+            return Err(Error::Overloaded);
+        }
         if !rule.filters.is_empty() {
             if let Some(redirect) = self.redirected(&rule.filters, &outgoing, resolved, prefix)? {
                 exchange.take(now()).finish(Class::Ok, now());

@@ -69,7 +69,7 @@ const COUNTERS: [(Counter, &str, &str, &str); Counter::COUNT] = {
         (C::BudgetExhausted, "weft_retry_budget_exhausted_total", "", "Retries that the budget refused"),
         (C::ReplayOverflow, "weft_replay_overflow_total", "", "Request bodies too large to be sent again"),
         (C::Ejections, "weft_ejections_total", "", "Endpoints ejected"),
-        (C::RequestsShed, "weft_requests_shed_total", "", "Requests refused because too many were in flight"),
+        (C::RequestsShed, "weft_requests_shed_total", "", "Requests refused because too many were in flight, or memory was short"),
         (C::Panics, "weft_panics_total", "", "Connections that ended in a panic"),
         (C::DiscoveryTimeouts, "weft_discovery_timeouts_total", "", "Destinations that the control plane did not answer in time"),
         (C::DiscoveryShed, "weft_discovery_shed_total", "", "Connections refused because too many waited for discovery"),
