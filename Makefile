@@ -152,6 +152,7 @@ sbom: ## What each program is made of: CycloneDX in target/sbom
 	fi
 	rm -rf target/sbom
 	mkdir -p target/sbom
+	export SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct)
 	$(CARGO) cyclonedx --quiet --format json --describe binaries --target x86_64-unknown-linux-gnu
 	for package in proxy control-plane iptables tests proto proxy/core; do
 	  for file in $$package/*.cdx.json; do
@@ -161,7 +162,11 @@ sbom: ## What each program is made of: CycloneDX in target/sbom
 	    esac
 	  done
 	done
-	ls target/sbom/*
+	# The same from the same sources, wherever they lie.
+	sed -i "s|file://$$PWD|file:///weft|g" target/sbom/*
+	for file in target/sbom/*; do
+	  echo "$$file: $$(grep -c '"purl": "pkg:cargo/' "$$file") crates"
+	done
 
 .PHONY: repro
 repro: ## Builds the sidecar twice, in two folders, and compares (10 minutes)
