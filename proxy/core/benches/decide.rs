@@ -23,7 +23,6 @@ use weft_core::{
     detect::detect,
     framing::{Framing, Limits, Side},
     identity::{PodUid, SpiffeId},
-    limit::Limit,
     policy::{
         Action, Algorithm, Authorization, AuthzRule, AuthzRules, BackendPolicy, BackendRef, Endpoint,
         HttpMatch, Match, ObjectRef, PathMatch, RetryPolicy, RouteTable, Rule, Service, ServiceName,
@@ -168,13 +167,6 @@ fn budget(bencher: Bencher<'_, '_>) {
         budget.deposit(now);
         budget.try_withdraw(now)
     });
-}
-
-#[divan::bench]
-fn limit(bencher: Bencher<'_, '_>) {
-    let now = origin();
-    let limit = Limit::new(1e9, u32::MAX);
-    bencher.bench_local(|| limit.allow(now));
 }
 
 #[expect(clippy::disallowed_methods, reason = "the origin of virtual time")]

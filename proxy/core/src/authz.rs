@@ -501,7 +501,7 @@ mod tests {
         );
     }
 
-    /// A thousand rules of one kind each; the last is about the call, or none is.
+    /// A thousand rules of one kind each, of which only the last is about the call (of the square a row).
     fn a_thousand_rules() -> Vec<(&'static str, Authorization)> {
         let who = |n: usize| format!("spiffe://cluster.local/ns/shop/sa/caller-{n:04}");
         let source = |want| vec![SourceMatch { identity: Some(want), ..Default::default() }];
@@ -518,13 +518,20 @@ mod tests {
             hosts: vec![exact("web.shop")],
             headers: vec![(HeaderName::from_static("x-team"), exact(&format!("team-{n}")))],
         };
-        let ten = |n: usize| (0..10).map(|k| prefix(&format!("{}-{k}", resource(n)))).collect::<Vec<_>>();
+        let ten =
+            |n: usize| (0..10).map(|k| prefix(&format!("{}/items/{k}", resource(n)))).collect::<Vec<_>>();
+        let the_last = |n: usize, this: &str| if n == 999 { this.to_owned() } else { format!("{n}-{this}") };
         let host = |n: usize| HttpMatch {
-            hosts: vec![exact(&format!("Web-{n:04}.shop"))],
+            hosts: vec![exact(&the_last(n, "Web.shop"))],
             ..paths(&[prefix("/api/")])
         };
         let range = |n: usize| SourceMatch {
-            cidr: Some(format!("10.{}.{}.0/24", n / 256, n % 256).parse().unwrap()),
+            cidr: Some(format!("10.{}.{}.0/24", (999 - n) / 256, (999 - n) % 256).parse().unwrap()),
+            ..Default::default()
+        };
+        let namespace = |n| SourceMatch {
+            namespace: Some(exact(&the_last(n, "shop"))),
+            trust_domain: Some(exact("cluster.local")),
             ..Default::default()
         };
         vec![
@@ -537,21 +544,48 @@ mod tests {
             ),
             (
                 "a path that is denied",
-                all(&|n| deny(vec![paths(&[exact(&format!("{}/items/8", resource(n)))])])),
+                all(&|n| deny(vec![paths(&[exact(&format!("{}/items/7", resource(n)))])])),
             ),
             (
                 "a path's end that is denied",
-                all(&|n| deny(vec![paths(&[suffix(format!("{n:04}/items/8"))])])),
+                all(&|n| deny(vec![paths(&[suffix(format!("{n:04}/items/7"))])])),
             ),
             ("a header, and all else alike", all(&|n| allow(vec![], vec![team(n)]))),
             ("ten paths each", all(&|n| allow(vec![], vec![paths(&ten(n))]))),
             ("a host", all(&|n| allow(vec![], vec![host(n)]))),
+            ("a namespace", all(&|n| allow(vec![namespace(n)], api()))),
             ("an address range", all(&|n| allow(vec![range(n)], api()))),
             (
                 "one caller and one path in a square",
-                all(&|n| allow(source(exact(&who(n % 32))), vec![paths(&[prefix(&resource(n / 32))])])),
+                all(&|n| {
+                    allow(source(exact(&who(999 - n % 32))), vec![paths(&[prefix(&resource(999 - n / 32))])])
+                }),
             ),
         ]
+    }
+
+    #[test]
+    fn few_rules_and_too_many_have_no_index_and_decide_alike() {
+        let (who, other) = (id("shop", "web"), id("shop", "other"));
+        for (count, has_index) in [(1, false), (16, false), (17, true), (4_096, true), (4_097, false)] {
+            let names =
+                |n: usize| id("shop", &if n + 1 == count { "web".to_owned() } else { format!("w{n}") });
+            let allow = |n| rule(Action::Allow, vec![of(names(n).as_str())], vec![]);
+            let mut policy = policy(Action::Deny, (0..count).map(allow).collect());
+            policy.rules = policy.rules.indexed();
+            assert_eq!((policy.rules.len(), policy.rules.index().is_some()), (count, has_index));
+            let (place, _) = said(&policy, ask(&policy, Some(&who), &get("/")));
+            assert_eq!(place, Some(count - 1), "the last of {count}");
+            assert!(!ask(&policy, Some(&other), &get("/")).is_permit());
+        }
+    }
+
+    fn rules_asked(policy: &Authorization, who: &SpiffeId, call: &Call) -> usize {
+        let peer = Peer { identity: Some(who), address: "10.0.0.9".parse().unwrap() };
+        let Call { method, host, path, headers } = call;
+        let ask = Ask::Http { method, host, path, headers };
+        let index = policy.rules.index().expect("a thousand are worth an index");
+        index.find(&peer, &ask, &mut None).expect("a canonical path").of(&policy.rules).count()
     }
 
     #[test]
@@ -567,6 +601,8 @@ mod tests {
             policy.rules = policy.rules.indexed();
             let mut worst = 0_f64;
             for call in &calls {
+                let asked = rules_asked(&policy, &who, call);
+                assert!(asked <= if what.ends_with("square") { 32 } else { 1 }, "{what}: {asked} are asked");
                 let time = |_| {
                     let begun = Instant::now();
                     for _ in 0..20 {

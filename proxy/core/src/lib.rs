@@ -34,6 +34,4 @@ pub mod retry;
 pub mod backoff;
 pub mod budget;
 
-pub mod limit;
-
 mod random;

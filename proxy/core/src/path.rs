@@ -132,7 +132,7 @@ pub(crate) fn percent_decode(text: &str) -> Cow<'_, [u8]> {
         };
         match escape {
             Some((high, low)) => {
-                out.push(high << 4 | low);
+                out.push(high * 16 + low);
                 rest = &after[2..];
             }
             None => {
@@ -176,6 +176,23 @@ mod tests {
         {
             assert_eq!(canonical_path(good), Ok(()), "{good:?}");
         }
+    }
+
+    #[test]
+    fn what_apps_make_of_a_path() {
+        let read =
+            |path| readings(path).collect::<std::collections::BTreeSet<_>>().into_iter().collect::<Vec<_>>();
+        for plain in ["/", "/a", "/a/", "/a/b", "/a%zz", "/a%4"] {
+            assert_eq!(read(plain), [plain]);
+        }
+        for nothing_left in ["//", "/..", "/../", "/./", "/a/..", "/a/../", "\\"] {
+            assert_eq!(read(nothing_left), ["/"], "{nothing_left}");
+        }
+        assert_eq!(read("/x/../a//./b\\"), ["/a/b/"]);
+        assert_eq!(read("/a;x/b"), ["/a/b", "/a;x/b"], "parameters dropped or not");
+        assert_eq!(read("/a%2Fb%2fc"), ["/a%2Fb%2fc", "/a/b/c"], "a slash or its escape");
+        assert_eq!(read("/%2561"), ["/%2561", "/%61", "/a"], "decoded once or until there are none");
+        assert_eq!(read("/a%00/b"), ["/a", "/a%00/b"], "the end at a NUL");
     }
 
     proptest! {

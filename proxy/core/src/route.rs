@@ -13,13 +13,7 @@
 //! of headers, number of query parameters, oldest route, `<namespace>/<name>` of the route, order
 //! within the route.
 
-use std::{
-    borrow::Cow,
-    cmp::Reverse,
-    collections::{HashMap, HashSet},
-    fmt,
-    sync::Arc,
-};
+use std::{borrow::Cow, cmp::Reverse, collections::HashMap, fmt, sync::Arc};
 
 use http::{
     HeaderMap, HeaderName, HeaderValue, Method, StatusCode,
@@ -577,13 +571,6 @@ pub fn redirect(
         location.push_str(query);
     }
     (StatusCode::from_u16(redirect.status).unwrap_or(StatusCode::FOUND), location)
-}
-
-/// Names of the headers that any rule of the table looks at: what a sampled decision must record.
-pub fn headers_looked_at(table: &RouteTable) -> Vec<HeaderName> {
-    let matches = table.rules().iter().flat_map(|rule| &rule.matches);
-    let mut seen = HashSet::new();
-    matches.flat_map(|m| &m.headers).filter(|h| seen.insert(&h.name)).map(|h| h.name.clone()).collect()
 }
 
 /// The label of the rule that a service without routes has.
