@@ -489,6 +489,9 @@ mod server {
         let names: Vec<String> = (0..=MAX_NAMES).map(|n| n.to_string()).collect();
         let request = DeltaDiscoveryRequest { resource_names_subscribe: names, ..request(Service) };
         assert_eq!(stream.receive(request), Err(ProtocolError::TooManyNames));
+        let long: Vec<String> = (0..6_000).map(|n| format!("{n:0>700}")).collect();
+        let long: Vec<&str> = long.iter().map(String::as_str).collect();
+        assert_eq!(Stream::new(1).receive(subscribe(Service, &long)), Err(ProtocolError::TooManyNames));
         let long = "n".repeat(1_000);
         assert_eq!(
             Stream::new(1).receive(subscribe(Route, &[&long])),

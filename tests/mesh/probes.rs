@@ -1,6 +1,6 @@
 //! The kubelet's questions, where nobody else gets in without an identity.
 
-use std::time::Duration;
+use std::{cell::Cell, time::Duration};
 
 use serde_json::json;
 use weft_control_plane::cli::demo::mesh::{Workload, get, wait};
@@ -32,9 +32,13 @@ fn probes_pass_under_strict_mtls_and_nothing_else_does() {
     let sidecar = mesh.workload(workload).unwrap();
     let node = mesh.plain(&Workload::new("shop", "node")).unwrap();
     let pod = sidecar.pod.ip;
+    let refused = Cell::new(0);
     let asked = |method: &str, path: &str, more: &str| {
         let mut wire = Wire::dial(&node, &format!("{pod}:8080")).unwrap();
-        wire.ask(format!("{method} {path} HTTP/1.1\r\nHost: {pod}\r\n{more}\r\n")).unwrap().status()
+        let status =
+            wire.ask(format!("{method} {path} HTTP/1.1\r\nHost: {pod}\r\n{more}\r\n")).unwrap().status();
+        refused.set(refused.get() + u64::from(status != 200));
+        status
     };
     let tcp =
         |port: u16| node.enter(|| get((pod, 14_021).into(), &format!("/probe/{port}"))).unwrap().unwrap().0;
@@ -60,5 +64,14 @@ fn probes_pass_under_strict_mtls_and_nothing_else_does() {
     let mut wire = Wire::dial(&node, &format!("{pod}:8080")).unwrap();
     let mut ask = |path: &str| wire.ask(format!("GET {path} HTTP/1.1\r\nHost: a\r\n\r\n")).unwrap().status();
     assert_eq!((ask("/head?live=1"), ask("/head")), (200, 403));
+
+    // What stands in the way of strict is whoever was refused, and never the kubelet.
+    let plaintext = || {
+        let edges = mesh.api("/api/v1/edges")?;
+        let edges = edges.as_array().into_iter().flatten().filter(|edge| edge["mtls"] == false);
+        Ok::<u64, anyhow::Error>(edges.filter_map(|edge| edge["count"].as_u64()).sum())
+    };
+    wait(Duration::from_secs(15), || Ok(plaintext()? == refused.get() + 1))
+        .unwrap_or_else(|error| panic!("{error}: {:?}, {} refused", plaintext(), refused.get()));
     drop(server);
 }

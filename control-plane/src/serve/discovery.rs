@@ -81,10 +81,7 @@ impl AggregatedDiscoveryService for Discovery {
         let (out, responses) = mpsc::channel(OUT);
         let id = self.ids.fetch_add(1, Ordering::Relaxed);
         let subscriber = Subscriber { id, peer, wake: Arc::new(Wake::default()) };
-        if !self.published.subscribers.open(&subscriber) {
-            tracing::warn!(pod = %subscriber.peer.uid, "too many streams of one pod");
-            return Err(Status::resource_exhausted("this pod has too many streams"));
-        }
+        self.published.subscribers.open(&subscriber);
         let task = Task { discovery: self.clone(), subscriber, stream: Stream::new(id), out, sent_at: None };
         tokio::spawn(task.run(request.into_inner(), closing));
         Ok(Response::new(ReceiverStream::new(responses)))
@@ -146,6 +143,9 @@ impl Task {
             // Asked at each turn: the pod may go while its certificate is good for hours.
             if let Err(status) = self.discovery.published.admit(&self.subscriber.peer) {
                 return End::Broke(status);
+            }
+            if self.subscriber.wake.is_replaced() {
+                return End::Come("newer streams of this pod have taken its place");
             }
             let at = due.filter(|_| is_synced).map(|due| due.max(rested));
             if at.is_some_and(|at| at <= Instant::now()) {

@@ -325,6 +325,7 @@ impl Bucket {
 pub struct Wake {
     notify: tokio::sync::Notify,
     urgent: AtomicBool,
+    replaced: AtomicBool,
 }
 
 impl Wake {
@@ -334,6 +335,17 @@ impl Wake {
             self.urgent.store(true, Ordering::Release);
         }
         self.notify.notify_one();
+    }
+
+    /// Newer streams have taken its place: it must end.
+    pub fn replace(&self) {
+        self.replaced.store(true, Ordering::Release);
+        self.wake(true);
+    }
+
+    /// Whether it must end.
+    pub fn is_replaced(&self) -> bool {
+        self.replaced.load(Ordering::Acquire)
     }
 
     /// Waits for it; true if it is urgent.

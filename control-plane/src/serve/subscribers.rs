@@ -54,18 +54,19 @@ impl Default for Subscribers {
 }
 
 impl Subscribers {
-    /// A stream is open. False: its pod has too many already. A sidecar has one, and for a moment a second
-    /// one; each may hold as many names as a stream may have.
-    #[must_use]
-    pub fn open(&self, subscriber: &Subscriber) -> bool {
+    /// A stream is open. A sidecar has one, and for a moment a second one; each may hold as many names as a stream may
+    /// have, so there are no more: whoever comes back wins over what it has left behind, dead or not.
+    pub fn open(&self, subscriber: &Subscriber) {
         let mut streams = lock(&self.streams);
         let own = streams.by_pod.entry(subscriber.peer.uid.clone()).or_default();
-        if own.len() >= MAX_STREAMS_OF_POD {
-            return false;
-        }
         own.push(subscriber.id);
+        let replaced = own[..own.len().saturating_sub(MAX_STREAMS_OF_POD)].to_vec();
         streams.by_id.insert(subscriber.id, subscriber.clone());
-        true
+        for id in replaced {
+            if let Some(old) = streams.by_id.get(&id) {
+                old.wake.replace();
+            }
+        }
     }
 
     /// A stream has ended; its subscriptions were removed one by one.
@@ -187,8 +188,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 const SHARDS: u64 = 64;
-/// Dead ones included, until their PINGs time out.
-const MAX_STREAMS_OF_POD: usize = 8;
+const MAX_STREAMS_OF_POD: usize = 2;
 
 #[cfg(test)]
 mod tests {
@@ -210,16 +210,15 @@ mod tests {
             },
         });
         let stream = |id| Subscriber { id, peer: peer.clone(), wake: Arc::default() };
-        for id in 0..MAX_STREAMS_OF_POD as u64 {
-            assert!(subscribers.open(&stream(id)));
-        }
-        assert!(!subscribers.open(&stream(99)));
-        subscribers.add("svc/a/b:80", &stream(6));
+        let all: Vec<_> = (0..4).map(stream).collect();
+        all.iter().for_each(|stream| subscribers.open(stream));
+        let replaced: Vec<_> = all.iter().map(|stream| stream.wake.is_replaced()).collect();
+        assert_eq!(replaced, [true, true, false, false], "two are left");
+        subscribers.add("svc/a/b:80", &all[2]);
         assert!(subscribers.since("svc/a/b:80", &peer.uid).is_none(), "not on the newest");
-        subscribers.close(7);
+        subscribers.close(3);
         assert!(subscribers.since("svc/a/b:80", &peer.uid).is_some(), "the next newest");
-        assert!(subscribers.open(&stream(99)));
-        (0..100).for_each(|id| subscribers.close(id));
+        (0..4).for_each(|id| subscribers.close(id));
         assert!(subscribers.streams().is_empty());
         assert!(lock(&subscribers.streams).by_pod.is_empty());
     }

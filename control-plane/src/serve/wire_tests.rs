@@ -530,6 +530,26 @@ async fn a_root_is_retired_when_no_connected_sidecar_is_known_by_it_also_after_a
 }
 
 #[tokio::test]
+async fn a_pod_that_opens_streams_without_end_has_the_newest_two() {
+    let mesh = Mesh::start("streams", SHOP).await;
+    let credentials = mesh.credentials("cart", "cart-1-uid").await;
+    let mut wires = Vec::new();
+    for _ in 0..4 {
+        wires.push(Wire::open(mesh.discovery(&credentials).await).await.unwrap());
+    }
+    let newest = wires.split_off(2);
+    for mut old in wires {
+        let ended = timeout(LONG, old.responses.message()).await.unwrap().unwrap_err();
+        assert_eq!(ended.code(), tonic::Code::Unavailable, "{ended}");
+    }
+    for mut wire in newest {
+        wire.subscribe(ResourceType::Service, &["svc/shop/cart:80"]).await;
+        assert_eq!(names(&wire.next().await), ["svc/shop/cart:80"]);
+    }
+    mesh.stop().await;
+}
+
+#[tokio::test]
 async fn a_deleted_pod_is_not_certified_and_its_streams_end() {
     let pods = |named: &[&str]| {
         let pod = |name: &&str| {

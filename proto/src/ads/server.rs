@@ -51,6 +51,8 @@ pub const MAX_BATCH: usize = 256;
 pub const MAX_BATCH_LEN: usize = 64 * 1024;
 /// Names that one stream may subscribe.
 pub const MAX_NAMES: usize = 20_000;
+/// Bytes of them, and of the versions that a client says to hold.
+pub const MAX_NAMES_LEN: usize = 4 * 1024 * 1024;
 
 /// Bytes of a node: it is for logs.
 const MAX_NODE_LEN: usize = 4_096;
@@ -84,6 +86,7 @@ pub struct Stream {
     sent: u64,
     node: Option<Node>,
     names: usize,
+    names_len: usize,
     types: [Type; ResourceType::ALL.len()],
 }
 
@@ -125,8 +128,10 @@ pub struct Nack {
 /// A request after which the stream must be closed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ProtocolError {
-    /// More names than one stream may have.
-    #[error("more than {MAX_NAMES} names are subscribed; unsubscribe what is not used")]
+    /// More names than one stream may have, or longer ones.
+    #[error(
+        "more than {MAX_NAMES} names or {MAX_NAMES_LEN} bytes of them are subscribed; unsubscribe what is not used"
+    )]
     TooManyNames,
     /// A name that cannot be one.
     #[error("a name has {0} bytes; at most {MAX_NAME_LEN} are taken")]
@@ -201,7 +206,7 @@ impl Stream {
     /// A stream that has said nothing. `id` is part of its nonces: a random number, so that a nonce of
     /// another stream, or of another replica, is never taken for one of this.
     pub fn new(id: u64) -> Self {
-        Self { id, sent: 0, node: None, names: 0, types: Default::default() }
+        Self { id, sent: 0, node: None, names: 0, names_len: 0, types: Default::default() }
     }
 
     /// Takes a request.
@@ -239,6 +244,8 @@ impl Stream {
                 return Err(ProtocolError::NameTooLong(name.len()));
             }
             let version = versions.remove(&name);
+            // Not given back: they come once.
+            self.names_len += version.as_ref().map_or(0, String::len);
             let state = &mut self.types[ty.index()];
             let name: Arc<str> = name.into();
             let new = if is_collection(ty, &name) {
@@ -262,10 +269,11 @@ impl Stream {
             };
             if new {
                 self.names += 1;
-                if self.names > MAX_NAMES {
-                    return Err(ProtocolError::TooManyNames);
-                }
+                self.names_len += name.len();
                 subscribed.push(name);
+            }
+            if self.names > MAX_NAMES || self.names_len > MAX_NAMES_LEN {
+                return Err(ProtocolError::TooManyNames);
             }
         }
         let mut unsubscribed = Vec::new();
@@ -274,6 +282,7 @@ impl Stream {
             let name: Arc<str> = name.into();
             if state.plain.remove(&name).is_some() || state.collections.remove(&name).is_some() {
                 self.names -= 1;
+                self.names_len -= name.len();
                 unsubscribed.push(name);
             }
         }
