@@ -924,7 +924,10 @@ mod tests {
         };
         let list = list.signed_by(&a.issuer).unwrap().der().to_vec();
         let roots = [a.root.to_vec()];
-        let trust = Trust::default().with(&a.domain, &roots, &[list]).unwrap();
+        let lists = |count| Trust::default().with(&a.domain, &roots, &vec![list.clone(); count]);
+        assert!(lists(MAX_ROOTS).is_ok(), "as many lists as roots");
+        assert!(matches!(lists(MAX_ROOTS + 1), Err(TlsError::Bundle(_))));
+        let trust = lists(1).unwrap();
         let own = Material::new(1, &key, vec![with_serial(8)], a.trust(), UnixTime::now()).unwrap();
         assert!(own.still_accepts(&[with_serial(7)], Role::Client));
         let own = own.with_trust(2, trust);
@@ -944,6 +947,18 @@ mod tests {
         assert!(Trust::default().with(&a.domain, &[b"nonsense"], &[]).is_err());
         let many = vec![&a.root[..]; MAX_ROOTS + 1];
         assert!(matches!(Trust::default().with(&a.domain, &many, &none), Err(TlsError::Bundle(_))));
+    }
+
+    #[test]
+    fn a_chain_has_64_kib_and_not_a_byte_more() {
+        let a = Authority::new("a.test");
+        let leaf = a.issue(&WorkloadKey::generate().unwrap(), &leaf(WEB));
+        let of = |bytes: usize| {
+            let rest = [CertificateDer::from(vec![0; bytes - leaf.len()])];
+            verify(&a.trust(), &leaf, &rest, UnixTime::now(), Role::Client)
+        };
+        assert!(!matches!(of(64 * 1024), Err(TlsError::ChainTooLong { .. })));
+        assert!(matches!(of(64 * 1024 + 1), Err(TlsError::ChainTooLong { certificates: 2, bytes: 65_537 })));
     }
 
     #[test]
