@@ -99,7 +99,7 @@ mutants: ## Changes identity and authorization piece by piece: each change must 
 	# Judged by the tests beside the code; it builds in a folder of its own. A change may make a loop endless: a minute.
 	status=0
 	env -u CARGO_TARGET_DIR $(CARGO) mutants --package weft-core \
-	  --file proxy/core/src/identity.rs --file proxy/core/src/authz.rs --file proxy/core/src/path.rs \
+	  --file proxy/core/src/identity.rs --file proxy/core/src/authz.rs --file 'proxy/core/src/authz/*' --file proxy/core/src/path.rs \
 	  --cargo-test-arg=--lib --minimum-test-timeout 60 --output target --colors never || status=$$?
 	of() { wc -l < target/mutants.out/$$1.txt; }
 	echo "figure: mutants of identity and authorization: $$(of missed) survived of $$(( $$(of missed) + $$(of caught) + $$(of timeout) )) (bound 0)"

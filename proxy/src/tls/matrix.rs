@@ -521,6 +521,8 @@ fn keys_and_bytes(w: &World, t: &mut Table) {
     };
     t.none("an RSA key of 1024 bits", "WeakKey", rsa(128));
     t.none("an RSA key of 512 bits", "WeakKey", rsa(64));
+    // The certificate is taken, and then nobody has its key.
+    t.none("an RSA key of 2048 bits", "UnsupportedSignatureAlgorithmForPublicKey", rsa(256));
     let other = WorkloadKey::generate().unwrap();
     t.none(
         "somebody else's certificate",
