@@ -518,6 +518,11 @@ mod tests {
             hosts: vec![exact("web.shop")],
             headers: vec![(HeaderName::from_static("x-team"), exact(&format!("team-{n}")))],
         };
+        let own_header = |n: usize| {
+            let name = if n == 999 { "x-team".to_owned() } else { format!("x-team-{n}") };
+            let headers = vec![(name.parse().unwrap(), exact("team-999"))];
+            HttpMatch { headers, ..paths(&[prefix("/api/")]) }
+        };
         let ten =
             |n: usize| (0..10).map(|k| prefix(&format!("{}/items/{k}", resource(n)))).collect::<Vec<_>>();
         let the_last = |n: usize, this: &str| if n == 999 { this.to_owned() } else { format!("{n}-{this}") };
@@ -551,6 +556,7 @@ mod tests {
                 all(&|n| deny(vec![paths(&[suffix(format!("{n:04}/items/7"))])])),
             ),
             ("a header, and all else alike", all(&|n| allow(vec![], vec![team(n)]))),
+            ("a header of a name of its own", all(&|n| allow(vec![], vec![own_header(n)]))),
             ("ten paths each", all(&|n| allow(vec![], vec![paths(&ten(n))]))),
             ("a host", all(&|n| allow(vec![], vec![host(n)]))),
             ("a namespace", all(&|n| allow(vec![namespace(n)], api()))),

@@ -69,7 +69,7 @@ pub(super) struct Index {
     paths: Texts,
     /// In lower case.
     hosts: Texts,
-    headers: Vec<(HeaderName, Texts)>,
+    headers: HashMap<HeaderName, Texts>,
 }
 
 /// What of a request a text is compared with.
@@ -96,7 +96,7 @@ impl Index {
             }
         }
         let (mut always, mut by_http) = (Found::default(), Found::default());
-        let mut filed = Vec::<(Key<'_>, u16)>::new();
+        let mut filed = HashMap::<Field<'_>, Vec<(Cow<'_, StringMatch>, u16)>>::new();
         for (n, rule) in (0..).zip(rules) {
             let sources = rarest(rule.sources.iter().map(source_needs), &shared);
             let http = rarest(rule.http.iter().map(http_needs), &shared);
@@ -113,30 +113,20 @@ impl Index {
             if is_http {
                 by_http.insert(n);
             }
-            filed.extend(keys.into_iter().map(|key| (key, n)));
-        }
-        let texts = |field| {
-            let of_field = filed.iter().filter(|((other, _), _)| *other == field);
-            Texts::new(of_field.map(|((_, want), rule)| (&**want, *rule)), field == Field::Host)
-        };
-        let mut headers = Vec::<(HeaderName, Texts)>::new();
-        for ((field, _), _) in &filed {
-            if let Field::Header(name) = field
-                && headers.iter().all(|(known, _)| known != *name)
-            {
-                headers.push(((*name).clone(), texts(*field)));
+            for (field, want) in keys {
+                filed.entry(field).or_default().push((want, n));
             }
         }
-        Self {
-            identities: texts(Field::Identity),
-            namespaces: texts(Field::Namespace),
-            addresses: texts(Field::Address),
-            paths: texts(Field::Path),
-            hosts: texts(Field::Host),
-            headers,
-            always,
-            by_http,
-        }
+        let mut texts = |field| Texts::new(filed.remove(&field).unwrap_or_default(), field == Field::Host);
+        let (identities, namespaces, addresses) =
+            (texts(Field::Identity), texts(Field::Namespace), texts(Field::Address));
+        let (paths, hosts) = (texts(Field::Path), texts(Field::Host));
+        let headers = filed.into_iter().filter_map(|(field, filed)| match field {
+            Field::Header(name) => Some((name.clone(), Texts::new(filed, false))),
+            Field::Identity | Field::Namespace | Field::Address | Field::Path | Field::Host => None,
+        });
+        let headers = headers.collect();
+        Self { always, by_http, identities, namespaces, addresses, paths, hosts, headers }
     }
 
     /// The rules that may have something to say; `None`: any may, since a rule that looks at this path refuses it.
@@ -159,9 +149,11 @@ impl Index {
             }
         }
         self.hosts.find(without_dot(host).bytes().map(|b| b.to_ascii_lowercase()), &mut found);
-        for (name, texts) in &self.headers {
-            for value in headers.get_all(name) {
-                texts.find(value.as_bytes().iter().copied(), &mut found);
+        if !self.headers.is_empty() {
+            for (name, value) in headers {
+                if let Some(texts) = self.headers.get(name) {
+                    texts.find(value.as_bytes().iter().copied(), &mut found);
+                }
             }
         }
         Some(found)
@@ -238,10 +230,10 @@ struct Text {
 }
 
 impl Texts {
-    fn new<'a>(filed: impl Iterator<Item = (&'a StringMatch, u16)>, fold: bool) -> Self {
+    fn new(filed: Vec<(Cow<'_, StringMatch>, u16)>, fold: bool) -> Self {
         let mut texts = Self::default();
         for (want, rule) in filed {
-            let (to, want, whole) = match want {
+            let (to, want, whole) = match &*want {
                 StringMatch::Exact(want) => (&mut texts.forward, want, true),
                 StringMatch::Prefix(want) => (&mut texts.forward, want, false),
                 StringMatch::Suffix(want) => (&mut texts.backward, want, false),
