@@ -29,7 +29,7 @@ use weft_proto::{
 };
 
 use crate::{
-    api::dashboard::{self, Api},
+    api::server::{self, Api},
     ca::{Bundle, Ca},
     config::{Cluster, Config, Source},
     index::Index,
@@ -152,13 +152,14 @@ impl Controller {
             authority: authority.clone(),
             replicas,
         });
+        let answering = api_server.clone();
         let routes = Routes::new(
             AggregatedDiscoveryServiceServer::new(Discovery::new(published.clone(), metrics.clone()))
                 .max_decoding_message_size(MAX_MESSAGE_LEN)
                 .max_encoding_message_size(MAX_MESSAGE_LEN),
         )
         .add_service(TelemetryServer::new(reports.clone()).max_decoding_message_size(MAX_MESSAGE_LEN))
-        .add_service(Answers::new(api_server.clone(), &config.trust_domain)?);
+        .add_service(Answers::new(&config.trust_domain, move |head| answering.part(head))?);
         let server = Server {
             listener: discovery_port,
             tls: discovery_tls.clone(),
@@ -169,10 +170,10 @@ impl Controller {
         };
         tasks.spawn(server.run(closing_seen.clone()));
         if let Some(port) = probe_port {
-            tasks.spawn(dashboard::serve(port, api_server.clone(), true, closing_seen.clone()));
+            tasks.spawn(server::serve(port, api_server.clone(), true, closing_seen.clone()));
         }
         let webhook_closing = closing_seen.clone();
-        tasks.spawn(dashboard::serve(api_port, api_server.clone(), false, closing_seen));
+        tasks.spawn(server::serve(api_port, api_server.clone(), false, closing_seen));
 
         let (batches, batches_seen) = mpsc::channel(1);
         let in_cluster = cluster.is_some();

@@ -25,13 +25,13 @@ use weft_proto::{
 use super::types::{ConditionStatus, Laggard, ObjectStatus, ProblemStatus, SidecarStatus, Status};
 use crate::{
     index::{Index, conditions::Condition},
-    resources::ObjectKey,
+    resources::{ObjectKey, Origin},
     serve::{
         published::Published,
         publisher::{State, now_ms},
         telemetry::Reports,
     },
-    source::{Origin, Problem},
+    source::Problem,
     telemetry::{Store, view::SidecarRow},
 };
 

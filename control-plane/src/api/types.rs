@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+pub use crate::ca::WorkloadCertificate;
 use crate::telemetry::view::{EndpointRow, RouteRow, SidecarRow};
 
 /// `GET /api/v1/routes?service=<ns>/<name>[:<port>]&window=30s`
@@ -184,28 +185,6 @@ pub struct Anchor {
     pub not_after: i64,
     /// Whether it signs new certificates.
     pub signing: bool,
-}
-
-/// The newest certificate of a workload.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default)]
-pub struct WorkloadCertificate {
-    /// `<ns>/<pod>`; the uid if the pod is unknown.
-    pub pod: String,
-    /// Pod uid.
-    pub uid: String,
-    /// SPIFFE ID.
-    pub identity: String,
-    /// Hexadecimal.
-    pub serial: String,
-    /// Start.
-    pub not_before: i64,
-    /// End.
-    pub not_after: i64,
-    /// The serial number of the trust anchor that it goes back to; empty: of none that is trusted now.
-    pub anchor: String,
-    /// Whether its sidecar is connected to a controller.
-    pub connected: bool,
 }
 
 /// `POST /api/v1/certs/rotate`

@@ -12,6 +12,7 @@ use std::{
 };
 
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
+use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 use weft_core::identity::{PodUid, SpiffeId, TrustDomain};
 
@@ -54,6 +55,28 @@ pub enum CaError {
     /// A rotation step that does not fit the state.
     #[error("{0}")]
     Rotation(String),
+}
+
+/// The newest certificate of a workload.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct WorkloadCertificate {
+    /// `<ns>/<pod>`; the uid if the pod is unknown.
+    pub pod: String,
+    /// Pod uid.
+    pub uid: String,
+    /// SPIFFE ID.
+    pub identity: String,
+    /// Hexadecimal.
+    pub serial: String,
+    /// Start.
+    pub not_before: i64,
+    /// End.
+    pub not_after: i64,
+    /// The serial number of the trust anchor that it goes back to; empty: of none that is trusted now.
+    pub anchor: String,
+    /// Whether its sidecar is connected to a controller.
+    pub connected: bool,
 }
 
 /// What every sidecar should trust now.

@@ -26,15 +26,12 @@ use weft_core::{
     policy::{EndpointHealth, Probe, Protocol, Reach, ServiceName},
 };
 
-use crate::{
-    resources::{
-        INJECTED, Kind, OPAQUE_PORTS, Object, ObjectKey, SKIP_INBOUND_PORTS, WEIGHT, created,
-        gateway::{GrpcRouteSpec, HttpRouteSpec, ParentRef},
-        lookup,
-        policy::{AuthorizationPolicySpec, MeshConfigSpec, TargetRef, TrafficPolicySpec},
-        probes,
-    },
-    source::Origin,
+use crate::resources::{
+    INJECTED, Kind, OPAQUE_PORTS, Object, ObjectKey, Origin, SKIP_INBOUND_PORTS, WEIGHT, created,
+    gateway::{GrpcRouteSpec, HttpRouteSpec, ParentRef},
+    lookup,
+    policy::{AuthorizationPolicySpec, MeshConfigSpec, TargetRef, TrafficPolicySpec},
+    probes,
 };
 
 pub mod conditions;

@@ -12,11 +12,8 @@ use weft_core::{
 
 use super::{Event, Index, Key};
 use crate::{
-    resources::{Kind, Object, ObjectKey},
-    source::{
-        Origin,
-        yaml::{self, Document},
-    },
+    resources::{Kind, Object, ObjectKey, Origin},
+    source::yaml::{self, Document},
 };
 
 pub(crate) fn objects(text: &str) -> Vec<Object> {

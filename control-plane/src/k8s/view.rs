@@ -17,8 +17,8 @@ use std::{
 
 use crate::{
     index::{Event, Name},
-    resources::{Kind, Object, ObjectKey},
-    source::{Origin, Problem},
+    resources::{Kind, Object, ObjectKey, Origin},
+    source::Problem,
 };
 
 /// One list of the API server.

@@ -515,7 +515,7 @@ const RETRY_MOST: Duration = Duration::from_secs(5);
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::source::Origin;
+    use crate::resources::Origin;
 
     #[test]
     fn what_is_gone_has_no_status_to_be_written() {

@@ -276,6 +276,24 @@ impl fmt::Display for ObjectKey {
     }
 }
 
+/// Where an object stands: a place in a file.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Origin {
+    /// The file, relative to the source's folder.
+    pub file: Arc<str>,
+    /// 1-based line; 0 if it is about the whole file.
+    pub line: u32,
+}
+
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.line {
+            0 => f.write_str(&self.file),
+            line => write!(f, "{}:{line}", self.file),
+        }
+    }
+}
+
 /// Marks a pod whose traffic is captured by a sidecar: `weft.dev/injected: "true"`.
 pub const INJECTED: &str = "weft.dev/injected";
 /// Ports of a pod that capture skips, so that callers speak plaintext to them: `"3306,9000-9010"`.

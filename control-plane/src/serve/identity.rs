@@ -27,8 +27,7 @@ use super::{
     published::{NO_POD, Published},
 };
 use crate::{
-    api::types::WorkloadCertificate,
-    ca::{Ca, Claims, Subject, TokenCheck, TokenError, workload_subject},
+    ca::{Ca, Claims, Subject, TokenCheck, TokenError, WorkloadCertificate, workload_subject},
     metrics::Metrics,
 };
 

@@ -522,8 +522,7 @@ mod tests {
     use super::*;
     use crate::{
         index::{Event, tests::objects},
-        resources::{Kind, ObjectKey},
-        source::Origin,
+        resources::{Kind, ObjectKey, Origin},
     };
 
     fn batch(text: &str) -> Batch {

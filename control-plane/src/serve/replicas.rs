@@ -16,7 +16,7 @@ use arc_swap::ArcSwap;
 use bytes::Bytes;
 use futures_util::future::{BoxFuture, join_all};
 use http::{Method, Request, Response, StatusCode};
-use http_body_util::{BodyExt as _, Empty, Limited};
+use http_body_util::{BodyExt as _, Empty, Full, Limited};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use rustls::ClientConfig;
 use rustls_pki_types::ServerName;
@@ -32,25 +32,28 @@ use super::{
     publisher::State,
     tls::{self, Peer},
 };
-use crate::{
-    api::dashboard::Api,
-    ca::{self, CaError, SERVER_NAME},
-};
+use crate::ca::{self, CaError, SERVER_NAME};
 
 /// Answers replicas, and nobody else.
 #[derive(Clone)]
 pub struct Answers {
-    api: Arc<Api>,
+    part: Arc<Part>,
     us: SpiffeId,
 }
 
+/// What this controller alone knows of what is asked.
+type Part = dyn Fn(&http::request::Parts) -> Response<Full<Bytes>> + Send + Sync;
+
 impl Answers {
-    /// By `api`.
+    /// By `part`: what is served here knows nothing of who answers.
     ///
     /// # Errors
     /// None for a valid trust domain.
-    pub fn new(api: Arc<Api>, trust_domain: &TrustDomain) -> Result<Self, CaError> {
-        Ok(Self { api, us: ca::controller_identity(trust_domain)? })
+    pub fn new(
+        trust_domain: &TrustDomain,
+        part: impl Fn(&http::request::Parts) -> Response<Full<Bytes>> + Send + Sync + 'static,
+    ) -> Result<Self, CaError> {
+        Ok(Self { part: Arc::new(part), us: ca::controller_identity(trust_domain)? })
     }
 }
 
@@ -68,7 +71,7 @@ impl tower::Service<Request<Body>> for Answers {
     }
 
     fn call(&mut self, request: Request<Body>) -> Self::Future {
-        let Self { api, us } = self.clone();
+        let Self { part, us } = self.clone();
         Box::pin(async move {
             let (mut head, _) = request.into_parts();
             let is_us = head.extensions.get::<Peer>().is_some_and(|peer| peer.identity == us);
@@ -80,7 +83,7 @@ impl tower::Service<Request<Body>> for Answers {
                 return Ok(refused);
             };
             head.uri = path;
-            let answered = tokio::task::spawn_blocking(move || api.part(&head)).await;
+            let answered = tokio::task::spawn_blocking(move || part(&head)).await;
             let mut failed = Response::new(Body::empty());
             *failed.status_mut() = StatusCode::INTERNAL_SERVER_ERROR;
             Ok(answered.map_or(failed, |response| response.map(Body::new)))

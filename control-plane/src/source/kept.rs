@@ -14,11 +14,8 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use super::{
-    Origin,
-    yaml::{self, Text},
-};
-use crate::resources::Object;
+use super::yaml::{self, Text};
+use crate::resources::{Object, Origin};
 
 /// The file, and when it may be written next.
 #[derive(Debug)]

@@ -1,11 +1,13 @@
-//! Where objects come from. One source today, a folder of the YAML that users would give to Kubernetes.
+//! Where objects come from: a folder of the YAML that users would give to Kubernetes. `k8s` is the other source, and
+//! reports in the same words.
 //!
 //! Why a source only *reports*: it turns what it sees into [`Batch`]es and knows nothing of policy. What
 //! could not be read is part of the batch, so that `weft status` can name file, line, field and reason.
 
-use std::sync::Arc;
-
-use crate::{index::Event, resources::ObjectKey};
+use crate::{
+    index::Event,
+    resources::{ObjectKey, Origin},
+};
 
 pub mod dir;
 mod kept;
@@ -37,22 +39,4 @@ pub struct Problem {
     pub reason: String,
     /// Whether an earlier good version of the object stays in force.
     pub kept_last_good: bool,
-}
-
-/// A place in a file.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Origin {
-    /// The file, relative to the source's folder.
-    pub file: Arc<str>,
-    /// 1-based line; 0 if it is about the whole file.
-    pub line: u32,
-}
-
-impl std::fmt::Display for Origin {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self.line {
-            0 => f.write_str(&self.file),
-            line => write!(f, "{}:{line}", self.file),
-        }
-    }
 }

@@ -10,10 +10,10 @@ use serde::{
     de::{DeserializeSeed, Error as _},
 };
 
-use super::{Origin, Problem};
+use super::Problem;
 use crate::{
     index::validate,
-    resources::{Header, Kind, Meaning, Object, ObjectKey, nullable},
+    resources::{Header, Kind, Meaning, Object, ObjectKey, Origin, nullable},
 };
 
 /// What one document turned out to be.
