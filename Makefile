@@ -10,6 +10,8 @@ export PATH := $(PATH):/usr/sbin:/sbin
 BUILT := $(or $(CARGO_TARGET_DIR),target)
 # The demo shares its build with the tests; PROFILE=release takes minutes longer and shows lower latencies.
 PROFILE ?= dev
+# Our programs with nothing left to load, as images hold them.
+STATIC := RUSTC_WORKSPACE_WRAPPER=$(CURDIR)/tests/cluster/static.sh
 
 # The targets of tests/Cargo.toml, in two heaps: those that need root (elsewhere they skip, and say so) and the rest.
 TARGETS := $(shell sed -n '/^\[\[test\]\]/{n;s/^name = "\(.*\)"/\1/p}' tests/Cargo.toml)
@@ -65,10 +67,10 @@ OUTAGES := nothing_lost::soak delivery::soak tcp::soak faults::soak_a_black
 .PHONY: soak
 soak: deps-test ## The long outages, and tests/REPORT.md: every figure that the tests measure (root; 40 minutes; WEFT_SOAK_HOURS=8)
 	@programs='weft weft-controller weft-iptables weft-proxy weft-testapp'
-	$(CARGO) build --locked --release -p weft-proxy -p weft-control-plane -p weft-iptables -p weft-tests $${programs//weft/--bin weft}
+	$(STATIC) $(CARGO) build --locked --release -p weft-proxy -p weft-control-plane -p weft-iptables -p weft-tests $${programs//weft/--bin weft}
 	mkdir -p target
 	commit=$$(git describe --always --dirty)
-	# Release programs under the tests' ordinary build: what is judged is optimized, what judges need not be.
+	# The programs that images hold, under the tests' ordinary build: what is judged is optimized, what judges need not be.
 	export WEFT_MODEL_STEPS=100000 WEFT_PROGRAMS=$(abspath $(BUILT))/release
 	$(CARGO) test --locked -p weft-tests --test mesh -- --include-ignored --show-output --test-threads=3 \
 	  $(OUTAGES) 2>&1 | tee target/soak.log
@@ -105,11 +107,11 @@ mutants: ## Changes identity and authorization piece by piece: each change must 
 	echo "figure: mutants of identity and authorization: $$(of missed) survived of $$(( $$(of missed) + $$(of caught) + $$(of timeout) )) (bound 0)"
 	exit $$status
 
-# Programs in images are static. dev is quick to build and slow to run; what is published is release.
+# dev is quick to build and slow to run; what is published is release.
 IMAGES := target/images
 .PHONY: images
 images: deps-cluster ## Images from scratch of the static programs, in target/images (PROFILE=release for real ones)
-	@RUSTC_WORKSPACE_WRAPPER=$(CURDIR)/tests/cluster/static.sh $(CARGO) build --locked --quiet --profile $(PROFILE) --workspace --bins
+	@$(STATIC) $(CARGO) build --locked --quiet --profile $(PROFILE) --workspace --bins
 	mkdir -p $(IMAGES)/programs
 	for program in weft-proxy weft-controller weft weft-iptables weft-echo weft-testapp; do
 	  strip -o $(IMAGES)/programs/$$program $(BUILT)/$(PROFILE:dev=debug)/$$program

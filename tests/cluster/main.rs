@@ -7,12 +7,12 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 mod bed;
+mod costs;
 mod gateway;
 mod images;
 mod install;
 mod pods;
 mod refused;
-mod startup;
 mod traffic;
 mod trust;
 mod used;
