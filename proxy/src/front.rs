@@ -172,13 +172,17 @@ impl Requests {
         self.0.begun.load(Ordering::Relaxed)
     }
 
-    fn in_progress(&self) -> bool {
-        self.begun() != self.0.ended.load(Ordering::Relaxed)
+    fn ended(&self) -> u64 {
+        self.0.ended.load(Ordering::Relaxed)
     }
 
-    /// An answer has begun, and not ended.
-    fn amidst_an_answer(&self) -> bool {
-        self.in_progress() && self.begun() == self.0.answered.load(Ordering::Relaxed)
+    fn in_progress(&self) -> bool {
+        self.begun() != self.ended()
+    }
+
+    /// All that was asked has an answer, at least the beginning of one.
+    fn all_answered(&self) -> bool {
+        self.begun() == self.0.answered.load(Ordering::Relaxed)
     }
 
     fn switched(&self) -> bool {
@@ -261,6 +265,8 @@ pub(crate) struct Front<S> {
     over: Option<Over>,
     /// What the library has said.
     written: u64,
+    /// Answers that it has said to the last byte.
+    said: u64,
     /// Both ends of a connection that begins in this pod.
     of_this_pod: Option<(SocketAddr, SocketAddr)>,
     /// The client has ended its half before its answer's end.
@@ -335,6 +341,7 @@ impl<S> Front<S> {
             blocked: false,
             over: None,
             written: 0,
+            said: 0,
             of_this_pod: None,
             half_closed: None,
         }
@@ -424,12 +431,17 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Front<S> {
 
     /// Whether a client that ends now has asked for something that it did not get yet.
     fn waits_for_an_answer(&self) -> bool {
-        matches!(&self.follow, Follow::H1(framing) if framing.is_between() && self.requests.in_progress())
+        matches!(&self.follow, Follow::H1(framing) if framing.is_between() && self.owes_an_answer())
     }
 
-    /// Keeps an end of a client to itself until its answer has ended.
+    /// An answer that has ended may still lie with the library, where the client reads slowly.
+    fn owes_an_answer(&self) -> bool {
+        self.requests.begun() != self.said
+    }
+
+    /// Keeps an end of a client to itself until its answer is said.
     fn poll_half_closed(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        if !self.requests.in_progress() {
+        if !self.owes_an_answer() {
             return Poll::Ready(Ok(()));
         }
         let half = self.half_closed.get_or_insert_with(|| HalfClosed {
@@ -443,9 +455,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Front<S> {
         let mut gone = half.gone.as_mut().poll(cx).is_ready();
         while !gone && half.look.as_mut().poll(cx).is_ready() {
             // Before an answer everything is quiet, and its first bytes find out.
-            gone = self.of_this_pod.is_none()
-                && half.written == self.written
-                && self.requests.amidst_an_answer();
+            gone = self.of_this_pod.is_none() && half.written == self.written && self.requests.all_answered();
             half.written = self.written;
             half.look.as_mut().reset(Instant::now() + QUIET);
         }
@@ -670,7 +680,17 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Front<S> {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.inner).poll_flush(cx)
+        ready!(Pin::new(&mut self.inner).poll_flush(cx))?;
+        // The library flushes when it has written all that it holds.
+        let said = self.requests.ended();
+        if self.said != said {
+            self.said = said;
+            if self.half_closed.is_some() {
+                // Reading waits for this.
+                cx.waker().wake_by_ref();
+            }
+        }
+        Poll::Ready(Ok(()))
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -953,16 +973,20 @@ mod tests {
     const LIMIT: Duration = Duration::from_secs(10);
     const HEAD: Head = Head { bytes: 1_000, fields: 10, time: LIMIT };
 
-    /// A server that takes 30 s for each answer.
-    fn served() -> (DuplexStream, tokio::task::JoinHandle<hyper::Result<()>>) {
-        let (client, server) = duplex(64 * 1024);
+    /// A server that takes so long for each answer, and a way that holds so many bytes.
+    fn served(
+        way: usize,
+        delay: Duration,
+        answer: &'static str,
+    ) -> (DuplexStream, tokio::task::JoinHandle<hyper::Result<()>>) {
+        let (client, server) = duplex(way);
         let requests = Requests::default();
         let io = TokioIo::new(Front::h1(server, Bytes::new(), requests.clone(), Component::Inbound, HEAD));
         let service = service_fn(move |_: Request<Incoming>| {
             let in_progress = requests.begin();
             async move {
-                tokio::time::sleep(3 * LIMIT).await;
-                Ok::<_, Infallible>(Requests::answered(in_progress, Response::new(Body::full("ok"))))
+                tokio::time::sleep(delay).await;
+                Ok::<_, Infallible>(Requests::answered(in_progress, Response::new(Body::full(answer))))
             }
         });
         let connection = http1::Builder::new().header_read_timeout(None).serve_connection(io, service);
@@ -983,7 +1007,7 @@ mod tests {
     async fn a_head_that_trickles_in_ends_the_connection() {
         let local = tokio::task::LocalSet::new();
         let test = async {
-            let (mut client, serving) = served();
+            let (mut client, serving) = served(64 * 1024, 3 * LIMIT, "ok");
             let started = Instant::now();
             for byte in b"GET / HTTP/1.1\r\nhost: a\r\nx-filler: aaaaaaaaaaaaaaaaaaaaaaaaaaaaa" {
                 if client.write_all(&[*byte]).await.is_err() {
@@ -1004,7 +1028,7 @@ mod tests {
     async fn a_slow_answer_an_idle_connection_and_the_next_request_are_waited_for() {
         let local = tokio::task::LocalSet::new();
         let test = async {
-            let (mut client, serving) = served();
+            let (mut client, serving) = served(64 * 1024, 3 * LIMIT, "ok");
             for _ in 0..3 {
                 client.write_all(b"GET / HTTP/1.1\r\nhost").await.unwrap();
                 tokio::time::sleep(LIMIT / 2).await;
@@ -1015,6 +1039,29 @@ mod tests {
             // The next head is as bounded as the first.
             client.write_all(b"GET /").await.unwrap();
             assert!(serving.await.unwrap().is_err());
+        };
+        local.run_until(test).await;
+    }
+
+    /// The library takes an end for one amidst its answer until all that it holds is written.
+    #[tokio::test(start_paused = true)]
+    async fn a_client_that_half_closes_and_reads_slowly_gets_all_of_its_answer() {
+        let answer = "x".repeat(4_000).leak();
+        let local = tokio::task::LocalSet::new();
+        let test = async {
+            for ends_late in [false, true] {
+                let (mut client, serving) = served(64, Duration::ZERO, answer);
+                client.write_all(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n").await.unwrap();
+                if ends_late {
+                    tokio::time::sleep(QUIET / 2).await;
+                }
+                client.shutdown().await.unwrap();
+                tokio::time::sleep(QUIET / 2).await;
+                let mut said = String::new();
+                client.read_to_string(&mut said).await.unwrap();
+                assert!(said.ends_with(&*answer), "{} bytes", said.len());
+                serving.await.unwrap().unwrap();
+            }
         };
         local.run_until(test).await;
     }

@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use serde_json::{Value, json};
-use weft_harness::cluster::Cluster;
 use weft_harness::cluster::workloads::{INJECTED, namespace, pod, service, testapp};
+use weft_harness::cluster::{Cluster, weft};
 
 use crate::mesh_or_skip;
 
@@ -104,7 +104,7 @@ fn a_controller_with_five_hundred_pods_holds_less_than_92_mib() {
     let Some(cluster) = mesh_or_skip("a_controller_with_five_hundred_pods") else { return };
     cluster.forget(CROWD).unwrap();
     let controllers: Vec<_> = (cluster.controllers().unwrap().iter())
-        .map(|pod| cluster.process("weft-system", pod, "/usr/local/bin/weft-controller").unwrap())
+        .map(|pod| cluster.process(weft::NAMESPACE, pod, "/usr/local/bin/weft-controller").unwrap())
         .collect();
     let largest = || controllers.iter().copied().map(resident).fold(0.0, f64::max);
     let before = largest();

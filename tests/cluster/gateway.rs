@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use weft_harness::cluster::conformance::MESH_NAMESPACES;
+use weft_harness::cluster::{Cluster, conformance::MESH_NAMESPACES, images};
 
 use crate::mesh_or_skip;
 
@@ -10,11 +10,11 @@ use crate::mesh_or_skip;
 /// nothing and can fail.
 const TESTS: usize = 22;
 
-fn passes(test: &str, successes: u32) {
-    let Some(cluster) = mesh_or_skip(test) else { return };
+/// `apps` says whose echo pair answers.
+fn passes(cluster: &Cluster, apps: &str, successes: u32) {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target");
-    let report = folder.join(format!("conformance-{successes}.yaml"));
-    let log = folder.join(format!("conformance-{successes}.log"));
+    let report = folder.join(format!("conformance-{apps}-{successes}.yaml"));
+    let log = folder.join(format!("conformance-{apps}-{successes}.log"));
     let began = std::time::Instant::now();
     let flags = [
         // What it deploys stays a moment, to be looked at.
@@ -25,8 +25,8 @@ fn passes(test: &str, successes: u32) {
     let said = std::fs::read_to_string(&log).unwrap();
     let of = |result: &str| said.matches(&format!("\n    --- {result}: TestConformance/Mesh")).count();
     println!(
-        "figure: official mesh tests passed with {successes} successes in a row, by sidecars of the webhook: {} of {} \
-         (bound {TESTS}), in {} s",
+        "figure: official mesh tests passed with {successes} successes in a row, by sidecars of the webhook in front \
+         of the {apps} echo pair: {} of {} (bound {TESTS}), in {} s",
         of("PASS"),
         of("PASS") + of("FAIL"),
         began.elapsed().as_secs(),
@@ -45,11 +45,28 @@ fn passes(test: &str, successes: u32) {
 
 #[test]
 fn the_official_suite_passes_whole() {
-    passes("the_official_suite_passes_whole", 3);
+    let Some(cluster) = mesh_or_skip("the_official_suite_passes_whole") else { return };
+    passes(&cluster, "own", 3);
 }
 
 #[test]
 #[ignore = "soak: two minutes more than with 3"]
 fn soak_the_official_suite_passes_whole_with_twenty_successes_in_a_row() {
-    passes("soak_the_official_suite_passes_whole", 20);
+    let Some(cluster) = mesh_or_skip("soak_the_official_suite_passes_whole") else { return };
+    passes(&cluster, "own", 20);
+}
+
+#[test]
+#[ignore = "soak: builds Istio's echo pair, of which the suite's own image is made"]
+fn soak_the_official_suite_passes_whole_with_an_echo_pair_that_is_not_ours() {
+    let Some(cluster) = mesh_or_skip("soak_the_official_suite_passes_whole_with_an_echo") else { return };
+    let folder = std::env::temp_dir().join(format!("weft-echo-{}", std::process::id()));
+    let original = images::of_the_original_echo().unwrap().write(&folder).unwrap();
+    cluster.load(&[original.archive]).unwrap();
+    let passed = std::panic::catch_unwind(|| passes(&cluster, "istio", 3));
+    cluster.load(&[images::bed_folder().join("echo-advanced.tar")]).unwrap();
+    std::fs::remove_dir_all(&folder).unwrap();
+    if let Err(failed) = passed {
+        std::panic::resume_unwind(failed);
+    }
 }

@@ -1,7 +1,8 @@
 //! What a request must not notice: roll-outs, a controller that dies, an API server that is away, a node that is
 //! emptied.
 
-use serde_json::json;
+use anyhow::Result;
+use serde_json::{Value, json};
 use weft_harness::cluster::workloads::{INJECTED, Load, deployment, namespace, server, service};
 use weft_harness::cluster::{Cluster, weft};
 
@@ -10,8 +11,9 @@ use crate::mesh_or_skip;
 const NAMESPACE: &str = "traffic";
 const URL: &str = "http://web/load";
 
-/// Three replicas of a server on both nodes, which ends as soon as it is told to and has no hook of its own: what its
-/// kept connections have just brought arrives because the injector's preStop keeps it from hearing for a while. And 200 requests a second from the first. All tests here share them.
+/// Three replicas of a server on both nodes, and 200 requests a second from the first. All tests here share them. The
+/// server ends as soon as it is told to and has no hook of its own: what its kept connections have just brought arrives
+/// because the injector's preStop keeps it from hearing for a while.
 fn loaded(cluster: &Cluster) -> Load {
     let spread = json!([{
         "maxSkew": 1,
@@ -81,6 +83,52 @@ fn a_killed_controller_loses_no_request() {
     // Endpoints change under the one that has just begun.
     a_pod_is_replaced(&cluster, &load);
     load.none_failed(&cluster, "controller killed, deleted, and an endpoint gone under the new one").unwrap();
+}
+
+#[test]
+fn three_controllers_serve_at_once_and_losing_one_loses_no_request() {
+    let Some(cluster) = mesh_or_skip("three_controllers_serve_at_once") else { return };
+    let load = loaded(&cluster);
+    let scale = |replicas: u32| -> Result<()> {
+        let replicas = format!("--replicas={replicas}");
+        cluster
+            .kubectl(["-n", weft::NAMESPACE, "scale", "deployment", "weft-controller", &replicas])
+            .run()?;
+        cluster.rolled_out(weft::NAMESPACE, "weft-controller")
+    };
+    // Whichever controller is asked, it speaks for all, and every sidecar reports to one of them.
+    let all_heard = || {
+        cluster.until("a status of three controllers and four sidecars", || {
+            let status = cluster.weft_json(&["status"])?;
+            let heard = |replica: &&Value| replica["answered"] == true;
+            let ours = |sidecar: &&Value| {
+                sidecar["connected"] == true
+                    && sidecar["pod"].as_str().is_some_and(|pod| pod.starts_with("traffic/"))
+            };
+            let count = |list: &str, of: &dyn Fn(&&Value) -> bool| {
+                status[list].as_array().map_or(0, |all| all.iter().filter(of).count())
+            };
+            Ok(count("replicas", &heard) == 2 && count("sidecars", &ours) == 4)
+        })
+    };
+    let lost = || -> Result<()> {
+        scale(3)?;
+        // What is started now asks whichever controller it finds.
+        cluster.restart(NAMESPACE, "web")?;
+        all_heard()?;
+        let one = &cluster.controllers()?[0];
+        cluster
+            .kubectl(["-n", weft::NAMESPACE, "delete", "pod", one, "--grace-period=0", "--force"])
+            .run()?;
+        load.more(400)?;
+        cluster.rolled_out(weft::NAMESPACE, "weft-controller")?;
+        a_pod_is_replaced(&cluster, &load);
+        all_heard()
+    };
+    let lost = lost();
+    scale(1).unwrap();
+    lost.unwrap();
+    load.none_failed(&cluster, "one of three controllers lost, and an endpoint gone after it").unwrap();
 }
 
 /// Away for so many requests at 200 a second.

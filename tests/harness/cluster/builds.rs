@@ -87,7 +87,18 @@ pub const CONFORMANCE: Piece = Piece {
     kind: Kind::Tests,
 };
 
-/// Everything, in the order in which it is built.
+/// The echo pair that the suite's image was made of, by those who wrote it. Nobody waits for it who does not ask.
+pub const ECHO: Piece = Piece {
+    folder: "echo",
+    module: "istio.io/istio",
+    mains: &[
+        ("client", "istio.io/istio/pkg/test/echo/cmd/client"),
+        ("server", "istio.io/istio/pkg/test/echo/cmd/server"),
+    ],
+    kind: Kind::Program,
+};
+
+/// Everything that the tests need, in the order in which it is built.
 pub const ALL: [Piece; 6] = [ETCD, KUBERNETES, COREDNS, CONFORMANCE, HELM3, HELM4];
 
 /// Where built programs and images stay: `WEFT_CLUSTER_CACHE`, for several checkouts that share them.
@@ -142,12 +153,16 @@ impl Piece {
         }
         let mut command = self.go(if self.kind == Kind::Tests { "test" } else { "build" });
         command.args(["-p=2", "-trimpath", "-ldflags", &ldflags]);
-        match self.kind {
-            Kind::Tests => command.arg("-c").arg("-o").arg(scratch.join(missing[0].0)),
-            // With one package the output is a file; etcd's would be called "v3".
-            Kind::Program => command.arg("-o").arg(scratch.join(missing[0].0)),
-            Kind::Stamped => command.arg("-o").arg(format!("{}/", scratch.display())),
-        };
+        if self.kind == Kind::Tests {
+            command.arg("-c");
+        }
+        // One package goes into a file: Go would call etcd's "v3".
+        let several = format!("{}/", scratch.display());
+        command.arg("-o").arg(if self.mains.len() == 1 {
+            scratch.join(missing[0].0)
+        } else {
+            several.into()
+        });
         command.args(missing.iter().map(|main| main.1));
         let status = command.status().context("go")?;
         if !status.success() {

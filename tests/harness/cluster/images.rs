@@ -242,27 +242,38 @@ pub const TESTAPP: &str = "weft.test/testapp:1";
 /// apps, of `weft-testapp`.
 pub fn of_the_bed(programs: &Path) -> Result<Vec<Image>> {
     let echo = programs.join("weft-echo");
-    let key = rcgen::KeyPair::generate()?;
-    let certificate = rcgen::CertificateParams::new(["echo".to_owned()])?.self_signed(&key)?;
     Ok(vec![
         Image::new(PAUSE, &["/pause"], "65535:65535").program("/pause", &echo)?,
-        Image::new(ECHO, &["/usr/local/bin/server"], "0:0")
-            .arguments(&[
-                "--tcp=9090",
-                "--port=8080",
-                "--grpc=7070",
-                "--port=8443",
-                "--tls=8443",
-                "--crt=/cert.crt",
-                "--key=/cert.key",
-            ])
-            .program("/usr/local/bin/server", &echo)?
-            .link("/usr/local/bin/client", "server")
-            .file("/cert.crt", certificate.pem().as_bytes())
-            .file("/cert.key", key.serialize_pem().as_bytes()),
+        echo_pair()?.program("/usr/local/bin/server", &echo)?.link("/usr/local/bin/client", "server"),
         Image::new(TESTAPP, &["/testapp"], "1000:1000")
             .program("/testapp", &programs.join("weft-testapp"))?,
     ])
+}
+
+/// The suite's echo pair as others wrote it, under the same name.
+pub fn of_the_original_echo() -> Result<Image> {
+    echo_pair()?
+        .program("/usr/local/bin/server", &builds::ECHO.program("server")?)?
+        .program("/usr/local/bin/client", &builds::ECHO.program("client")?)
+}
+
+/// The image that the suite's manifests ask for, without its programs.
+fn echo_pair() -> Result<Image> {
+    let key = rcgen::KeyPair::generate()?;
+    let certificate = rcgen::CertificateParams::new(["echo".to_owned()])?.self_signed(&key)?;
+    let arguments = [
+        "--tcp=9090",
+        "--port=8080",
+        "--grpc=7070",
+        "--port=8443",
+        "--tls=8443",
+        "--crt=/cert.crt",
+        "--key=/cert.key",
+    ];
+    Ok(Image::new(ECHO, &["/usr/local/bin/server"], "0:0")
+        .arguments(&arguments)
+        .file("/cert.crt", certificate.pem().as_bytes())
+        .file("/cert.key", key.serialize_pem().as_bytes()))
 }
 
 /// kubectl in an image: a client of the API server as an operator or a controller is one.
