@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use socket2::{Domain, SockAddr, SockRef, Socket, Type};
+use weft_control_plane::cli::demo::mesh::wait;
 use weft_core::ports;
 use weft_harness::netns::{Pod, Process, World, world_or_skip};
 use weft_iptables::apply::{self, Action, Backend};
@@ -612,7 +613,10 @@ fn a_cni_plugin_captures_from_outside_and_the_pod_can_tell() -> Result<()> {
     let said = String::from_utf8_lossy(&before.stderr);
     assert!(!before.status.success() && said.contains("captured"), "{said}");
 
+    // What holds the pod enters it first: until it has become the program that was asked for, it is still outside.
     let holder = Process::spawn(pod.command("sleep").arg("60"))?;
+    let inside = || Ok(std::fs::read_to_string(format!("/proc/{}/comm", holder.id()))?.trim() == "sleep");
+    wait(Duration::from_secs(10), inside)?;
     let mut plugin = Command::new(&program)
         .envs([("CNI_COMMAND", "ADD"), ("CNI_CONTAINERID", "c"), ("CNI_IFNAME", "eth0")])
         .env("CNI_NETNS", format!("/proc/{}/ns/net", holder.id()))
