@@ -189,6 +189,8 @@ sbom: ## What each program is made of: CycloneDX in target/sbom
 .PHONY: repro
 repro: ## Builds the sidecar twice, in two folders, and compares (10 minutes)
 	@cargo_home=$${CARGO_HOME:-$$HOME/.cargo} sysroot=$$(rustc --print sysroot) sums=
+	# The allocator's C says when it was compiled.
+	export SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct)
 	for folder in target/repro/one target/repro/another/place; do
 	  rm -rf $$folder
 	  mkdir -p $$folder
