@@ -10,8 +10,6 @@ export PATH := $(PATH):/usr/sbin:/sbin
 BUILT := $(or $(CARGO_TARGET_DIR),target)
 # The demo shares its build with the tests; PROFILE=release takes minutes longer and shows lower latencies.
 PROFILE ?= dev
-# Our programs with nothing left to load, as images hold them.
-STATIC := RUSTC_WORKSPACE_WRAPPER=$(CURDIR)/tests/cluster/static.sh
 
 # The targets of tests/Cargo.toml, in two heaps: those that need root (elsewhere they skip, and say so) and the rest.
 TARGETS := $(shell sed -n '/^\[\[test\]\]/{n;s/^name = "\(.*\)"/\1/p}' tests/Cargo.toml)
@@ -123,11 +121,11 @@ mutants: ## Changes identity and authorization piece by piece: each change must 
 	echo "figure: mutants of identity and authorization: $$(of missed) survived of $$(( $$(of missed) + $$(of caught) + $$(of timeout) )) (bound 0)"
 	exit $$status
 
-# dev is quick to build and slow to run; what is published is release.
+# Programs in images are static. dev is quick to build and slow to run; what is published is release.
 IMAGES := target/images
 .PHONY: images
 images: deps-cluster ## Images from scratch of the static programs, in target/images (PROFILE=release for real ones)
-	@$(STATIC) $(CARGO) build --locked --quiet --profile $(PROFILE) --workspace --bins
+	@RUSTC_WORKSPACE_WRAPPER=$(CURDIR)/tests/cluster/static.sh $(CARGO) build --locked --quiet --profile $(PROFILE) --workspace --bins
 	mkdir -p $(IMAGES)/programs
 	for program in weft-proxy weft-controller weft weft-iptables weft-echo weft-testapp; do
 	  strip -o $(IMAGES)/programs/$$program $(BUILT)/$(PROFILE:dev=debug)/$$program

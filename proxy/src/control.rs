@@ -645,6 +645,15 @@ mod tests {
             });
         }
 
+        fn put_roots(&self, sequence: u64, roots: &[&Authority]) {
+            let bundle = pb::TrustBundle {
+                roots_der: roots.iter().map(|root| root.root.to_vec().into()).collect(),
+                sequence,
+                ..Default::default()
+            };
+            self.put("trust/cluster.local", ResourceType::TrustBundle, &bundle);
+        }
+
         fn configure(&self) {
             let config = pb::WorkloadConfig {
                 identity: "spiffe://cluster.local/ns/shop/sa/web".into(),
@@ -768,28 +777,20 @@ mod tests {
         let control = start(&controller.config(), &Arc::default(), Vec::new());
         until("configuration", || control.lacks().is_empty()).await;
         let next = Authority::new("cluster.local");
-        let put = |sequence, roots: &[&Authority]| {
-            let bundle = pb::TrustBundle {
-                roots_der: roots.iter().map(|root| root.root.to_vec().into()).collect(),
-                sequence,
-                ..Default::default()
-            };
-            controller.put("trust/cluster.local", ResourceType::TrustBundle, &bundle);
-        };
         let generation = || control.material.borrow().as_ref().map_or(0, |material| material.generation);
         let roots = || control.material.borrow().as_ref().map_or(0, |m| m.trust().roots("cluster.local"));
         let issued = || controller.state.issued.load(Ordering::SeqCst);
         // The first bundle says what the issuer said already.
         let before = generation();
-        put(7, &[&controller.authority]);
+        controller.put_roots(7, &[&controller.authority]);
         until("first bundle", || generation() > before).await;
         // Then a root is added.
-        put(8, &[&controller.authority, &next]);
+        controller.put_roots(8, &[&controller.authority, &next]);
         until("both roots", || roots() == 2).await;
         until("renewal", || issued() == 2).await;
         // The same sequence again is no reason.
         let before = generation();
-        put(8, &[&next, &controller.authority]);
+        controller.put_roots(8, &[&next, &controller.authority]);
         until("the same in other words", || generation() > before).await;
         tokio::time::sleep(Duration::from_millis(100)).await;
         assert_eq!(issued(), 2);
@@ -820,20 +821,12 @@ mod tests {
         let control = start(&controller.config(), &shared, Vec::new());
         until("configuration", || control.lacks().is_empty()).await;
         let old = Authority::new("cluster.local");
-        let bundle = |sequence, roots: &[&Authority]| {
-            let bundle = pb::TrustBundle {
-                roots_der: roots.iter().map(|root| root.root.to_vec().into()).collect(),
-                sequence,
-                ..Default::default()
-            };
-            controller.put("trust/cluster.local", ResourceType::TrustBundle, &bundle);
-        };
         let roots = || control.material.borrow().as_ref().map_or(0, |m| m.trust().roots("cluster.local"));
-        bundle(1, &[&old, &controller.authority]);
+        controller.put_roots(1, &[&old, &controller.authority]);
         until("both roots", || roots() == 2).await;
         // What is mounted is a minute behind: it knows only the root that the controller signs by no longer.
         std::fs::write(controller.dir.join("roots.pem"), &old.pem).unwrap();
-        bundle(2, &[&old, &controller.authority]);
+        controller.put_roots(2, &[&old, &controller.authority]);
         until("renewal", || controller.state.issued.load(Ordering::SeqCst) >= 2).await;
         assert_eq!(shared.counter(Counter::RenewalFailures), 0);
     }

@@ -64,6 +64,14 @@ fn a_pod_is_replaced(cluster: &Cluster, load: &Load) {
     load.more(200).unwrap();
 }
 
+/// A controller's pod, without the time to end well.
+fn delete_at_once(cluster: &Cluster, controller: &str) -> Result<()> {
+    cluster
+        .kubectl(["-n", weft::NAMESPACE, "delete", "pod", controller, "--grace-period=0", "--force"])
+        .run()
+        .map(drop)
+}
+
 #[test]
 fn a_killed_controller_loses_no_request() {
     let Some(cluster) = mesh_or_skip("a_killed_controller_loses_no_request") else { return };
@@ -75,10 +83,7 @@ fn a_killed_controller_loses_no_request() {
     load.more(400).unwrap();
     // The same pod again, and then another one in its place.
     cluster.rolled_out(weft::NAMESPACE, "weft-controller").unwrap();
-    cluster
-        .kubectl(["-n", weft::NAMESPACE, "delete", "pod", controller, "--grace-period=0", "--force"])
-        .run()
-        .unwrap();
+    delete_at_once(&cluster, controller).unwrap();
     cluster.rolled_out(weft::NAMESPACE, "weft-controller").unwrap();
     // Endpoints change under the one that has just begun.
     a_pod_is_replaced(&cluster, &load);
@@ -116,10 +121,7 @@ fn three_controllers_serve_at_once_and_losing_one_loses_no_request() {
         // What is started now asks whichever controller it finds.
         cluster.restart(NAMESPACE, "web")?;
         all_heard()?;
-        let one = &cluster.controllers()?[0];
-        cluster
-            .kubectl(["-n", weft::NAMESPACE, "delete", "pod", one, "--grace-period=0", "--force"])
-            .run()?;
+        delete_at_once(&cluster, &cluster.controllers()?[0])?;
         load.more(400)?;
         cluster.rolled_out(weft::NAMESPACE, "weft-controller")?;
         a_pod_is_replaced(&cluster, &load);

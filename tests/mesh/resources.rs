@@ -37,6 +37,20 @@ fn launched(test: &str, env: &[(&str, &str)], launcher: &[&str]) -> Option<Pair>
     Some(Pair { client, server, mesh })
 }
 
+/// The same with a memory limit for the sidecar of the server.
+fn limited(test: &str, limit: u64, env: &[(&str, &str)]) -> Option<(Group, Pair)> {
+    if weft_control_plane::cli::demo::netns::usable().is_err() {
+        skip(test, "no network namespaces");
+        return None;
+    }
+    let group = Group::new(test, limit)
+        .map_err(|error| skip(test, &format!("no memory control group can be made: {error}")))
+        .ok()?;
+    let enter = "echo $$ > \"$0/cgroup.procs\" && exec \"$@\"";
+    let pair = launched(test, env, &["sh", "-c", enter, group.dir.to_str().unwrap()])?;
+    Some((group, pair))
+}
+
 /// A pod without a sidecar, from which anything may come.
 fn stranger(mesh: &Mesh) -> Pod {
     mesh.plain(&Workload::new("shop", "stranger-1")).unwrap()
@@ -256,17 +270,8 @@ impl Drop for Group {
 
 #[test]
 fn ten_thousand_connections_in_64_mib_are_shed_and_nothing_is_killed() {
-    if weft_control_plane::cli::demo::netns::usable().is_err() {
-        return skip("64_mib", "no network namespaces");
-    }
-    let group = match Group::new("64mib", 64 << 20) {
-        Ok(group) => group,
-        Err(error) => return skip("64_mib", &format!("no memory control group can be made: {error}")),
-    };
-    let enter = "echo $$ > \"$0/cgroup.procs\" && exec \"$@\"";
-    let launcher = ["sh", "-c", enter, group.dir.to_str().unwrap()];
     let env = [("WEFT_MAX_CONNECTIONS_PER_PEER", "20000"), ("WEFT_HEADER_TIMEOUT", "2m")];
-    let Some(mut pair) = launched("64_mib", &env, &launcher) else { return };
+    let Some((group, mut pair)) = limited("64_mib", 64 << 20, &env) else { return };
     let outsider = stranger(&pair.mesh);
     curl(&pair.client.pod, &[ECHO]).unwrap();
     let mut holding =
@@ -297,18 +302,7 @@ fn ten_thousand_connections_in_64_mib_are_shed_and_nothing_is_killed() {
 
 #[test]
 fn when_memory_is_nearly_gone_requests_of_connections_that_stand_are_refused_too() {
-    if weft_control_plane::cli::demo::netns::usable().is_err() {
-        return skip("memory_gone", "no network namespaces");
-    }
-    let group = match Group::new("memory-gone", 256 << 20) {
-        Ok(group) => group,
-        Err(error) => return skip("memory_gone", &format!("no memory control group can be made: {error}")),
-    };
-    let enter = "echo $$ > \"$0/cgroup.procs\" && exec \"$@\"";
-    let Some(mut pair) = launched("memory_gone", &[], &["sh", "-c", enter, group.dir.to_str().unwrap()])
-    else {
-        return;
-    };
+    let Some((group, mut pair)) = limited("memory_gone", 256 << 20, &[]) else { return };
     let (outsider, plain) = (stranger(&pair.mesh), format!("http://{}/", address(&pair.server)));
     let answer = |args: &[&str]| {
         let said = ["-o", "/dev/null", "-w", "%{http_code} %header{weft-reason} %header{grpc-status}", ECHO];
