@@ -94,9 +94,9 @@ pub enum Why {
     FieldName,
     /// A control character in a field's value.
     FieldValue,
-    /// `Content-Length` twice, or not a plain number.
+    /// `Content-Length` twice, not a plain number, or spelt with `_`.
     ContentLength,
-    /// `Transfer-Encoding` that is not exactly `chunked`, or in HTTP/1.0.
+    /// `Transfer-Encoding` that is not exactly `chunked`, in HTTP/1.0, or spelt with `_`.
     TransferEncoding,
     /// `Content-Length` and `Transfer-Encoding` in one message.
     TwoLengths,
@@ -147,8 +147,8 @@ impl fmt::Display for Why {
             Self::Folding => "a field is folded over lines",
             Self::FieldName => "a field's name is not one",
             Self::FieldValue => "a field's value has a control character",
-            Self::ContentLength => "the Content-Length is repeated or not a number",
-            Self::TransferEncoding => "the Transfer-Encoding is not exactly chunked",
+            Self::ContentLength => "the Content-Length is repeated, not a number, or spelt with _",
+            Self::TransferEncoding => "the Transfer-Encoding is not exactly chunked, or spelt with _",
             Self::TwoLengths => "both Content-Length and Transfer-Encoding",
             Self::Host => "no Host, or more than one",
             Self::Chunk => "a chunk is not framed as it says",
@@ -598,6 +598,10 @@ impl Framing {
         piece.at += 1;
         self.state = match known {
             None => State::Value,
+            Some(Known::Underscored(why)) => {
+                expect(self.side == Side::Responses, why)?;
+                State::Value
+            }
             Some(Known::Upgrade) => {
                 self.head.switches |= !self.trailers;
                 State::Value
@@ -784,6 +788,9 @@ enum Known {
     Upgrade,
     Length,
     Coding,
+    /// One of the two with `_` for `-`. Gateways to programs (CGI, WSGI) make one name of both and HTTP libraries do not: a
+    /// request that has it may have two lengths, of which only one can be authorized.
+    Underscored(Why),
 }
 
 impl Token<'_> {
@@ -808,17 +815,17 @@ impl Token<'_> {
         match bytes.len() {
             4 if bytes.eq_ignore_ascii_case(b"host") => Some(Known::Host),
             7 if bytes.eq_ignore_ascii_case(b"upgrade") => Some(Known::Upgrade),
-            14 if same(bytes, b"content-length") => Some(Known::Length),
-            17 if same(bytes, b"transfer-encoding") => Some(Known::Coding),
+            14 if bytes.eq_ignore_ascii_case(b"content-length") => Some(Known::Length),
+            14 if bytes.eq_ignore_ascii_case(b"content_length") => {
+                Some(Known::Underscored(Why::ContentLength))
+            }
+            17 if bytes.eq_ignore_ascii_case(b"transfer-encoding") => Some(Known::Coding),
+            17 if bytes.eq_ignore_ascii_case(b"transfer_encoding") => {
+                Some(Known::Underscored(Why::TransferEncoding))
+            }
             _ => None,
         }
     }
-}
-
-/// Equal, with `_` for `-` too: gateways to programs (CGI, WSGI) make one name of both.
-fn same(name: &[u8], known: &[u8]) -> bool {
-    let letter = |b: u8| if b == b'_' { b'-' } else { b.to_ascii_lowercase() };
-    name.iter().zip(known).all(|(&a, &b)| letter(a) == b)
 }
 
 fn expect(holds: bool, why: Why) -> Result<(), Why> {
@@ -922,6 +929,8 @@ mod tests {
             ("Content-Length:", Why::ContentLength),
             ("Content-Length: 99999999999999999999", Why::ContentLength),
             ("Content_Length: 5\r\nContent-Length: 6", Why::ContentLength),
+            ("Content_Length: 5", Why::ContentLength),
+            ("transfer_encoding: chunked", Why::TransferEncoding),
             ("Content-Length : 5", Why::FieldName),
             ("Transfer-Encoding: identity", Why::TransferEncoding),
             ("Transfer-Encoding: gzip, chunked", Why::TransferEncoding),
@@ -1069,6 +1078,10 @@ mod tests {
             assert_eq!(framing.feed(answer.as_bytes()), Ok(Fed::All));
             assert!(framing.is_between());
         }
+        let mut underscored = responses(To::Any);
+        let answer = "HTTP/1.1 200 OK\r\ncontent_length: 9\r\nContent-Length: 0\r\n\r\n";
+        assert_eq!(underscored.feed(answer.as_bytes()), Ok(Fed::All));
+        assert!(underscored.is_between());
         let mut closing = responses(To::Any);
         assert_eq!(closing.feed(b"HTTP/1.1 100\r\n\r\nHTTP/1.0 200 \r\n\r\nuntil\nthe\0end"), Ok(Fed::All));
         let mut switched = responses(To::Any);
@@ -1143,6 +1156,8 @@ mod tests {
     }
 
     proptest! {
+        #![proptest_config(ProptestConfig::with_cases(2_000))]
+
         #[test]
         fn well_formed_messages_pass_however_they_are_cut(
             requests in prop::collection::vec(request(), 1..4),
