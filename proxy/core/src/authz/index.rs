@@ -196,7 +196,7 @@ fn bits(address: IpAddr) -> impl DoubleEndedIterator<Item = u8> + Clone {
         IpAddr::V4(address) => (b'4', u128::from(u32::from(address)) << 96, 32),
         IpAddr::V6(address) => (b'6', u128::from(address), 128),
     };
-    iter::once(family).chain((0..len).map(move |n| b'0' + (bits >> (127 - n) & 1) as u8))
+    iter::once(family).chain((0..len).map(move |n| (bits >> (127 - n) & 1) as u8))
 }
 
 /// Keys of which one must be there for any of several matches to hold, and how many rules share them; `None`: it may
