@@ -33,13 +33,33 @@ const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
 const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
+/// Goes with an offer of `h2c`.
+const HTTP2_SETTINGS: HeaderName = HeaderName::from_static("http2-settings");
 
-/// Whether a name is ours alone, also as apps read it that take `_` for `-` (CGI, WSGI, Rack): `weft-`, and where a caller
-/// comes from in that other spelling, which no sidecar writes.
+/// Whether a name is ours alone, also as apps read it that take other characters for `-` (CGI, WSGI, Rack: `_`; lighttpd:
+/// whatever is no letter or digit): `weft-`, and where a caller comes from in a spelling that no sidecar writes.
 fn is_private(name: &str) -> bool {
-    let after = name.strip_prefix("weft");
-    after.is_some_and(|rest| rest.starts_with(['-', '_']))
-        || matches!(name, "x_forwarded_for" | "x-forwarded_for" | "x_forwarded-for")
+    match name.as_bytes() {
+        [b'w', b'e', b'f', b't', next, ..] => !next.is_ascii_alphanumeric(),
+        [b'x', ..] => is_read_as(name, X_FORWARDED_FOR.as_str()) && name != X_FORWARDED_FOR.as_str(),
+        _ => false,
+    }
+}
+
+/// Whether some app takes the one lower-case name for the other.
+fn is_read_as(name: &str, known: &str) -> bool {
+    let letter = |byte: u8| if byte.is_ascii_alphanumeric() { byte } else { b'-' };
+    name.len() == known.len() && name.bytes().zip(known.bytes()).all(|(a, b)| letter(a) == b)
+}
+
+/// A length in a spelling that HTTP libraries do not read, and gateways to programs do: a message with two. HTTP/1 refuses
+/// it before it is read.
+fn is_second_length(name: &str) -> bool {
+    match name.as_bytes().first() {
+        Some(b'c') => is_read_as(name, "content-length") && name != "content-length",
+        Some(b't') => is_read_as(name, "transfer-encoding") && name != "transfer-encoding",
+        _ => false,
+    }
 }
 
 /// A request to be sent on, once or more often.
@@ -59,7 +79,7 @@ pub(crate) struct Outgoing {
     /// The body waits to be asked for; whoever holds it back says so.
     pub(crate) expects: bool,
     /// What the app is told of its caller. Not among `headers`: these are what is authorized, also when it is asked again.
-    pub(crate) from: Option<Provenance>,
+    from: Option<Provenance>,
 }
 
 /// Who sent a request, for its app.
@@ -89,6 +109,9 @@ impl Outgoing {
         };
         let extended = parts.extensions.remove::<Protocol>();
         let upgrade = match extended {
+            Some(protocol) if !is_protocol(protocol.as_str().as_bytes()) => {
+                return Err(Error::ConnectNotAllowed);
+            }
             Some(protocol) => {
                 let protocol =
                     HeaderValue::from_str(protocol.as_str()).map_err(|_| Error::Upgrade("its name"))?;
@@ -103,7 +126,8 @@ impl Outgoing {
             return Err(Error::BadTarget);
         }
         if parts.version == Version::HTTP_2
-            && parts.headers.get_all(header::CONTENT_LENGTH).iter().nth(1).is_some()
+            && (parts.headers.get_all(header::CONTENT_LENGTH).iter().nth(1).is_some()
+                || parts.headers.keys().any(|name| is_second_length(name.as_str())))
         {
             // The library compares the body with the first of them only; HTTP/1 was followed before it was read.
             return Err(Error::Malformed(Why::ContentLength));
@@ -144,6 +168,16 @@ impl Outgoing {
             from: None,
         };
         Ok((outgoing, body))
+    }
+
+    /// Says whom its app is to be told of, and takes away what others say of that: Envoy's header, which no sidecar writes
+    /// and an app may believe.
+    pub(crate) fn comes_from(&mut self, from: Provenance) {
+        let claims = |name: &HeaderName| {
+            name.as_str().starts_with('x') && is_read_as(name.as_str(), "x-forwarded-client-cert")
+        };
+        remove_those(&mut self.headers, claims);
+        self.from = Some(from);
     }
 
     /// The host without its port, for matching.
@@ -309,18 +343,26 @@ pub(crate) fn keep_alive_timeout(headers: &HeaderMap) -> Option<Duration> {
     seconds.map(Duration::from_secs)
 }
 
-/// An HTTP/1.1 `GET` that asks to switch to another protocol. `h2c` and `TLS/x` are offers that many clients make with
-/// every request and no proxy takes up (RFC 9110 §7.8 lets a recipient ignore them).
+/// An HTTP/1.1 `GET` that asks to switch to another protocol. What is not to be asked of an app is left out, as RFC 9110
+/// §7.8 lets a recipient do: many clients offer `h2c` with every request.
 fn asked_upgrade(method: &Method, headers: &HeaderMap) -> Option<Upgrade> {
     let asked = headers.get(header::UPGRADE)?;
     let listed = headers.get_all(header::CONNECTION).iter().any(|value| {
         let tokens = value.to_str().unwrap_or("");
         tokens.split(',').any(|t| t.trim().eq_ignore_ascii_case("upgrade"))
     });
-    let idle_offer = asked.as_bytes().eq_ignore_ascii_case(b"h2c")
-        || asked.as_bytes().get(..4).is_some_and(|start| start.eq_ignore_ascii_case(b"TLS/"));
-    let usable = listed && *method == Method::GET && !idle_offer;
+    let usable = listed && *method == Method::GET && is_protocol(asked.as_bytes());
     usable.then(|| Upgrade { protocol: asked.clone() })
+}
+
+/// Whether an app may be asked to go on in this protocol: it has one name, perhaps a version (`SPDY/3.1`), and does not
+/// carry requests, which nobody would authorize then (`h2c`, `TLS/1.3`, `HTTP/2.0`).
+fn is_protocol(asked: &[u8]) -> bool {
+    let is_token =
+        asked.iter().all(|&byte| byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~/".contains(&byte));
+    let starts =
+        |with: &str| asked.get(..with.len()).is_some_and(|start| start.eq_ignore_ascii_case(with.as_bytes()));
+    is_token && !asked.is_empty() && !["h2", "h3", "http", "tls"].into_iter().any(starts)
 }
 
 /// Says of an answer over HTTP/1 that its connection ends with it.
@@ -336,15 +378,14 @@ pub(crate) fn remove_connection_headers(headers: &mut HeaderMap) {
         match name.as_str() {
             "connection" => connection = true,
             "te" => te = true,
-            "keep-alive" | "proxy-connection" | "transfer-encoding" | "upgrade" => hop = true,
+            "keep-alive" | "proxy-connection" | "transfer-encoding" | "upgrade" | "http2-settings" => {
+                hop = true
+            }
             other => private |= is_private(other),
         }
     }
     if private {
-        let names: Vec<_> = headers.keys().filter(|n| is_private(n.as_str())).cloned().collect();
-        for name in names {
-            headers.remove(name);
-        }
+        remove_those(headers, |name| is_private(name.as_str()));
     }
     if connection {
         let listed: Vec<HeaderName> = headers
@@ -363,7 +404,8 @@ pub(crate) fn remove_connection_headers(headers: &mut HeaderMap) {
         headers.remove(header::CONNECTION);
     }
     if hop {
-        for name in [KEEP_ALIVE, PROXY_CONNECTION, header::TRANSFER_ENCODING, header::UPGRADE] {
+        for name in [KEEP_ALIVE, PROXY_CONNECTION, HTTP2_SETTINGS, header::TRANSFER_ENCODING, header::UPGRADE]
+        {
             headers.remove(name);
         }
     }
@@ -382,11 +424,14 @@ pub(crate) fn remove_connection_headers(headers: &mut HeaderMap) {
 
 /// Removes from trailers what only a head may say (RFC 9110 §6.5.1), and what is ours alone: some apps read both alike.
 pub(crate) fn clean_trailers(trailers: &mut HeaderMap) {
-    let of_a_head = |name: &HeaderName| OF_A_HEAD.contains(name) || is_private(name.as_str());
-    if trailers.keys().any(of_a_head) {
-        let names: Vec<_> = trailers.keys().filter(|name| of_a_head(name)).cloned().collect();
+    remove_those(trailers, |name| OF_A_HEAD.contains(name) || is_private(name.as_str()));
+}
+
+fn remove_those(headers: &mut HeaderMap, unwanted: impl Fn(&HeaderName) -> bool) {
+    if headers.keys().any(&unwanted) {
+        let names: Vec<_> = headers.keys().filter(|name| unwanted(name)).cloned().collect();
         for name in names {
-            trailers.remove(name);
+            headers.remove(name);
         }
     }
 }
@@ -488,7 +533,7 @@ pub(crate) fn switching(response: &mut Response<Body>, upgrade: &Upgrade) {
 }
 
 /// How a message is framed, where it goes and how it is carried.
-const OF_A_HEAD: [HeaderName; 9] = [
+const OF_A_HEAD: [HeaderName; 10] = [
     header::CONNECTION,
     header::CONTENT_LENGTH,
     header::HOST,
@@ -498,6 +543,7 @@ const OF_A_HEAD: [HeaderName; 9] = [
     header::UPGRADE,
     KEEP_ALIVE,
     PROXY_CONNECTION,
+    X_FORWARDED_FOR,
 ];
 
 const HEX: &[u8; 16] = b"0123456789abcdef";
@@ -660,18 +706,45 @@ mod tests {
     }
 
     #[test]
+    fn an_app_is_asked_for_protocols_of_one_name_that_carry_no_requests() {
+        for good in ["websocket", "WebSocket", "SPDY/3.1", "tcp", "derp"] {
+            assert!(is_protocol(good.as_bytes()), "{good}");
+        }
+        for bad in [
+            "", "h2c", "H2C", "h2c-14", "h2", "TLS/1.3", "tls", "HTTP/2.0", "http/1.1", "foo, h2c", "foo h2c",
+        ] {
+            assert!(!is_protocol(bad.as_bytes()), "{bad}");
+        }
+        assert!(!is_protocol(b"h2c\xa0") && !is_protocol(b"\xa0h2c"), "spaces to Python");
+    }
+
+    #[test]
+    fn a_length_in_another_spelling_is_one_too_many() {
+        for bad in ["content_length", "content.length", "transfer_encoding"] {
+            assert!(is_second_length(bad), "{bad}");
+        }
+        for good in ["content-length", "transfer-encoding", "content-type", "content_lengths", "traceparent"]
+        {
+            assert!(!is_second_length(good), "{good}");
+        }
+    }
+
+    #[test]
     fn who_calls_cannot_be_said_in_another_spelling() {
         let mut h = headers(&[
             ("weft_client_id", "spiffe://cluster.local/ns/shop/sa/admin"),
             ("weft-client_id", "spiffe://cluster.local/ns/shop/sa/admin"),
+            ("weft.client.id", "spiffe://cluster.local/ns/shop/sa/admin"),
             ("x_forwarded_for", "10.0.0.9"),
+            ("x.forwarded.for", "10.0.0.9"),
             ("weftage", "mine"),
             ("x-forwarded-for", "198.51.100.1"),
         ]);
         assert!(has_private(&h));
         remove_connection_headers(&mut h);
         assert_eq!(h, headers(&[("weftage", "mine"), ("x-forwarded-for", "198.51.100.1")]));
-        let mut trailers = headers(&[("weft_client_id", "a"), ("x-sum", "1")]);
+        let mut trailers =
+            headers(&[("weft_client_id", "a"), ("x-forwarded-for", "10.0.0.9"), ("x-sum", "1")]);
         clean_trailers(&mut trailers);
         assert_eq!(trailers, headers(&[("x-sum", "1")]));
     }

@@ -49,8 +49,12 @@ async fn serve(
 }
 
 fn upgrade(path: &str) -> Request<()> {
+    upgrade_to("websocket", path)
+}
+
+fn upgrade_to(protocol: &str, path: &str) -> Request<()> {
     let mut request = head("CONNECT", path);
-    request.extensions_mut().insert(h2::ext::Protocol::from("websocket"));
+    request.extensions_mut().insert(h2::ext::Protocol::from(protocol));
     request.headers_mut().insert("sec-websocket-version", HeaderValue::from_static("13"));
     request
 }
@@ -72,6 +76,13 @@ fn upgrades_between_two_ends_of_http2_are_extended_connects() {
         write(&mut up, said.clone(), true).await?;
         let (heard, _) = down.await??;
         assert_eq!((heard.len(), &heard[said.len()..]), (said.len() + 3, &b"bye"[..]));
+        // A protocol that carries requests would carry them past authorization.
+        for carries in ["h2c", "H2C", "TLS/1.3", "HTTP/2.0", "chat, h2c"] {
+            let (refused, _up) = send(&sender, upgrade_to(carries, "/chat"), false).await?;
+            let refused = refused.await?;
+            assert_eq!(refused.status(), 405, "{carries}");
+            assert_eq!(refused.headers()["weft-reason"], "outbound;connect_not_allowed", "{carries}");
+        }
         // Refused, in the app's own words; the connection goes on.
         let (refused, _up) = send(&sender, upgrade("/refuse"), false).await?;
         let (head_of, body) = refused.await?.into_parts();

@@ -397,6 +397,7 @@ fn switches(table: &mut Table) {
     );
     for (name, fields) in [
         ("h2c", "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAAP__"),
+        ("h2c in a list", "Connection: Upgrade\r\nUpgrade: foo, h2c\r\nHTTP2-Settings: AAMAAABkAAQAAP__"),
         ("TLS", "Connection: Upgrade\r\nUpgrade: TLS/1.0"),
         ("not listed", "Upgrade: websocket"),
         ("websocket without a key", "Connection: Upgrade\r\nUpgrade: websocket"),
@@ -601,6 +602,8 @@ fn http2(table: &mut Table) {
         ("no length for a body", ("content-length", "0")),
         ("a length that is none", ("content-length", "5x")),
         ("a length with a sign", ("content-length", "+5")),
+        ("a length for programs", ("content_length", "5")),
+        ("a coding for programs", ("transfer_encoding", "chunked")),
         ("a list of lengths", ("content-length", "5, 5")),
     ] {
         add(name, &[more], &["hello"], &[], None);

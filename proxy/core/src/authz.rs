@@ -204,7 +204,7 @@ impl HttpMatch {
         let Ask::Http { method, host, path, headers } = *ask else {
             return Ok(false);
         };
-        if !self.methods.is_empty() && !self.methods.contains(method) {
+        if !self.methods.is_empty() && !self.methods.iter().any(|want| method_is(want, method, action)) {
             return Ok(false);
         }
         if !self.hosts.is_empty() && !self.hosts.iter().any(|want| host_is(want, host)) {
@@ -239,6 +239,15 @@ fn host_is(want: &StringMatch, host: &str) -> bool {
         }
         StringMatch::Suffix(want) => ends_with_ignore_case(host, want),
         StringMatch::Present => !host.is_empty(),
+    }
+}
+
+/// Methods are case-sensitive (RFC 9110 §9.1), and many apps make `DELETE` of `delete`: what is denied is so however it is
+/// spelt, what is allowed is so as it is written.
+fn method_is(want: &Method, method: &Method, action: Action) -> bool {
+    match action {
+        Action::Allow => want == method,
+        Action::Deny => want.as_str().eq_ignore_ascii_case(method.as_str()),
     }
 }
 
@@ -434,6 +443,11 @@ mod tests {
         assert!(ask(&allow, None, &call).is_permit() && !ask(&deny, None, &call).is_permit());
         // A second value: allow needs all, deny needs one.
         call.headers.append("x-team", "b".parse().unwrap());
+        assert!(!ask(&allow, None, &call).is_permit() && !ask(&deny, None, &call).is_permit());
+        // Some apps make `GET` of it: allow is exact, deny is not.
+        call.headers.remove("x-team");
+        call.headers.append("x-team", "a".parse().unwrap());
+        call.method = Method::from_bytes(b"get").unwrap();
         assert!(!ask(&allow, None, &call).is_permit() && !ask(&deny, None, &call).is_permit());
         call.method = Method::POST;
         assert!(!ask(&allow, None, &call).is_permit() && ask(&deny, None, &call).is_permit());

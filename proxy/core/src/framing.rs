@@ -94,9 +94,9 @@ pub enum Why {
     FieldName,
     /// A control character in a field's value.
     FieldValue,
-    /// `Content-Length` twice, not a plain number, or spelt with `_`.
+    /// `Content-Length` twice, not a plain number, or spelt in another way.
     ContentLength,
-    /// `Transfer-Encoding` that is not exactly `chunked`, in HTTP/1.0, or spelt with `_`.
+    /// `Transfer-Encoding` that is not exactly `chunked`, in HTTP/1.0, or spelt in another way.
     TransferEncoding,
     /// `Content-Length` and `Transfer-Encoding` in one message.
     TwoLengths,
@@ -147,8 +147,8 @@ impl fmt::Display for Why {
             Self::Folding => "a field is folded over lines",
             Self::FieldName => "a field's name is not one",
             Self::FieldValue => "a field's value has a control character",
-            Self::ContentLength => "the Content-Length is repeated, not a number, or spelt with _",
-            Self::TransferEncoding => "the Transfer-Encoding is not exactly chunked, or spelt with _",
+            Self::ContentLength => "the Content-Length is repeated, not a number, or spelt in another way",
+            Self::TransferEncoding => "the Transfer-Encoding is not exactly chunked, or spelt in another way",
             Self::TwoLengths => "both Content-Length and Transfer-Encoding",
             Self::Host => "no Host, or more than one",
             Self::Chunk => "a chunk is not framed as it says",
@@ -598,7 +598,7 @@ impl Framing {
         piece.at += 1;
         self.state = match known {
             None => State::Value,
-            Some(Known::Underscored(why)) => {
+            Some(Known::Respelt(why)) => {
                 expect(self.side == Side::Responses, why)?;
                 State::Value
             }
@@ -788,9 +788,9 @@ enum Known {
     Upgrade,
     Length,
     Coding,
-    /// One of the two with `_` for `-`. Gateways to programs (CGI, WSGI) make one name of both and HTTP libraries do not: a
-    /// request that has it may have two lengths, of which only one can be authorized.
-    Underscored(Why),
+    /// One of the two with `_` or another sign for `-`. Gateways to programs (CGI, WSGI) make one name of both and HTTP
+    /// libraries do not: a request that has it may have two lengths, of which only one can be authorized.
+    Respelt(Why),
 }
 
 impl Token<'_> {
@@ -816,16 +816,18 @@ impl Token<'_> {
             4 if bytes.eq_ignore_ascii_case(b"host") => Some(Known::Host),
             7 if bytes.eq_ignore_ascii_case(b"upgrade") => Some(Known::Upgrade),
             14 if bytes.eq_ignore_ascii_case(b"content-length") => Some(Known::Length),
-            14 if bytes.eq_ignore_ascii_case(b"content_length") => {
-                Some(Known::Underscored(Why::ContentLength))
-            }
+            14 if is_read_as(bytes, b"content-length") => Some(Known::Respelt(Why::ContentLength)),
             17 if bytes.eq_ignore_ascii_case(b"transfer-encoding") => Some(Known::Coding),
-            17 if bytes.eq_ignore_ascii_case(b"transfer_encoding") => {
-                Some(Known::Underscored(Why::TransferEncoding))
-            }
+            17 if is_read_as(bytes, b"transfer-encoding") => Some(Known::Respelt(Why::TransferEncoding)),
             _ => None,
         }
     }
+}
+
+/// Equal, whatever is no letter or digit taken for `-`: names of one length.
+fn is_read_as(name: &[u8], known: &[u8]) -> bool {
+    let letter = |b: u8| if b.is_ascii_alphanumeric() { b.to_ascii_lowercase() } else { b'-' };
+    name.iter().zip(known).all(|(&a, &b)| letter(a) == b)
 }
 
 fn expect(holds: bool, why: Why) -> Result<(), Why> {
@@ -930,6 +932,7 @@ mod tests {
             ("Content-Length: 99999999999999999999", Why::ContentLength),
             ("Content_Length: 5\r\nContent-Length: 6", Why::ContentLength),
             ("Content_Length: 5", Why::ContentLength),
+            ("content.length: 5", Why::ContentLength),
             ("transfer_encoding: chunked", Why::TransferEncoding),
             ("Content-Length : 5", Why::FieldName),
             ("Transfer-Encoding: identity", Why::TransferEncoding),

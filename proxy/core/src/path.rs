@@ -3,7 +3,7 @@
 //! Why this stands alone: authorization compares one canonical form and refuses the rest, routing asks whether any
 //! reading would have chosen another rule. Both must read a path in the same way.
 
-use std::borrow::Cow;
+use std::{borrow::Cow, iter};
 
 /// Why a path may mean different things to a policy and to an app.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -79,24 +79,31 @@ fn is_hidden(b: u8) -> bool {
     b.is_ascii_alphanumeric() || b.is_ascii_control() || b"-._~/\\;%".contains(&b)
 }
 
+/// How often an app may decode a path, at most. Each time costs as much as the path is long.
+const DECODED_TIMES: usize = 4;
+
 /// What apps make of a path: escapes decoded once or until there are none, those of `/` too or not, parameters (`;x`)
-/// left or dropped, `\\` taken for `/`, empty and dot segments resolved, the end at a NUL.
-pub(crate) fn readings(path: &str) -> impl Iterator<Item = String> {
+/// left or dropped, `\\` taken for `/`, empty and dot segments resolved, the end at a NUL. `None`: there are escapes in
+/// escapes in escapes, and what they hide is not looked for.
+pub(crate) fn readings(path: &str) -> Option<impl Iterator<Item = String>> {
     let decoded = |slashes: bool| {
         let kept =
             if slashes { path.to_owned() } else { path.replace("%2f", "%252f").replace("%2F", "%252F") };
         String::from_utf8_lossy(&percent_decode(&kept)).into_owned()
     };
     let mut whole = path.to_owned();
-    while whole.contains('%') {
+    for times in 0.. {
         let next = String::from_utf8_lossy(&percent_decode(&whole)).into_owned();
         if next == whole {
             break;
         }
+        if times == DECODED_TIMES {
+            return None;
+        }
         whole = next;
     }
     let texts = [path.to_owned(), decoded(false), decoded(true), whole];
-    texts.into_iter().flat_map(|text| [resolved(&text, false), resolved(&text, true)])
+    Some(texts.into_iter().flat_map(|text| [resolved(&text, false), resolved(&text, true)]))
 }
 
 /// A path without empty and dot segments, and without parameters if they are to be dropped.
@@ -119,29 +126,30 @@ fn resolved(path: &str, drop_parameters: bool) -> String {
 
 /// Decodes `%XX`; what is not an escape stays as it is. `+` stays `+`.
 pub(crate) fn percent_decode(text: &str) -> Cow<'_, [u8]> {
-    let bytes = text.as_bytes();
-    if !bytes.contains(&b'%') {
-        return Cow::Borrowed(bytes);
+    if text.as_bytes().contains(&b'%') {
+        Cow::Owned(decoded(text).collect())
+    } else {
+        Cow::Borrowed(text.as_bytes())
     }
-    let mut out = Vec::with_capacity(bytes.len());
-    let mut rest = bytes;
-    while let [b, after @ ..] = rest {
-        let escape = match (b, after) {
+}
+
+/// Whether it is `want` when decoded; what makes no copy of it.
+pub(crate) fn decodes_to(text: &str, want: &[u8]) -> bool {
+    decoded(text).eq(want.iter().copied())
+}
+
+fn decoded(text: &str) -> impl Iterator<Item = u8> {
+    let mut rest = text.as_bytes();
+    iter::from_fn(move || {
+        let [first, after @ ..] = rest else { return None };
+        let escape = match (first, after) {
             (b'%', [high, low, ..]) => hex(*high).zip(hex(*low)),
             _ => None,
         };
-        match escape {
-            Some((high, low)) => {
-                out.push(high * 16 + low);
-                rest = &after[2..];
-            }
-            None => {
-                out.push(*b);
-                rest = after;
-            }
-        }
-    }
-    Cow::Owned(out)
+        let (byte, used) = escape.map_or((*first, 1), |(high, low)| (high * 16 + low, 3));
+        rest = &rest[used..];
+        Some(byte)
+    })
 }
 
 fn hex(b: u8) -> Option<u8> {
@@ -180,8 +188,9 @@ mod tests {
 
     #[test]
     fn what_apps_make_of_a_path() {
-        let read =
-            |path| readings(path).collect::<std::collections::BTreeSet<_>>().into_iter().collect::<Vec<_>>();
+        let read = |path| {
+            readings(path).unwrap().collect::<std::collections::BTreeSet<_>>().into_iter().collect::<Vec<_>>()
+        };
         for plain in ["/", "/a", "/a/", "/a/b", "/a%zz", "/a%4"] {
             assert_eq!(read(plain), [plain]);
         }
@@ -193,6 +202,9 @@ mod tests {
         assert_eq!(read("/a%2Fb%2fc"), ["/a%2Fb%2fc", "/a/b/c"], "a slash or its escape");
         assert_eq!(read("/%2561"), ["/%2561", "/%61", "/a"], "decoded once or until there are none");
         assert_eq!(read("/a%00/b"), ["/a", "/a%00/b"], "the end at a NUL");
+        let deep = |times: usize| format!("/%{}61", "25".repeat(times));
+        assert_eq!(read(&deep(3)).last().unwrap(), "/a");
+        assert!(readings(&deep(4)).is_none() && readings(&deep(30_000)).is_none());
     }
 
     proptest! {

@@ -22,7 +22,7 @@ use http::{
 use rand_core::RngCore;
 
 use crate::{
-    path::{canonical_path, ends_with_ignore_case, percent_decode, readings},
+    path::{canonical_path, decodes_to, ends_with_ignore_case, percent_decode, readings},
     policy::{
         BackendRef, HeaderEdit, HeaderMatch, Match, ObjectRef, PathEdit, PathMatch, QueryMatch, Redirect,
         Rule, Service, TextMatch,
@@ -70,9 +70,11 @@ pub fn find<'a>(table: &'a RouteTable, head: &RequestHead<'_>) -> Option<Found<'
 pub fn is_ambiguous(table: &RouteTable, head: &RequestHead<'_>, found: &Found<'_>) -> bool {
     table.0.looks_at_paths
         && canonical_path(head.path).is_err()
-        && readings(head.path).any(|path| {
-            let other = table.0.find(&RequestHead { path: &path, ..*head });
-            other.map(|other| other.index) != Some(found.index)
+        && readings(head.path).is_none_or(|mut readings| {
+            readings.any(|path| {
+                let other = table.0.find(&RequestHead { path: &path, ..*head });
+                other.map(|other| other.index) != Some(found.index)
+            })
         })
 }
 
@@ -469,7 +471,7 @@ impl QueryMatch {
     pub fn holds(&self, query: Option<&str>) -> bool {
         let pairs = query.unwrap_or_default().split('&').filter(|pair| !pair.is_empty());
         let mut pairs = pairs.map(|pair| pair.split_once('=').unwrap_or((pair, "")));
-        let first = pairs.find(|(name, _)| *percent_decode(name) == *self.name.as_bytes());
+        let first = pairs.find(|(name, _)| decodes_to(name, self.name.as_bytes()));
         first.is_some_and(|(_, value)| self.value.is_match(&percent_decode(value)))
     }
 }
@@ -697,6 +699,7 @@ mod tests {
             "/./admin",
             "/%61dmin",
             "/%2561dmin",
+            "/%252525252561dmin",
             "/admin;x/y",
             "/admin%00",
             "/x/../admin/",

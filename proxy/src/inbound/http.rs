@@ -328,6 +328,7 @@ impl Inner {
         let h2 = request.version() == Version::HTTP_2;
         let attempt = request.headers().get(WEFT_ATTEMPT).filter(|_| mesh).cloned();
         let (mut outgoing, body) = Outgoing::take(request, mesh)?;
+        outgoing.comes_from(Provenance { address: self.address.clone(), id: self.client_id.clone() });
         outgoing.expects = gate.is_some();
         *upload =
             (!http_body::Body::is_end_stream(&body)).then(|| Replay::new(body, h2, REPLAY).behind(gate));
@@ -369,7 +370,6 @@ impl Inner {
             // A caller without a sidecar made none; between sidecars the caller's did.
             head::identify(&mut outgoing.headers, &mut *self.worker.rng.borrow_mut());
         }
-        outgoing.from = Some(Provenance { address: self.address.clone(), id: self.client_id.clone() });
         if mesh && outgoing.version == Version::HTTP_2 {
             head::mark_unique(&mut outgoing.headers);
         }
