@@ -18,7 +18,7 @@ use crate::{
     ECHO, Pair,
     identity::{call, issuer_of},
     inbound::{SWITCH, ends, policy, talk},
-    pair_with,
+    pair_with, rotate_root,
 };
 
 /// How long the sidecars of these tests let what is open come to its end.
@@ -129,7 +129,6 @@ fn what_a_retired_root_vouched_for_ends_with_a_drain() {
     let _app =
         start(&mut testapp(&pair.mesh, &server.pod, &["tcp", "--port", "9100"]), &server.pod, 9100).unwrap();
     service(&pair.mesh, "shop", "echo", "10.96.0.1", &[("web", 80, 8080), ("raw", 91, 9100)]).unwrap();
-    let rotate = |step: &str| pair.mesh.post(&format!("/api/v1/certs/rotate?root={step}")).unwrap();
     let renewals = |of: &Meshed| of.metric("weft_certificate_renewals_total", &[r#"result="ok""#]).unwrap();
     let trusts = |n: f64| {
         for sidecar in [client, server] {
@@ -142,10 +141,10 @@ fn what_a_retired_root_vouched_for_ends_with_a_drain() {
     let mut upload = asks(&client.pod, &["-T", "-", "-w", " %{http_code}", &format!("{ECHO}/sink")]);
     sends(&mut upload);
 
-    rotate("add");
+    rotate_root(&pair.mesh, "add");
     trusts(2.0);
     let before = [client, server].map(renewals);
-    rotate("activate");
+    rotate_root(&pair.mesh, "activate");
     for (sidecar, before) in [client, server].into_iter().zip(before) {
         wait(Duration::from_secs(20), || Ok(renewals(sidecar) > before)).unwrap();
     }
@@ -154,7 +153,7 @@ fn what_a_retired_root_vouched_for_ends_with_a_drain() {
     assert!(stream.running() && upload.running(), "renewals end nothing");
 
     let retired = Instant::now();
-    rotate("retire");
+    rotate_root(&pair.mesh, "retire");
     trusts(1.0);
     sends(&mut upload);
     assert_eq!(

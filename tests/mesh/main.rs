@@ -37,7 +37,9 @@ mod tcp_habits;
 mod telemetry;
 mod time;
 
-use weft_control_plane::cli::demo::mesh::{Mesh, Meshed, Options, Workload};
+use std::time::Duration;
+
+use weft_control_plane::cli::demo::mesh::{Mesh, Meshed, Options, Workload, wait};
 use weft_harness::{
     apps::{Served, serve, service},
     wire::{Backend, Wire},
@@ -94,6 +96,18 @@ fn scripted_with(
     let backend = Backend::start(&server.pod, 8080, script).unwrap();
     let client = mesh.workload(Workload::new("shop", "client")).unwrap();
     Some(Scripted { _backend: backend, client, server, mesh })
+}
+
+/// Takes a step of a root's rotation as soon as it is let: until every sidecar has said that it followed the step
+/// before, it is refused.
+fn rotate_root(mesh: &Mesh, step: &str) {
+    let mut said = String::new();
+    wait(Duration::from_secs(30), || {
+        let done = mesh.post(&format!("/api/v1/certs/rotate?root={step}"));
+        said = done.as_ref().err().map(ToString::to_string).unwrap_or_default();
+        Ok(done.is_ok())
+    })
+    .unwrap_or_else(|error| panic!("{step}: {error}: {said}"));
 }
 
 /// What callers of a service keep to.

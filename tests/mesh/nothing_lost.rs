@@ -18,6 +18,8 @@ use weft_harness::apps::{
     testapp,
 };
 
+use crate::rotate_root;
+
 const API: &str = "http://10.96.0.10/";
 /// gRPC streams that are open at any time, in seconds each.
 const STREAMS: &str = "8";
@@ -133,16 +135,24 @@ impl Busy {
         served.chain([&self.client]).collect()
     }
 
-    /// Asks the controller to rotate, and waits until every sidecar has a certificate that is newer.
-    fn rotate(&self, query: &str) {
+    fn renew(&self) {
+        self.renewed_after("leaves", |mesh| drop(mesh.post("/api/v1/certs/rotate").unwrap()));
+    }
+
+    fn rotate_root(&self, step: &str) {
+        self.renewed_after(step, |mesh| rotate_root(mesh, step));
+    }
+
+    /// Rotates, and waits until every sidecar has a certificate that is newer.
+    fn renewed_after(&self, what: &str, rotate: impl FnOnce(&Mesh)) {
         let renewals = |meshed: &&Meshed| meshed.metric("weft_certificate_renewals_total", &["ok"]).unwrap();
         let sidecars = self.sidecars();
         let before: Vec<_> = sidecars.iter().map(renewals).collect();
-        self.mesh.post(&format!("/api/v1/certs/rotate{query}")).unwrap();
+        rotate(&self.mesh);
         wait(Duration::from_secs(30), || {
             Ok(sidecars.iter().zip(&before).all(|(meshed, before)| renewals(meshed) > *before))
         })
-        .unwrap_or_else(|error| panic!("not everybody renewed after {query:?}: {error}"));
+        .unwrap_or_else(|error| panic!("not everybody renewed after {what}: {error}"));
     }
 
     fn trusts(&self, roots: f64) {
@@ -154,14 +164,14 @@ impl Busy {
 
     /// A → A+B → B, each step when everybody has followed the one before.
     fn replace_root(&self) {
-        self.rotate("?root=add");
+        self.rotate_root("add");
         self.trusts(2.0);
-        self.rotate("?root=activate");
+        self.rotate_root("activate");
         self.retire_root();
     }
 
     fn retire_root(&self) {
-        self.mesh.post("/api/v1/certs/rotate?root=retire").unwrap();
+        rotate_root(&self.mesh, "retire");
         self.trusts(1.0);
     }
 
@@ -302,7 +312,7 @@ fn rotations(times: u32, every: Duration) {
         if n == times / 2 {
             busy.replace_root()
         } else {
-            busy.rotate("")
+            busy.renew()
         }
         busy.more_answered();
         std::thread::sleep(every.saturating_sub(begun.elapsed()));
@@ -325,7 +335,7 @@ fn soak_the_issuer_is_away_for_most_of_a_long_certificates_life() {
 fn issuer_away(life: u64) {
     let life_text = format!("{life}s");
     let Some(busy) = Busy::start("issuer_away", 100, &["--certificate-lifetime", &life_text]) else { return };
-    busy.rotate("");
+    busy.renew();
     let begun = Instant::now();
     let port = ports::IDENTITY.to_string();
     let refuse = |what: &str| {
@@ -595,7 +605,7 @@ fn all_at_once(long: Duration, away: Duration, rate: u32) {
         let _stops = Stops(&stop);
         loop {
             rounds += 1;
-            busy.rotate("?root=add");
+            busy.rotate_root("add");
             busy.trusts(2.0);
             let freed = busy.delete();
             busy.mesh.kill_controller().unwrap();
@@ -603,7 +613,7 @@ fn all_at_once(long: Duration, away: Duration, rate: u32) {
             busy.mesh.start_controller().unwrap();
             busy.add();
             busy.reuse(freed);
-            busy.rotate("?root=activate");
+            busy.rotate_root("activate");
             busy.retire_root();
             if begun.elapsed() >= long {
                 break;
@@ -630,7 +640,7 @@ fn soak_memory_and_descriptors_stay_as_they_are_for_hours() {
     while began.elapsed() < long {
         if began.elapsed() >= every * (rotations + 1) {
             rotations += 1;
-            busy.rotate("");
+            busy.renew();
         }
         let at = began.elapsed().as_secs_f64() / 3_600.0;
         for (sidecar, samples) in busy.sidecars().iter().zip(&mut samples) {

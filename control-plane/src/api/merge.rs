@@ -163,10 +163,16 @@ pub fn certs(own: Certs, others: Vec<Part<Certs>>) -> Certs {
             Entry::Occupied(mut known) => {
                 let known = known.get_mut();
                 let connected = known.connected || workload.connected;
+                // For a moment a sidecar may be connected to two: it is as far as either of them knows for sure.
+                let bundle = match (known.connected, workload.connected) {
+                    (true, true) => known.bundle.min(workload.bundle),
+                    (false, true) => workload.bundle,
+                    (true | false, false) => known.bundle,
+                };
                 if age(known) < age(&workload) {
                     *known = workload;
                 }
-                known.connected = connected;
+                (known.connected, known.bundle) = (connected, bundle);
             }
         }
     }
@@ -275,6 +281,20 @@ mod tests {
         for (first, second) in [("a", "b"), ("b", "a")] {
             let whole = certs(own(of(first, true)), vec![(String::new(), Some(own(of(second, false))))]);
             assert_eq!(whole.workloads, [of("b", true)], "and who is connected anywhere is connected");
+        }
+    }
+
+    #[test]
+    fn a_sidecar_trusts_what_those_say_that_it_is_connected_to() {
+        let of = |connected, bundle| Certs {
+            workloads: vec![WorkloadCertificate { connected, bundle, ..WorkloadCertificate::default() }],
+            ..Certs::default()
+        };
+        for (one, other, whole) in
+            [((true, 3), (false, 0), 3), ((false, 0), (true, 3), 3), ((true, 2), (true, 3), 2)]
+        {
+            let merged = certs(of(one.0, one.1), vec![(String::new(), Some(of(other.0, other.1)))]);
+            assert_eq!(merged.workloads[0].bundle, whole, "{one:?} {other:?}");
         }
     }
 }

@@ -22,6 +22,7 @@ use serde::{Serialize, de::DeserializeOwned};
 use tokio::{net::TcpListener, sync::Semaphore, sync::watch};
 use tower::{ServiceBuilder, ServiceExt as _};
 use weft_core::identity::PodUid;
+use weft_proto::{ads::ResourceType, names::Name};
 
 use super::{
     merge,
@@ -37,7 +38,7 @@ use crate::{
         Share, Shares, closed,
         identity::Certify,
         published::Published,
-        publisher::{State, now_ms},
+        publisher::{self, State, now_ms},
         replicas::Replicas,
         telemetry::Reports,
         tls::Peer,
@@ -310,7 +311,12 @@ impl Api {
     /// What connected sidecars came with. A controller that has just begun has signed nothing yet.
     fn presented(&self) -> Vec<WorkloadCertificate> {
         let streams = self.published.subscribers.streams();
-        let state = self.state();
+        let bundle = Name::TrustBundle(self.ca.trust_domain().clone()).to_string();
+        let (state, store) = (self.state(), self.store());
+        let in_force = |uid| {
+            let version = store.live(uid, ResourceType::TrustBundle.type_url(), &bundle);
+            version.and_then(publisher::sequence_of).unwrap_or(0)
+        };
         let shown = |peer: &Arc<Peer>| WorkloadCertificate {
             pod: pod_name(&state.index, &peer.uid),
             uid: peer.uid.to_string(),
@@ -320,15 +326,23 @@ impl Api {
             not_after: seconds(peer.certificate.not_after),
             anchor: self.ca.root_by_key(&peer.certificate.authority),
             connected: true,
+            bundle: in_force(&peer.uid),
         };
         streams.iter().map(shown).collect()
     }
 
-    /// Refuses to retire a root by which somebody is still known: nobody would believe that sidecar any more, and what
-    /// it has open would end.
-    async fn nobody_needs_the_old_root(&self) -> Result<(), Refused> {
+    /// Refuses a step of a root's rotation that would cut off connected sidecars: those that do not trust the new root
+    /// yet would believe nobody who has renewed, and nobody would believe those whose certificate is of the old one,
+    /// once it is retired.
+    async fn nobody_is_cut_off(&self, step: RotateRoot) -> Result<(), Refused> {
         let conflict = |reason: String| Refused(StatusCode::CONFLICT, reason);
-        let stays = self.ca.staying_root().map_err(|error| conflict(error.to_string()))?;
+        // A step that there is none to take of says that, and nothing of sidecars.
+        let stays = match step {
+            RotateRoot::Add => return Ok(()),
+            RotateRoot::Activate => self.ca.has_coming_root().map(|()| String::new()),
+            RotateRoot::Retire => self.ca.staying_root(),
+        };
+        let stays = stays.map_err(|error| conflict(error.to_string()))?;
         let others = match &self.replicas {
             Some(replicas) => replicas.ask("/api/v1/certs").await,
             None => Others::new(),
@@ -342,27 +356,38 @@ impl Api {
                 "{silent} does not say which certificates its sidecars have: ask again, or --force"
             )));
         }
-        let workloads = merge::certs(self.certs(), others).workloads;
-        let late = workloads.iter().filter(|workload| workload.connected && workload.anchor != stays);
+        let Certs { workloads, sequence, .. } = merge::certs(self.certs(), others);
+        let has_followed = |workload: &WorkloadCertificate| match step {
+            RotateRoot::Add => true,
+            RotateRoot::Activate => workload.bundle >= sequence,
+            RotateRoot::Retire => workload.anchor == stays,
+        };
+        let late = workloads.iter().filter(|workload| workload.connected && !has_followed(workload));
         let late: Vec<_> = late.map(|workload| &*workload.pod).collect();
         if late.is_empty() {
             return Ok(());
         }
         let named = late.iter().take(NAMED).copied().collect::<Vec<_>>().join(", ");
-        let more = match late.len().saturating_sub(NAMED) {
-            0 => String::new(),
-            more => format!(" and {more} more"),
+        let named = match late.len().saturating_sub(NAMED) {
+            0 => named,
+            more => format!("{named} and {more} more"),
         };
-        Err(conflict(format!(
-            "nobody would believe {named}{more} any more: their certificates are of the old root. Wait until they have \
-             renewed (`weft certs` shows who has), or --force"
-        )))
+        Err(conflict(match step {
+            RotateRoot::Add | RotateRoot::Activate => format!(
+                "{named} would believe nobody who renews: the new root is not trusted there yet. Wait until it is \
+                 (`weft certs` shows who has which bundle), or --force"
+            ),
+            RotateRoot::Retire => format!(
+                "nobody would believe {named} any more: their certificates are of the old root. Wait until they have \
+                 renewed (`weft certs` shows who has), or --force"
+            ),
+        }))
     }
 
     async fn rotate(&self, asked: Result<Rotation, Refused>) -> Answer {
         let Rotation { step, force } = asked?;
-        if step == Some(RotateRoot::Retire) && !force {
-            self.nobody_needs_the_old_root().await?;
+        if let Some(step) = step.filter(|_| !force) {
+            self.nobody_is_cut_off(step).await?;
         }
         let done = match (&self.authority, step) {
             (Some(authority), step) => authority.rotate(&self.ca, step).await,

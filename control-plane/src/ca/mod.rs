@@ -77,6 +77,8 @@ pub struct WorkloadCertificate {
     pub anchor: String,
     /// Whether its sidecar is connected to a controller.
     pub connected: bool,
+    /// The sequence of the trust bundle that its connected sidecar has in force; 0: it has not said.
+    pub bundle: u64,
 }
 
 /// What every sidecar should trust now.
@@ -189,6 +191,14 @@ impl Ca {
     /// The files of roots that are kept elsewhere, unless somebody supplies them.
     pub fn made(&self) -> Option<Files> {
         self.roots().made().cloned()
+    }
+
+    /// Whether there is a new root that could begin to sign.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn has_coming_root(&self) -> Result<(), CaError> {
+        self.roots().coming().map(drop)
     }
 
     /// The serial number of the root that stays when the old one is retired.

@@ -323,7 +323,6 @@ impl Roots {
         let refuse = |reason: &str| Err(CaError::Rotation(reason.to_owned()));
         let mut register = self.register.clone();
         register.sequence += 1;
-        let newest_signs = self.roots.last().is_some_and(|root| root.name == self.register.active);
         match step {
             RotateRoot::Add => {
                 if self.roots.len() > 1 {
@@ -340,10 +339,7 @@ impl Roots {
                 Ok(())
             }
             RotateRoot::Activate => {
-                let Some(newest) = self.roots.last().filter(|_| self.roots.len() > 1 && !newest_signs) else {
-                    return refuse("there is no new root to activate: add one first");
-                };
-                register.active = newest.name.clone();
+                register.active = self.coming()?.to_owned();
                 self.save(register)
             }
             RotateRoot::Retire => {
@@ -355,6 +351,19 @@ impl Roots {
                 Ok(())
             }
         }
+    }
+
+    /// The name of the new root, which is trusted and does not sign yet.
+    ///
+    /// # Errors
+    /// There is none to activate.
+    pub fn coming(&self) -> Result<&str, CaError> {
+        self.is_ours()?;
+        let newest =
+            self.roots.last().filter(|root| self.roots.len() > 1 && root.name != self.register.active);
+        newest
+            .map(|root| root.name.as_str())
+            .ok_or_else(|| CaError::Rotation("there is no new root to activate: add one first".to_owned()))
     }
 
     /// The serial number of the root that stays when the old one is retired.

@@ -15,7 +15,7 @@ use super::{
     status::unix_now,
     text,
 };
-use crate::api::types::{Certs, Rotated};
+use crate::api::types::{Certs, Rotated, WorkloadCertificate};
 
 #[derive(Debug, Args)]
 #[command(
@@ -26,7 +26,8 @@ pub(super) struct CertsArgs {
     /// live everywhere
     #[arg(long, value_enum, value_name = "STEP")]
     rotate: Option<Step>,
-    /// Retire a root though sidecars are known by it: they are believed by nobody until they have renewed
+    /// Take a root's step though connected sidecars have not followed the one before: those that do not trust the new
+    /// root believe nobody who has renewed (activate), those known by the old one are believed by nobody (retire)
     #[arg(long, requires = "rotate")]
     force: bool,
     #[command(flatten)]
@@ -40,28 +41,30 @@ enum Step {
     Leaves,
     /// A new root is trusted beside the old one
     Add,
-    /// The new root signs, and every workload renews
+    /// The new root signs, and every workload renews; refused while a connected sidecar does not trust it
     Activate,
     /// The old root is trusted no longer; refused while a connected sidecar's certificate is of it
     Retire,
 }
 
 impl Step {
-    fn path(self) -> &'static str {
-        match self {
-            Self::Leaves => "/api/v1/certs/rotate",
-            Self::Add => "/api/v1/certs/rotate?root=add",
-            Self::Activate => "/api/v1/certs/rotate?root=activate",
-            Self::Retire => "/api/v1/certs/rotate?root=retire",
-        }
+    fn path(self, force: bool) -> String {
+        let query = match self {
+            Self::Leaves => "",
+            Self::Add => "?root=add",
+            Self::Activate if force => "?root=activate&force=true",
+            Self::Activate => "?root=activate",
+            Self::Retire if force => "?root=retire&force=true",
+            Self::Retire => "?root=retire",
+        };
+        format!("/api/v1/certs/rotate{query}")
     }
 }
 
 pub(super) async fn main(args: &CertsArgs) -> Result<ExitCode> {
     let api = Api::find(&args.asking).await?;
     if let Some(step) = args.rotate {
-        let force = if args.force && step == Step::Retire { "&force=true" } else { "" };
-        let _: Rotated = api.post(&format!("{}{force}", step.path())).await?;
+        let _: Rotated = api.post(&step.path(args.force)).await?;
     }
     let certs: Certs = api.get("/api/v1/certs").await?;
     match args.asking.format.output {
@@ -106,6 +109,7 @@ fn lines(certs: &Certs, now: i64, screen: &Screen) -> Vec<String> {
         Column::text("IDENTITY").drop(1),
         Column::text("SERIAL").drop(2),
         Column::text("TRUST ANCHOR").cut(16).drop(4),
+        Column::number("BUNDLE").drop(5),
         Column::number("AGE").drop(3),
         Column::number("ENDS IN"),
     ]);
@@ -118,12 +122,23 @@ fn lines(certs: &Certs, now: i64, screen: &Screen) -> Vec<String> {
             Cell::toned(Tone::Dim, &certificate.identity),
             Cell::toned(Tone::Dim, &certificate.serial),
             Cell::toned(anchor, &certificate.anchor),
+            in_force(certificate, certs.sequence),
             left(now, certificate.not_before).into(),
             Cell::toned(if soon { Tone::Warn } else { Tone::Plain }, left(certificate.not_after, now)),
         ]);
     }
     lines.extend(workloads.lines(screen));
     lines
+}
+
+/// Which bundle a sidecar trusts by, if it is connected.
+fn in_force(certificate: &WorkloadCertificate, newest: u64) -> Cell {
+    match (certificate.connected, certificate.bundle) {
+        (false, _) => Cell::toned(Tone::Dim, "-"),
+        (true, 0) => Cell::toned(Tone::Warn, "?"),
+        (true, bundle) if bundle < newest => Cell::toned(Tone::Warn, bundle.to_string()),
+        (true, bundle) => Cell::toned(Tone::Dim, bundle.to_string()),
+    }
 }
 
 fn left(end: i64, now: i64) -> String {
@@ -136,7 +151,7 @@ fn left(end: i64, now: i64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::api::types::{Anchor, WorkloadCertificate};
+    use crate::api::types::Anchor;
 
     #[test]
     fn the_first_end_is_the_first_thing_said() {

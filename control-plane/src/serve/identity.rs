@@ -143,6 +143,7 @@ impl Certify {
             not_after: seconds(issued.validity.not_after),
             anchor: issued.root.clone(),
             connected: false,
+            bundle: 0,
         };
         tracing::info!(pod = %certificate.pod, %uid, identity = %certificate.identity, "certified");
         let response = CertifyResponse {

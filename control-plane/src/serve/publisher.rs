@@ -142,7 +142,7 @@ impl Publisher {
         };
         let body = encode(&v1::TrustBundle::from(&resource));
         let domain = self.read().index.trust_domain().clone();
-        let version = format!("{}.{:016x}", bundle.sequence, hash(&body));
+        let version = bundle_version(bundle.sequence, hash(&body));
         self.set(&Name::TrustBundle(domain).to_string().into(), version, body, true);
     }
 
@@ -507,6 +507,16 @@ pub(super) fn encode_service(service: &Service) -> (Bytes, u64) {
 
 fn encode(message: &impl prost::Message) -> Bytes {
     message.encode_to_vec().into()
+}
+
+/// Of a trust bundle. It begins with the sequence: what a sidecar says is in force there tells which bundle that is.
+fn bundle_version(sequence: u64, hash: u64) -> String {
+    format!("{sequence}.{hash:016x}")
+}
+
+/// The sequence in a version of a trust bundle.
+pub fn sequence_of(version: &str) -> Option<u64> {
+    version.split_once('.')?.0.parse().ok()
 }
 
 /// Milliseconds since 1970.

@@ -138,6 +138,15 @@ impl Mesh {
         (head.split(' ').nth(1).unwrap().parse().unwrap(), body.to_owned())
     }
 
+    /// Takes a step of a root's rotation.
+    async fn rotate(&self, step: &str) -> (u16, String) {
+        self.http("POST", &format!("/api/v1/certs/rotate?root={step}")).await
+    }
+
+    async fn certs(&self) -> Certs {
+        serde_json::from_str(&self.http("GET", "/api/v1/certs").await.1).unwrap()
+    }
+
     async fn status(&self) -> Status {
         serde_json::from_str(&self.http("GET", "/api/v1/status").await.1).unwrap()
     }
@@ -222,6 +231,25 @@ impl Wire {
     async fn is_quiet(&mut self) -> bool {
         timeout(Duration::from_millis(300), self.responses.message()).await.is_err()
     }
+}
+
+/// Sends one report, on a stream of its own; gives the sequence up to which all is taken.
+async fn tell(channel: Channel, report: ReportRequest) -> u64 {
+    let (reports, seen) = mpsc::channel(1);
+    reports.send(report).await.unwrap();
+    let answers = TelemetryClient::new(channel).report(ReceiverStream::new(seen)).await.unwrap();
+    timeout(LONG, answers.into_inner().message()).await.unwrap().unwrap().unwrap().sequence
+}
+
+/// What a response brought is in force.
+fn in_force(sequence: u64, response: &DeltaDiscoveryResponse) -> ReportRequest {
+    let applied = response.resources.iter().map(|resource| Applied {
+        type_url: response.type_url.clone(),
+        name: resource.name.clone(),
+        version: resource.version.clone(),
+        removed: false,
+    });
+    ReportRequest { sequence, session: "s".to_owned(), applied: applied.collect(), ..Default::default() }
 }
 
 fn names(response: &DeltaDiscoveryResponse) -> Vec<&str> {
@@ -315,11 +343,7 @@ async fn a_sidecar_follows_its_mesh() {
         applied: applied.collect(),
         ..Default::default()
     };
-    let (reports, reports_seen) = mpsc::channel(1);
-    reports.send(report).await.unwrap();
-    let answers = TelemetryClient::new(channel).report(ReceiverStream::new(reports_seen)).await.unwrap();
-    let answer = timeout(LONG, answers.into_inner().message()).await.unwrap().unwrap().unwrap();
-    assert_eq!(answer.sequence, 1);
+    assert_eq!(tell(channel, report).await, 1);
     let after = route_status(mesh.status().await);
     assert_eq!((after.applied, after.of, after.laggards.len()), (1, 1, 0), "{after:?}");
     assert!(after.applied_after_ms.is_some());
@@ -463,17 +487,19 @@ async fn who_gets_in() {
     let bundle = wire.next().await;
     assert_eq!(sequence(&bundle), (2, 1));
     wire.ack(&bundle).await;
-    assert_eq!(mesh.http("POST", "/api/v1/certs/rotate?root=retire").await.0, 409);
-    for (step, wanted) in [("add", (3, 2)), ("activate", (4, 2)), ("retire&force=true", (5, 1))] {
-        if step.starts_with("retire") {
-            // Nobody would believe it any more: it has not renewed.
-            let (status, said) = mesh.http("POST", "/api/v1/certs/rotate?root=retire").await;
+    assert_eq!((mesh.rotate("retire").await.0, mesh.rotate("activate").await.0), (409, 409));
+    for (step, forced, wanted) in
+        [("add", "", (3, 2)), ("activate", "&force=true", (4, 2)), ("retire", "&force=true", (5, 1))]
+    {
+        if !forced.is_empty() {
+            // It has neither said that it trusts the new root nor renewed.
+            let (status, said) = mesh.rotate(step).await;
             assert!(
                 status == 409 && said.contains("shop/new") && said.contains("--force"),
                 "{status} {said}"
             );
         }
-        let answer = mesh.http("POST", &format!("/api/v1/certs/rotate?root={step}")).await;
+        let answer = mesh.rotate(&format!("{step}{forced}")).await;
         assert_eq!(answer.0, 200, "{answer:?}");
         let bundle = wire.next().await;
         assert_eq!(sequence(&bundle), wanted);
@@ -491,7 +517,7 @@ async fn who_gets_in() {
         }
     }
     assert_eq!(renewed.unwrap().0.roots_der.len(), 1);
-    let certs: Certs = serde_json::from_str(&mesh.http("GET", "/api/v1/certs").await.1).unwrap();
+    let certs = mesh.certs().await;
     assert_eq!((certs.sequence, certs.anchors.len()), (5, 1));
     assert!(certs.workloads.iter().any(|w| w.uid == "cart-1-uid" && w.pod == "shop/cart-1"), "{certs:?}");
     assert_eq!(mesh.http("GET", "/api/v1/routes?window=2h").await.0, 400);
@@ -502,13 +528,35 @@ async fn who_gets_in() {
 }
 
 #[tokio::test]
+async fn a_new_root_signs_when_every_connected_sidecar_says_that_it_trusts_it() {
+    let mesh = Mesh::start("activate", SHOP).await;
+    let credentials = mesh.credentials("cart", "cart-1-uid").await;
+    let channel = mesh.discovery(&credentials).await;
+    let mut wire = Wire::open(channel.clone()).await.unwrap();
+    wire.subscribe(ResourceType::TrustBundle, &["trust/cluster.local"]).await;
+    let old = wire.next().await;
+    wire.ack(&old).await;
+    tell(channel.clone(), in_force(1, &old)).await;
+    assert_eq!(mesh.rotate("add").await.0, 200);
+    let new = wire.next().await;
+    wire.ack(&new).await;
+    // It has the new root, and has not said that it trusts it: acknowledged is not in force.
+    let (status, said) = mesh.rotate("activate").await;
+    assert!(status == 409 && said.contains("shop/cart-1") && said.contains("--force"), "{status} {said}");
+    let bundle = async || mesh.certs().await.workloads.iter().find(|w| w.connected).map(|w| w.bundle);
+    assert_eq!(bundle().await, Some(1), "and `weft certs` shows who has not");
+    tell(channel, in_force(2, &new)).await;
+    assert_eq!(bundle().await, Some(2));
+    assert_eq!(mesh.rotate("activate").await.0, 200);
+    mesh.stop().await;
+}
+
+#[tokio::test]
 async fn a_root_is_retired_when_no_connected_sidecar_is_known_by_it_also_after_a_restart() {
     let mut mesh = Mesh::start("retire", SHOP).await;
-    let rotate =
-        async |mesh: &Mesh, step: &str| mesh.http("POST", &format!("/api/v1/certs/rotate?root={step}")).await;
     let mut old = mesh.credentials("cart", "cart-1-uid").await;
     for step in ["add", "activate"] {
-        assert_eq!(rotate(&mesh, step).await.0, 200, "{step}");
+        assert_eq!(mesh.rotate(step).await.0, 200, "{step}");
     }
     old.roots = mesh.roots();
     // A controller that has just begun has signed nothing: it knows what sidecars show.
@@ -516,15 +564,15 @@ async fn a_root_is_retired_when_no_connected_sidecar_is_known_by_it_also_after_a
     mesh.controller = Mesh::controller(&mesh.folder, SHOP).await;
     timeout(LONG, mesh.controller.synced()).await.unwrap();
     let late = Wire::open(mesh.discovery(&old).await).await.unwrap();
-    let (status, said) = rotate(&mesh, "retire").await;
+    let (status, said) = mesh.rotate("retire").await;
     assert!(status == 409 && said.contains("shop/cart-1"), "{status} {said}");
     // It renews, and its stream is still the old one.
     mesh.credentials("cart", "cart-1-uid").await;
-    let certs: Certs = serde_json::from_str(&mesh.http("GET", "/api/v1/certs").await.1).unwrap();
+    let certs = mesh.certs().await;
     let signing = certs.anchors.iter().find(|anchor| anchor.signing).unwrap();
     let own = certs.workloads.iter().find(|workload| workload.uid == "cart-1-uid").unwrap();
     assert!(own.connected && own.anchor == signing.serial, "{certs:?}");
-    assert_eq!(rotate(&mesh, "retire").await.0, 200);
+    assert_eq!(mesh.rotate("retire").await.0, 200);
     drop(late);
     mesh.stop().await;
 }
@@ -569,12 +617,11 @@ async fn a_deleted_pod_is_not_certified_and_its_streams_end() {
     ending.subscribe(ResourceType::Service, &["svc/shop/cart:80"]).await;
     assert_eq!(names(&ending.next().await), ["svc/shop/cart:80"]);
     // What it has said outlives its streams, and must not outlive the pod.
-    let (reports, reports_seen) = mpsc::channel(1);
-    reports.send(ReportRequest { sequence: 1, session: "s".to_owned(), ..Default::default() }).await.unwrap();
-    let mut telemetry = TelemetryClient::new(mesh.discovery(&gone).await);
-    let answers = telemetry.report(ReceiverStream::new(reports_seen)).await.unwrap();
-    timeout(LONG, answers.into_inner().message()).await.unwrap().unwrap().unwrap();
-    drop(reports);
+    tell(
+        mesh.discovery(&gone).await,
+        ReportRequest { sequence: 1, session: "s".to_owned(), ..Default::default() },
+    )
+    .await;
     let sidecars = async || -> BTreeMap<String, bool> {
         mesh.status().await.sidecars.into_iter().map(|sidecar| (sidecar.pod, sidecar.connected)).collect()
     };
@@ -590,7 +637,7 @@ async fn a_deleted_pod_is_not_certified_and_its_streams_end() {
     let after = sidecars().await;
     assert!(!after.contains_key("shop/gone") && after["shop/stays"], "{after:?}");
     assert_eq!(after.get("shop/cart-1"), Some(&false), "it is there, and nobody has ever heard its sidecar");
-    let certs: Certs = serde_json::from_str(&mesh.http("GET", "/api/v1/certs").await.1).unwrap();
+    let certs = mesh.certs().await;
     let certified: Vec<_> = certs.workloads.iter().map(|workload| &*workload.uid).collect();
     assert_eq!(certified, ["stays-uid"]);
     // Its certificate is good for an hour, its token for as long as it says: neither opens anything.
