@@ -30,10 +30,10 @@ use weft_proto::{
 
 use crate::{
     api::server::{self, Api},
-    ca::{Bundle, Ca},
+    ca::{Bundle, Ca, RootKeeper},
     config::{Cluster, Config, Source},
     index::Index,
-    k8s::{self, authority::Authority, owner::Owner, status::Statuses, token::Reviewer},
+    k8s::{self, live::Statuses, owner::Owner, roots::ClusterRoots, token::Reviewer},
     metrics::Metrics,
     serve::{
         Server,
@@ -58,7 +58,7 @@ pub struct Controller {
     identity: SocketAddr,
     api: SocketAddr,
     ca: Arc<Ca>,
-    authority: Option<Arc<Authority>>,
+    cluster_roots: Option<Arc<ClusterRoots>>,
     pub(crate) published: Arc<Published>,
     closing: watch::Sender<bool>,
     servers: usize,
@@ -129,7 +129,7 @@ impl Controller {
             metrics: metrics.clone(),
         };
         tasks.spawn(server.run(closing_seen.clone()));
-        let authority = cluster.as_ref().map(|cluster| cluster.authority.clone());
+        let cluster_roots = cluster.as_ref().map(|cluster| cluster.roots.clone());
         let replicas = match &cluster {
             Some(cluster) => Some(Replicas::new(
                 state.clone(),
@@ -149,7 +149,7 @@ impl Controller {
             reports: reports.clone(),
             metrics: metrics.clone(),
             source: config.source.to_string(),
-            authority: authority.clone(),
+            keeper: cluster_roots.clone().map(|roots| roots as Arc<dyn RootKeeper>),
             replicas,
         });
         let answering = api_server.clone();
@@ -183,12 +183,12 @@ impl Controller {
                 tasks.spawn(dir::watch(folder.clone(), Some(kept), batches));
                 LastGood::load(&config.state_dir)
             }
-            (Source::Kubernetes(_), Some(InCluster { client, authority, owner, settings })) => {
+            (Source::Kubernetes(_), Some(InCluster { client, roots, owner, settings })) => {
                 let (injected, injected_seen) = watch::channel(BTreeSet::new());
                 let statuses = Statuses::default();
                 let (leads, leads_seen) = watch::channel(false);
                 let anchors =
-                    Anchors { authority: authority.clone(), ca: ca.clone(), injected: injected_seen.clone() };
+                    Anchors { roots: roots.clone(), ca: ca.clone(), injected: injected_seen.clone() };
                 let webhook = Webhook::new(
                     listen(settings.webhook)?,
                     settings.values.clone(),
@@ -201,8 +201,8 @@ impl Controller {
                 let ask = move || api_server.clone().whole_status();
                 tasks.spawn(k8s::lease::hold(client.clone(), pod.clone(), owner, leads));
                 tasks.spawn(k8s::status::write(client, pod, statuses, leads_seen, ask));
-                tasks.spawn(authority.clone().follow(ca.clone()));
-                tasks.spawn(authority.publish(ca.clone(), injected_seen));
+                tasks.spawn(roots.clone().follow(ca.clone()));
+                tasks.spawn(roots.publish(ca.clone(), injected_seen));
                 LastGood::none()
             }
             (Source::Kubernetes(_), None) => anyhow::bail!("there is no client of the cluster"),
@@ -218,7 +218,7 @@ impl Controller {
         tracing::info!(%discovery, %identity, %api, trust_domain = %config.trust_domain,
             source = %config.source, "listening");
         let servers = SERVERS + usize::from(config.probes.is_some()) + usize::from(in_cluster);
-        Ok(Self { discovery, identity, api, ca, authority, published, closing, servers, tasks })
+        Ok(Self { discovery, identity, api, ca, cluster_roots, published, closing, servers, tasks })
     }
 
     /// Where policy and telemetry are served.
@@ -236,9 +236,9 @@ impl Controller {
         self.api
     }
 
-    /// Who keeps the authority's Secret, in a cluster.
-    pub fn authority(&self) -> Option<&Arc<Authority>> {
-        self.authority.as_ref()
+    /// Who keeps the roots, in a cluster.
+    pub fn cluster_roots(&self) -> Option<&Arc<ClusterRoots>> {
+        self.cluster_roots.as_ref()
     }
 
     /// The authority.
@@ -277,7 +277,7 @@ impl Controller {
 /// What a controller in a cluster has beside the rest.
 struct InCluster {
     client: kube::Client,
-    authority: Arc<Authority>,
+    roots: Arc<ClusterRoots>,
     owner: Owner,
     settings: Box<Cluster>,
 }
@@ -291,9 +291,9 @@ async fn open(config: &Config) -> anyhow::Result<(Ca, Option<InCluster>)> {
             let client = k8s::controllers_client(settings.server.as_ref()).await?;
             let Cluster { issuer_secret, cluster_role, .. } = &**settings;
             let owner = Owner::find(&client, cluster_role.as_deref()).await;
-            let opened = Authority::open(client.clone(), issuer_secret, owner.clone(), domain, lifetime);
-            let (authority, ca) = opened.await?;
-            Ok((ca, Some(InCluster { client, authority, owner, settings: settings.clone() })))
+            let opened = ClusterRoots::open(client.clone(), issuer_secret, owner.clone(), domain, lifetime);
+            let (roots, ca) = opened.await?;
+            Ok((ca, Some(InCluster { client, roots, owner, settings: settings.clone() })))
         }
     }
 }
@@ -378,8 +378,8 @@ impl LastGood {
         let Some(path) = self.1.as_ref().filter(|_| now != self.0) else { return };
         self.0 = now;
         let text = serde_json::json!([now.0, now.1]).to_string();
-        if let Err(error) = crate::ca::root::write(path, text.as_bytes(), 0o600) {
-            tracing::warn!(%error, "the state folder cannot be written");
+        if let Err(error) = crate::disk::write(path, text.as_bytes(), 0o600) {
+            tracing::warn!(%error, path = %path.display(), "the state folder cannot be written");
         }
     }
 }

@@ -17,6 +17,7 @@ pub mod ca;
 pub mod cli;
 pub mod config;
 pub mod controller;
+pub(crate) mod disk;
 pub mod index;
 pub mod injector;
 pub mod k8s;

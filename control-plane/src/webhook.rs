@@ -9,7 +9,7 @@
 //! Why it goes on for some seconds when it is told to end: the API server and kube-proxy send here until they have heard
 //! that it ends, and an admission that is refused is a pod that is not made.
 //!
-//! Why whoever injects also sees to the namespace's trust anchors: see `k8s/authority.rs`. It waits for a moment only, and
+//! Why whoever injects also sees to the namespace's trust anchors: see `k8s/roots.rs`. It waits for a moment only, and
 //! never decides about the pod.
 //!
 //! The two paths of injection differ only in what a pod that says nothing gets: `/inject` is for namespaces that ask
@@ -53,7 +53,7 @@ use crate::{
     ca::Ca,
     index::validate,
     injector::{Outcome, Values, inject},
-    k8s::{authority::Authority, owner::Owner},
+    k8s::{owner::Owner, roots::ClusterRoots},
     resources::{Header, Kind, Meaning, Object},
     serve::{Share, Shares, closed},
 };
@@ -87,7 +87,7 @@ pub struct Webhook {
 #[derive(Clone)]
 pub struct Anchors {
     /// Who writes.
-    pub authority: Arc<Authority>,
+    pub roots: Arc<ClusterRoots>,
     /// What.
     pub ca: Arc<Ca>,
     /// Namespaces with sidecars, as the cluster says: whoever reaches this port may ask in any name.
@@ -97,11 +97,11 @@ pub struct Anchors {
 impl Anchors {
     /// Before the first pod is stored: its kubelet would not find them, and wait longer each time.
     async fn ensure(&self, namespace: &str) {
-        let Self { authority, ca, injected } = self;
+        let Self { roots, ca, injected } = self;
         if !injected.borrow().contains(namespace) {
             return;
         }
-        if timeout(ANCHORS_TIMEOUT, authority.ensure(ca, namespace, Some(ANCHORS_KNOWN))).await.is_err() {
+        if timeout(ANCHORS_TIMEOUT, roots.ensure(ca, namespace, Some(ANCHORS_KNOWN))).await.is_err() {
             tracing::warn!(
                 namespace,
                 "the trust anchors are slow to be published: its first pods may have to wait"

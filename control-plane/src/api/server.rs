@@ -30,15 +30,15 @@ use super::{
     types::{Anchor, Certs, Endpoints, Refusal, Rotated, Routes, Status, WorkloadCertificate},
 };
 use crate::{
-    ca::{Ca, RotateRoot},
-    k8s::authority::Authority,
+    ca::{Ca, RootKeeper, RotateRoot},
     metrics::{Metrics, Sample},
     resources::values::GatewayDuration,
     serve::{
         Share, Shares, closed,
         identity::Certify,
+        now_ms,
         published::Published,
-        publisher::{self, State, now_ms},
+        publisher::{self, State},
         replicas::Replicas,
         telemetry::Reports,
         tls::Peer,
@@ -65,7 +65,7 @@ pub struct Api {
     /// The source, for people.
     pub source: String,
     /// Who keeps the roots, where that is not a folder.
-    pub authority: Option<Arc<Authority>>,
+    pub keeper: Option<Arc<dyn RootKeeper>>,
     /// The other controllers, where there may be some.
     pub replicas: Option<Replicas>,
 }
@@ -313,7 +313,7 @@ impl Api {
         let streams = self.published.subscribers.streams();
         let bundle = Name::TrustBundle(self.ca.trust_domain().clone()).to_string();
         let (state, store) = (self.state(), self.store());
-        let in_force = |uid| {
+        let in_force = |uid: &PodUid| {
             let version = store.live(uid, ResourceType::TrustBundle.type_url(), &bundle);
             version.and_then(publisher::sequence_of).unwrap_or(0)
         };
@@ -389,10 +389,9 @@ impl Api {
         if let Some(step) = step.filter(|_| !force) {
             self.nobody_is_cut_off(step).await?;
         }
-        let done = match (&self.authority, step) {
-            (Some(authority), step) => authority.rotate(&self.ca, step).await,
-            (None, None) => self.ca.rotate_leaves(),
-            (None, Some(step)) => self.ca.rotate_root(step),
+        let done = match &self.keeper {
+            Some(keeper) => keeper.rotate(&self.ca, step).await,
+            None => self.ca.rotate(step),
         };
         let bundle = done.map_err(|error| Refused(StatusCode::CONFLICT, error.to_string()))?;
         tracing::info!(sequence = bundle.sequence, roots = bundle.roots.len(), "certificates rotate");

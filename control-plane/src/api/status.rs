@@ -26,11 +26,7 @@ use super::types::{ConditionStatus, Laggard, ObjectStatus, ProblemStatus, Sideca
 use crate::{
     index::{Index, conditions::Condition},
     resources::{ObjectKey, Origin},
-    serve::{
-        published::Published,
-        publisher::{State, now_ms},
-        telemetry::Reports,
-    },
+    serve::{now_ms, published::Published, publisher::State, telemetry::Reports},
     source::Problem,
     telemetry::{Store, view::SidecarRow},
 };

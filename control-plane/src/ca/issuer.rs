@@ -13,7 +13,7 @@ use rcgen::{
 use rustls_pki_types::CertificateDer;
 use weft_core::identity::{SpiffeId, Validity};
 
-use super::CaError;
+use super::{CaError, certificate::hex};
 
 /// What a workload certificate says.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -58,7 +58,7 @@ pub fn sign(
     params.not_before = validity.not_before.into();
     params.not_after = validity.not_after.into();
     let serial = serial();
-    let serial_text = super::root::hex(&serial.to_bytes());
+    let serial_text = hex(&serial.to_bytes());
     params.serial_number = Some(serial);
     params.is_ca = IsCa::ExplicitNoCa;
     params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
@@ -90,7 +90,7 @@ mod tests {
     use x509_parser::{extensions::GeneralName, prelude::*};
 
     use super::*;
-    use crate::ca::{Ca, Claims, root::tests::StateDir, workload_subject};
+    use crate::ca::{Ca, Claims, place::tests::StateDir, workload_subject};
     use weft_core::identity::TrustDomain;
 
     fn ca(state: &StateDir, lifetime: u64) -> Ca {

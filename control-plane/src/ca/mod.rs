@@ -18,13 +18,16 @@ use weft_core::identity::{PodUid, SpiffeId, TrustDomain};
 
 use crate::resources::CONTROL_NAMESPACE;
 
+pub mod certificate;
 pub mod csr;
 pub mod issuer;
+pub mod place;
 pub mod root;
 pub mod token;
 
 pub use issuer::{Issued, Subject};
-pub use root::{Files, Place, Roots, RotateRoot};
+pub use place::{Files, Place};
+pub use root::{Roots, RotateRoot};
 pub use token::{Claims, JoinKey, TokenCheck, TokenError};
 
 /// Why the authority cannot do what it is asked.
@@ -90,6 +93,16 @@ pub struct Bundle {
     pub sequence: u64,
 }
 
+/// Who keeps the roots, where that is not a folder: steps are taken there, and this process follows.
+#[tonic::async_trait]
+pub trait RootKeeper: Send + Sync {
+    /// Takes one step of a rotation, and has `ca` follow it; without one, everybody renews.
+    ///
+    /// # Errors
+    /// The step does not fit, or what is kept cannot be written.
+    async fn rotate(&self, ca: &Ca, step: Option<RotateRoot>) -> Result<Bundle, CaError>;
+}
+
 /// The authority.
 #[derive(Debug)]
 pub struct Ca {
@@ -107,7 +120,7 @@ impl Ca {
     /// # Errors
     /// Files that cannot be read, written or used.
     pub fn open(state: &Path, trust_domain: TrustDomain, lifetime: Duration) -> Result<Self, CaError> {
-        root::make_folder(state)?;
+        place::make_folder(state)?;
         let join_key = JoinKey::open(state)?;
         let roots = Roots::open(state, &trust_domain)?;
         let (bundle, _) = watch::channel(roots.bundle());
@@ -214,26 +227,13 @@ impl Ca {
         self.roots().by_key(key).unwrap_or_default().to_owned()
     }
 
-    /// Makes every sidecar renew its certificate now.
-    ///
-    /// # Errors
-    /// The state folder cannot be written.
-    pub fn rotate_leaves(&self) -> Result<Bundle, CaError> {
-        self.change(Roots::next_sequence)
-    }
-
-    /// Takes one step of a root's rotation: A → A+B → B.
+    /// Takes one step of a root's rotation: A → A+B → B. Without one, every sidecar renews its certificate now.
     ///
     /// # Errors
     /// The step does not fit the state, or the state folder cannot be written.
-    pub fn rotate_root(&self, step: RotateRoot) -> Result<Bundle, CaError> {
-        let domain = self.trust_domain.clone();
-        self.change(|roots| roots.rotate(step, &domain))
-    }
-
-    fn change(&self, change: impl FnOnce(&mut Roots) -> Result<(), CaError>) -> Result<Bundle, CaError> {
+    pub fn rotate(&self, step: Option<RotateRoot>) -> Result<Bundle, CaError> {
         let mut roots = self.roots();
-        change(&mut roots)?;
+        roots.step(step, &self.trust_domain)?;
         let bundle = roots.bundle();
         self.bundle.send_replace(bundle.clone());
         Ok(bundle)

@@ -12,11 +12,7 @@
 //! offline, and nothing here is ever written.
 
 use std::{
-    collections::BTreeMap,
-    fs,
-    io::Write,
-    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
-    path::{Path, PathBuf},
+    path::Path,
     time::{Duration, SystemTime},
 };
 
@@ -30,7 +26,12 @@ use weft_core::identity::TrustDomain;
 use x509_parser::prelude::{FromDer, ParsedExtension, X509Certificate};
 use zeroize::Zeroizing;
 
-use super::{Bundle, CaError, issuer, issuer::Issued, issuer::Subject};
+use super::{
+    Bundle, CaError,
+    certificate::{hex, is_issued_by, is_self_signed, pem},
+    issuer::{self, Issued, Subject},
+    place::{Files, Place},
+};
 
 /// One step of a root's rotation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -53,18 +54,6 @@ pub struct Roots {
     /// Who signs, where that is no root of ours.
     supplied: Option<Supplied>,
 }
-
-/// Where the files are.
-#[derive(Clone)]
-pub enum Place {
-    /// A folder.
-    Folder(PathBuf),
-    /// Memory; somebody else keeps it (the entries of a Secret).
-    Memory(Files),
-}
-
-/// Files by name.
-pub type Files = BTreeMap<String, Zeroizing<Vec<u8>>>;
 
 /// An issuer that somebody else made.
 struct Supplied {
@@ -107,48 +96,6 @@ struct Root {
     serial: String,
     /// What certificates that it signed name it by.
     key_id: Vec<u8>,
-}
-
-impl Place {
-    fn path(&self, name: &str) -> PathBuf {
-        match self {
-            Self::Folder(folder) => folder.join(name),
-            Self::Memory(_) => Path::new("secret").join(name),
-        }
-    }
-
-    fn read(&self, name: &str) -> std::io::Result<Zeroizing<Vec<u8>>> {
-        match self {
-            Self::Folder(folder) => fs::read(folder.join(name)).map(Zeroizing::new),
-            Self::Memory(files) => files.get(name).cloned().ok_or(std::io::ErrorKind::NotFound.into()),
-        }
-    }
-
-    fn write(&mut self, name: &str, bytes: &[u8], mode: u32) -> Result<(), CaError> {
-        match self {
-            Self::Folder(folder) => write(&folder.join(name), bytes, mode),
-            Self::Memory(files) => {
-                files.insert(name.to_owned(), Zeroizing::new(bytes.to_vec()));
-                Ok(())
-            }
-        }
-    }
-
-    fn has(&self, name: &str) -> bool {
-        match self {
-            Self::Folder(folder) => folder.join(name).exists(),
-            Self::Memory(files) => files.contains_key(name),
-        }
-    }
-}
-
-impl std::fmt::Debug for Place {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::Folder(folder) => folder.fmt(f),
-            Self::Memory(_) => f.write_str("memory"),
-        }
-    }
 }
 
 impl std::fmt::Debug for Supplied {
@@ -303,11 +250,18 @@ impl Roots {
         }
     }
 
-    /// Everybody renews.
+    /// Takes one step; without one, everybody renews.
     ///
     /// # Errors
-    /// The state folder cannot be written.
-    pub fn next_sequence(&mut self) -> Result<(), CaError> {
+    /// It does not fit the state, or the state folder cannot be written.
+    pub fn step(&mut self, step: Option<RotateRoot>, trust_domain: &TrustDomain) -> Result<(), CaError> {
+        match step {
+            None => self.next_sequence(),
+            Some(step) => self.rotate(step, trust_domain),
+        }
+    }
+
+    fn next_sequence(&mut self) -> Result<(), CaError> {
         self.is_ours()?;
         let mut register = self.register.clone();
         register.sequence += 1;
@@ -561,81 +515,6 @@ fn root(name: &str, certificate: CertificateDer<'static>, key: Option<&[u8]>) ->
     Ok(Root { name: name.to_owned(), certificate, key, not_before, not_after, serial, key_id })
 }
 
-/// Which key signed a certificate; empty where it does not say.
-pub(crate) fn authority_key(certificate: &X509Certificate<'_>) -> Vec<u8> {
-    let said = certificate.extensions().iter().find_map(|extension| {
-        let ParsedExtension::AuthorityKeyIdentifier(said) = extension.parsed_extension() else { return None };
-        said.key_identifier.as_ref()
-    });
-    said.map(|id| id.0.to_vec()).unwrap_or_default()
-}
-
-fn is_self_signed(certificate: &CertificateDer<'_>) -> bool {
-    is_issued_by(certificate, certificate)
-}
-
-/// By name; whoever verifies looks at the signature.
-fn is_issued_by(certificate: &CertificateDer<'_>, issuer: &CertificateDer<'_>) -> bool {
-    match (X509Certificate::from_der(certificate), X509Certificate::from_der(issuer)) {
-        (Ok((_, certificate)), Ok((_, issuer))) => certificate.issuer() == issuer.subject(),
-        _ => false,
-    }
-}
-
-/// Makes the state folder. Others may enter it: sidecars read the anchors there; keys are 0600 each.
-pub(super) fn make_folder(state: &Path) -> Result<(), CaError> {
-    fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o755)
-        .create(state)
-        .map_err(|error| CaError::File { path: state.to_owned(), error })
-}
-
-/// Writes a file whole or not at all; what it said so survives a loss of power.
-pub(crate) fn write(path: &Path, bytes: &[u8], mode: u32) -> Result<(), CaError> {
-    let failed = |error| CaError::File { path: path.to_owned(), error };
-    let temporary = path.with_extension(format!("{}.tmp", std::process::id()));
-    let _ = fs::remove_file(&temporary);
-    let mut file =
-        fs::OpenOptions::new().write(true).create_new(true).mode(mode).open(&temporary).map_err(failed)?;
-    file.write_all(bytes).and_then(|()| file.sync_all()).map_err(failed)?;
-    fs::rename(&temporary, path).map_err(failed)?;
-    let folder = path.parent().filter(|parent| !parent.as_os_str().is_empty());
-    fs::File::open(folder.unwrap_or(Path::new("."))).and_then(|folder| folder.sync_all()).map_err(failed)
-}
-
-/// Writes a private file that is not there yet, whole or not at all. False: somebody else was first.
-pub(super) fn write_first(path: &Path, bytes: &[u8]) -> Result<bool, CaError> {
-    let failed = |error| CaError::File { path: path.to_owned(), error };
-    let own = path.with_extension(format!("new-{}", std::process::id()));
-    write(&own, bytes, 0o600)?;
-    let linked = fs::hard_link(&own, path);
-    fs::remove_file(&own).map_err(failed)?;
-    match linked {
-        Ok(()) => Ok(true),
-        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Ok(false),
-        Err(error) => Err(failed(error)),
-    }
-}
-
-/// RFC 7468.
-pub fn pem(label: &str, der: &[u8]) -> String {
-    use base64::Engine as _;
-    let text = base64::engine::general_purpose::STANDARD.encode(der);
-    let mut pem = format!("-----BEGIN {label}-----\n");
-    for line in text.as_bytes().chunks(64) {
-        pem.push_str(&String::from_utf8_lossy(line));
-        pem.push('\n');
-    }
-    pem.push_str(&format!("-----END {label}-----\n"));
-    pem
-}
-
-/// In hexadecimal.
-pub(crate) fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
 /// The file that sidecars read.
 pub const ANCHORS: &str = "trust-anchors.pem";
 /// The layout of `kubernetes.io/tls`, and cert-manager's third entry.
@@ -647,27 +526,11 @@ const REGISTER: &str = "roots.json";
 const ROOT_LIFETIME: Duration = Duration::from_secs(10 * 365 * 24 * 3_600);
 
 #[cfg(test)]
-pub(crate) mod tests {
-    use std::os::unix::fs::PermissionsExt;
+mod tests {
+    use std::{fs, os::unix::fs::PermissionsExt};
 
     use super::*;
-
-    pub(crate) struct StateDir(pub(crate) PathBuf);
-
-    impl StateDir {
-        pub(crate) fn new(name: &str) -> Self {
-            let path = std::env::temp_dir().join(format!("weft-state-{name}-{}", std::process::id()));
-            let _ = fs::remove_dir_all(&path);
-            fs::create_dir_all(&path).unwrap();
-            Self(path)
-        }
-    }
-
-    impl Drop for StateDir {
-        fn drop(&mut self) {
-            let _ = fs::remove_dir_all(&self.0);
-        }
-    }
+    use crate::ca::place::tests::StateDir;
 
     fn domain() -> TrustDomain {
         TrustDomain::new("cluster.local").unwrap()

@@ -16,7 +16,8 @@ use rand::RngCore;
 use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
-use super::{CaError, root::write_first};
+use super::{CaError, place::make_folder};
+use crate::disk;
 
 /// What a token says.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -87,7 +88,7 @@ impl JoinKey {
     /// # Errors
     /// The file cannot be read, written or used.
     pub fn open(state: &Path) -> Result<Self, CaError> {
-        super::root::make_folder(state)?;
+        make_folder(state)?;
         let path = state.join(JOIN_KEY);
         match fs::read(&path).map(Zeroizing::new) {
             Ok(text) => {
@@ -104,7 +105,11 @@ impl JoinKey {
                 rand::rng().fill_bytes(&mut *key);
                 // `weft token` may do the same at this moment: whoever is first is right.
                 let text = Zeroizing::new(BASE64.encode(*key));
-                if write_first(&path, text.as_bytes())? { Ok(Self::new(&*key)) } else { Self::open(state) }
+                match disk::write_first(&path, text.as_bytes()) {
+                    Ok(true) => Ok(Self::new(&*key)),
+                    Ok(false) => Self::open(state),
+                    Err(error) => Err(CaError::File { path, error }),
+                }
             }
             Err(error) => Err(CaError::File { path, error }),
         }
@@ -155,7 +160,7 @@ const MAX_LEN: usize = 4_096;
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ca::root::tests::StateDir;
+    use crate::ca::place::tests::StateDir;
 
     #[test]
     fn tokens_hold_until_they_end_and_nobody_else_makes_them() {

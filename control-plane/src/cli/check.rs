@@ -31,7 +31,7 @@ use super::{
 };
 use crate::{
     api::types::{Certs, Status},
-    k8s::authority::INSTALLATION,
+    k8s::roots::INSTALLATION,
     resources::{INJECT, INJECTED, TRUST_CONFIG_MAP, lookup},
 };
 

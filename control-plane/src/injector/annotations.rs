@@ -30,6 +30,10 @@ pub const MEMORY_REQUEST: &str = "weft.dev/proxy-memory-request";
 pub const MEMORY_LIMIT: &str = "weft.dev/proxy-memory-limit";
 /// How long an app that exits at once on SIGTERM is kept from hearing it: `5s`; `0s`: not at all.
 pub const PRESTOP_SLEEP: &str = "weft.dev/prestop-sleep";
+/// Why a pod that asked for a sidecar has none.
+pub const NOT_INJECTED: &str = "weft.dev/not-injected";
+/// Which version wrote the sidecar into the pod.
+pub const VERSION: &str = "weft.dev/version";
 
 /// A pod's settings.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -208,7 +212,7 @@ fn sleep(text: &str) -> Result<u64, String> {
 
 const PREFIX: &str = "weft.dev/";
 /// What the injector and the controller write themselves.
-pub(super) const WRITTEN: [&str; 3] = [INJECTED, super::patch::NOT_INJECTED, super::patch::VERSION];
+pub(super) const WRITTEN: [&str; 3] = [INJECTED, NOT_INJECTED, VERSION];
 /// Every annotation of a pod, with what it says and an example.
 pub const ALL: [(&str, &str, &str); 13] = [
     (

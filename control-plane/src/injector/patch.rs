@@ -37,17 +37,12 @@ use weft_core::ports;
 
 use super::{
     Values,
-    annotations::{Annotations, PRESTOP_SLEEP, Wrong, show},
+    annotations::{Annotations, NOT_INJECTED, PRESTOP_SLEEP, VERSION, Wrong, show},
 };
 use crate::{
     index::parse_ports,
     resources::{INJECT, INJECTED, TOKEN_AUDIENCE, TRUST_CONFIG_MAP, TRUST_KEY, probes},
 };
-
-/// Why a pod that asked for a sidecar has none.
-pub const NOT_INJECTED: &str = "weft.dev/not-injected";
-/// Which version wrote the sidecar into the pod.
-pub const VERSION: &str = "weft.dev/version";
 
 /// What becomes of a pod.
 #[derive(Clone, Debug, PartialEq)]

@@ -9,9 +9,10 @@ use anyhow::Context as _;
 use kube::{Client, client::ClientBuilder};
 use tower::timeout::TimeoutLayer;
 
-pub mod authority;
 pub mod lease;
+pub mod live;
 pub mod owner;
+pub mod roots;
 pub mod status;
 pub mod token;
 pub mod view;
@@ -109,14 +110,14 @@ pub const CLUSTER_GRANTS: &[Grant] = &[
     grant("events.k8s.io", &["events"], &["create", "patch"]),
     // token.rs
     grant("authentication.k8s.io", &["tokenreviews"], &["create"]),
-    // authority.rs; applied on the server, where making one asks for `create` by its name
+    // roots.rs; applied on the server, where making one asks for `create` by its name
     Grant {
         group: "",
         resources: &["configmaps"],
         names: &[crate::resources::TRUST_CONFIG_MAP],
         verbs: &["get", "create", "patch"],
     },
-    // authority.rs: what owns these; the name is that of the chart's own cluster role
+    // roots.rs: what owns these; the name is that of the chart's own cluster role
     Grant {
         group: "rbac.authorization.k8s.io",
         resources: &["clusterroles"],
@@ -148,7 +149,7 @@ pub const OWN_GRANTS: &[Grant] = &[
         names: &[lease::LEASE],
         verbs: &["get", "patch"],
     },
-    // authority.rs; whoever makes an object cannot be held to a name
+    // roots.rs; whoever makes an object cannot be held to a name
     Grant { group: "", resources: &["secrets"], names: &[], verbs: &["create"] },
     Grant {
         group: "",

@@ -11,11 +11,7 @@
 //! object, and every write of it wakes whoever watches. What an author must act on is written at once; a count that
 //! alone is new is written when the last one has stood for a moment, so that the first and the last always are.
 
-use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
-};
+use std::{collections::HashMap, time::Duration};
 
 use k8s_openapi::{api::core::v1::ObjectReference, jiff::Timestamp};
 use kube::{
@@ -29,60 +25,11 @@ use tokio::{
     time::{Instant, sleep},
 };
 
-use super::watch::resource;
+use super::live::{Live, Statuses, resource};
 use crate::{
     api::types::{ConditionStatus, ObjectStatus, ProblemStatus, Status},
     resources::{Kind, ObjectKey, gateway::ParentRef},
 };
-
-/// An object as the API server has it, as far as status needs it.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Live {
-    /// Which version of it this is.
-    pub version: String,
-    /// Its uid.
-    pub uid: String,
-    /// Which version of its spec.
-    pub generation: i64,
-    /// `spec.parentRefs`
-    pub parents: Vec<Value>,
-    /// `status`
-    pub status: Value,
-}
-
-/// Every object that has a status.
-#[derive(Clone, Debug, Default)]
-pub struct Statuses(Arc<Mutex<BTreeMap<ObjectKey, Live>>>);
-
-impl Statuses {
-    /// An object as it is now.
-    pub fn set(&self, key: ObjectKey, live: Live) {
-        self.lock().insert(key, live);
-    }
-
-    /// It is gone.
-    pub fn remove(&self, key: &ObjectKey) {
-        self.lock().remove(key);
-    }
-
-    /// A whole list of one kind has been seen: what is not in it is gone.
-    pub fn keep_of(&self, kind: Kind, seen: &BTreeSet<ObjectKey>) {
-        self.lock().retain(|key, _| key.kind != kind || seen.contains(key));
-    }
-
-    #[cfg(test)]
-    pub(super) fn len(&self) -> usize {
-        self.lock().len()
-    }
-
-    fn all(&self) -> BTreeMap<ObjectKey, Live> {
-        self.lock().clone()
-    }
-
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<ObjectKey, Live>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
 
 /// Writes, for as long as this replica leads. `ask` is the status of the whole mesh.
 pub async fn write<F: Future<Output = Option<Status>>>(

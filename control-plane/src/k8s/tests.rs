@@ -15,7 +15,7 @@ use weft_core::identity::PodUid;
 use crate::{
     Controller,
     api::types::{Routes, Status},
-    ca::{RotateRoot, TokenCheck as _, TokenError},
+    ca::{RootKeeper as _, RotateRoot, TokenCheck as _, TokenError},
     config::{Cluster, Config, Source},
 };
 
@@ -193,12 +193,12 @@ async fn replicas_have_one_authority_and_its_anchors_are_where_sidecars_are() {
     eventually(|| anchors() == Some(json!(one.ca().anchors()))).await;
     assert!(fake.get("/api/v1/configmaps", "other", "weft-trust").is_none());
     // A step on one is a step on the other.
-    let authority = one.authority().unwrap().clone();
+    let authority = one.cluster_roots().unwrap().clone();
     authority.rotate(one.ca(), Some(RotateRoot::Add)).await.unwrap();
     assert_eq!(bundle(&one).roots.len(), 2);
     eventually(|| bundle(&two) == bundle(&one)).await;
     eventually(|| anchors() == Some(json!(two.ca().anchors()))).await;
-    let refused = two.authority().unwrap().rotate(two.ca(), Some(RotateRoot::Add)).await.unwrap_err();
+    let refused = two.cluster_roots().unwrap().rotate(two.ca(), Some(RotateRoot::Add)).await.unwrap_err();
     assert!(refused.to_string().contains("under way"), "{refused}");
     // A replica that starts later reads the same.
     let three = controller(&fake).await;
@@ -233,7 +233,7 @@ async fn two_installations_do_not_fight_over_a_namespace() {
     let controller = controller(&fake).await;
     let events = || fake.writes().iter().filter(|write| write.ends_with("/namespaces/shop/events")).count();
     eventually(|| events() == 1).await;
-    let (authority, ca) = (controller.authority().unwrap(), controller.ca());
+    let (authority, ca) = (controller.cluster_roots().unwrap(), controller.ca());
     authority.ensure(ca, "shop", None).await;
     let map = |namespace| fake.get("/api/v1/configmaps", namespace, "weft-trust");
     assert_eq!(map("shop").unwrap()["data"]["roots.pem"], "theirs", "whoever was there first stays");

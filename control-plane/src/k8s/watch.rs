@@ -24,7 +24,7 @@ use k8s_openapi::{
 };
 use kube::{
     Api, Client, Resource,
-    api::{ApiResource, DynamicObject, GroupVersionKind, PartialObjectMeta},
+    api::{DynamicObject, PartialObjectMeta},
     runtime::watcher,
 };
 use rand::Rng as _;
@@ -35,7 +35,7 @@ use tokio::{
 };
 
 use super::{
-    status::{Live, Statuses},
+    live::{Live, Statuses, resource},
     view::{Bad, Seen, View, Watched},
 };
 use crate::{
@@ -225,21 +225,6 @@ fn live(object: &DynamicObject) -> Live {
         parents: parents.unwrap_or_default(),
         status: object.data.get("status").cloned().unwrap_or_default(),
     }
-}
-
-/// The API resource of a kind that comes as a custom one.
-pub(crate) fn resource(kind: Kind) -> ApiResource {
-    let (group, version, plural) = match kind {
-        Kind::Service => ("", "v1", "services"),
-        Kind::Pod => ("", "v1", "pods"),
-        Kind::EndpointSlice => ("discovery.k8s.io", "v1", "endpointslices"),
-        Kind::HttpRoute => ("gateway.networking.k8s.io", "v1", "httproutes"),
-        Kind::GrpcRoute => ("gateway.networking.k8s.io", "v1", "grpcroutes"),
-        Kind::TrafficPolicy => ("weft.dev", "v1alpha1", "trafficpolicies"),
-        Kind::AuthorizationPolicy => ("weft.dev", "v1alpha1", "authorizationpolicies"),
-        Kind::MeshConfig => ("weft.dev", "v1alpha1", "meshconfigs"),
-    };
-    ApiResource::from_gvk_with_plural(&GroupVersionKind::gvk(group, version, kind.as_str()), plural)
 }
 
 /// One list, for ever.

@@ -14,7 +14,7 @@ use std::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use arc_swap::ArcSwap;
@@ -158,9 +158,8 @@ impl Server {
     ) {
         // A connection must not outlive the certificate that it came with.
         let mut age = self.max_age.mul_f64(rand::rng().random_range(0.8..1.2));
-        if let Some(left) = peer
-            .as_ref()
-            .and_then(|p| p.certificate.not_after.duration_since(std::time::SystemTime::now()).ok())
+        if let Some(left) =
+            peer.as_ref().and_then(|p| p.certificate.not_after.duration_since(SystemTime::now()).ok())
         {
             age = age.min(left);
         }
@@ -222,6 +221,12 @@ async fn serve_connection(
     connection.as_mut().graceful_shutdown();
     close.send_replace(true);
     let _ = timeout(DRAIN, connection).await;
+}
+
+/// Milliseconds since 1970.
+pub(crate) fn now_ms() -> u64 {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(now.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// Waits until a flag is set, or nobody is left to set it.

@@ -11,17 +11,19 @@ use std::{
 };
 
 use arc_swap::ArcSwap;
+use bytes::Bytes;
 use tokio::sync::watch;
 use weft_core::{
     identity::{PodUid, SpiffeId, TrustDomain},
-    policy::ServiceName,
+    policy::{Service, ServiceName},
 };
 use weft_proto::{
     ads::{Collection, ResourceType, Source, Versioned},
     names::Name,
+    pb::v1,
 };
 
-use super::{publisher, subscribers::Subscribers, tls::Peer};
+use super::{subscribers::Subscribers, tls::Peer};
 use crate::index::{hash, outbound::PodAddress};
 
 /// One published resource.
@@ -162,7 +164,7 @@ impl Published {
     /// A pod's port is made when it is asked for: there are 65,535 of them.
     fn pod(&self, address: SocketAddr) -> Option<Versioned> {
         let pod = self.addresses.get(&address.ip())?;
-        let (body, hash) = publisher::encode_service(&pod.service(address.port()));
+        let (body, hash) = encode_service(&pod.service(address.port()));
         Some(Versioned { version: pod.meta().version(hash).into(), body })
     }
 }
@@ -284,6 +286,17 @@ impl AsKey for IpAddr {
 fn shard<Q: AsKey + ?Sized>(key: &Q) -> usize {
     // Cannot overflow: the remainder is below the number of shards.
     usize::try_from(key.key_hash() % SHARDS).unwrap_or(0)
+}
+
+/// A service's encoding and what its version is made of.
+pub(super) fn encode_service(service: &Service) -> (Bytes, u64) {
+    let body = encode(&v1::Service::from(service));
+    let hash = hash(&body);
+    (body, hash)
+}
+
+pub(super) fn encode(message: &impl prost::Message) -> Bytes {
+    message.encode_to_vec().into()
 }
 
 /// What somebody hears whose pod is gone, or not there yet.

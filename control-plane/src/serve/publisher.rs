@@ -18,7 +18,7 @@ use std::{
 use bytes::Bytes;
 use weft_core::{
     identity::PodUid,
-    policy::{Endpoint, EndpointHealth, Rule, Service, ServiceName},
+    policy::{Endpoint, EndpointHealth, Rule, ServiceName},
 };
 use weft_proto::{
     ads::{Collection, Priority, Versioned},
@@ -27,7 +27,10 @@ use weft_proto::{
     pb::v1,
 };
 
-use super::published::{Published, Resource};
+use super::{
+    now_ms,
+    published::{Published, Resource, encode, encode_service},
+};
 use crate::{
     ca::Bundle,
     index::{Index, Key, Meta, hash, outbound},
@@ -498,17 +501,6 @@ impl Publisher {
     }
 }
 
-/// A service's encoding and what its version is made of.
-pub(super) fn encode_service(service: &Service) -> (Bytes, u64) {
-    let body = encode(&v1::Service::from(service));
-    let hash = hash(&body);
-    (body, hash)
-}
-
-fn encode(message: &impl prost::Message) -> Bytes {
-    message.encode_to_vec().into()
-}
-
 /// Of a trust bundle. It begins with the sequence: what a sidecar says is in force there tells which bundle that is.
 fn bundle_version(sequence: u64, hash: u64) -> String {
     format!("{sequence}.{hash:016x}")
@@ -517,12 +509,6 @@ fn bundle_version(sequence: u64, hash: u64) -> String {
 /// The sequence in a version of a trust bundle.
 pub fn sequence_of(version: &str) -> Option<u64> {
     version.split_once('.')?.0.parse().ok()
-}
-
-/// Milliseconds since 1970.
-pub fn now_ms() -> u64 {
-    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(now.as_millis()).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]

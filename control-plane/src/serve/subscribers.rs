@@ -10,7 +10,7 @@ use std::{
 
 use weft_core::identity::PodUid;
 
-use super::{Wake, publisher::now_ms, tls::Peer};
+use super::{Wake, now_ms, tls::Peer};
 use crate::index::hash;
 
 /// One open stream.

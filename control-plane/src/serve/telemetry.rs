@@ -11,7 +11,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 use weft_proto::pb::v1::{ReportRequest, ReportResponse, telemetry_server::Telemetry};
 
-use super::{Closing, closed, published::Published, publisher::now_ms, tls::Peer};
+use super::{Closing, closed, now_ms, published::Published, tls::Peer};
 use crate::{
     metrics::Metrics,
     telemetry::{Reporter, Store},

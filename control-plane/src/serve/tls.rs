@@ -21,7 +21,7 @@ use x509_parser::{extensions::GeneralName, prelude::*};
 
 use crate::ca::{
     Bundle, Ca, CaError, Issued,
-    root::{authority_key, hex},
+    certificate::{authority_key, hex},
 };
 
 /// Who is at the other end, as its certificate says.

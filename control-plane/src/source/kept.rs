@@ -96,8 +96,8 @@ impl Kept {
         if left > 0 && !std::mem::replace(&mut self.full, true) {
             tracing::warn!(left, bytes = MAX_LEN, "not every last good object fits on disk");
         }
-        if let Err(error) = crate::ca::root::write(&self.path, &out, 0o600) {
-            tracing::warn!(%error, "last good objects are not on disk: a restart forgets them");
+        if let Err(error) = crate::disk::write(&self.path, &out, 0o600) {
+            tracing::warn!(%error, path = %self.path.display(), "last good objects are not on disk: a restart forgets them");
         }
         // A disk that is slow is written to the less often.
         let now = Instant::now();

@@ -104,7 +104,7 @@ async fn refresh(
 /// What was found the last time.
 #[derive(Default)]
 struct Known {
-    authority: Option<Authority>,
+    authority: Option<Signer>,
     /// Who signs, and since when that is believed.
     believed: Option<(Vec<u8>, SystemTime)>,
 }
@@ -133,13 +133,13 @@ impl Known {
 async fn authority(
     client: &Client,
     owner: Option<&OwnerReference>,
-    known: Option<&Authority>,
-) -> anyhow::Result<Authority> {
+    known: Option<&Signer>,
+) -> anyhow::Result<Signer> {
     let secrets: Api<Secret> = Api::namespaced(client.clone(), CONTROL_NAMESPACE);
     let now = SystemTime::now();
     let mut found = secrets.get_opt(SECRET).await.with_context(|| format!("Secret {SECRET}"))?;
     let adopted = found.as_mut().is_some_and(|secret| owner::adopt(&mut secret.metadata, owner));
-    let stored = found.as_ref().and_then(|secret| Authority::read(secret.data.as_ref()?));
+    let stored = found.as_ref().and_then(|secret| Signer::read(secret.data.as_ref()?));
     let is_stored = stored.is_some();
     let old = stored.or_else(|| known.cloned());
     let fresh = old.as_ref().filter(|old| old.is_fresh(now)).cloned();
@@ -150,7 +150,7 @@ async fn authority(
         return Ok(fresh);
     }
     let made = fresh.is_none();
-    let new = fresh.map_or_else(|| Authority::make(now, old.as_ref()), Ok)?;
+    let new = fresh.map_or_else(|| Signer::make(now, old.as_ref()), Ok)?;
     let mut secret = found.clone().unwrap_or_else(|| Secret {
         metadata: ObjectMeta {
             name: Some(SECRET.to_owned()),
@@ -208,7 +208,7 @@ where
 
 /// Who signs the webhooks' certificates, and who did before.
 #[derive(Clone)]
-struct Authority {
+struct Signer {
     /// DER; the first one signs.
     certificates: Vec<Vec<u8>>,
     key: Zeroizing<String>,
@@ -221,7 +221,7 @@ struct Leaf {
     signed_by: Vec<u8>,
 }
 
-impl Authority {
+impl Signer {
     fn make(now: SystemTime, old: Option<&Self>) -> anyhow::Result<Self> {
         let key = KeyPair::generate()?;
         let mut params = CertificateParams::default();
@@ -266,7 +266,7 @@ impl Authority {
 
     /// PEM.
     fn bundle(&self) -> String {
-        let pem = |der: &Vec<u8>| crate::ca::root::pem("CERTIFICATE", der);
+        let pem = |der: &Vec<u8>| crate::ca::certificate::pem("CERTIFICATE", der);
         self.certificates.iter().map(pem).collect()
     }
 
@@ -337,35 +337,35 @@ mod tests {
     #[test]
     fn an_authority_is_read_back_as_it_was_written() {
         let now = SystemTime::now();
-        let made = Authority::make(now, None).unwrap();
-        let read = Authority::read(&made.data()).unwrap();
+        let made = Signer::make(now, None).unwrap();
+        let read = Signer::read(&made.data()).unwrap();
         assert_eq!((&read.certificates, &*read.key), (&made.certificates, &*made.key));
         assert!(read.is_fresh(now) && !read.is_fresh(now + AUTHORITY_LIFE / 2));
         let mut torn = made.data();
-        torn.insert(KEY.to_owned(), ByteString(Authority::make(now, None).unwrap().key.as_bytes().to_vec()));
-        assert!(Authority::read(&torn).is_none(), "the key of another authority");
+        torn.insert(KEY.to_owned(), ByteString(Signer::make(now, None).unwrap().key.as_bytes().to_vec()));
+        assert!(Signer::read(&torn).is_none(), "the key of another authority");
     }
 
     #[test]
     fn a_new_authority_leaves_the_old_one_believed_until_its_end() {
         let now = SystemTime::now();
-        let old = Authority::make(now - AUTHORITY_LIFE / 2, None).unwrap();
-        let new = Authority::make(now, Some(&old)).unwrap();
+        let old = Signer::make(now - AUTHORITY_LIFE / 2, None).unwrap();
+        let new = Signer::make(now, Some(&old)).unwrap();
         assert_eq!(new.certificates[1..], old.certificates);
         assert_eq!(new.bundle().matches("BEGIN CERTIFICATE").count(), 2);
-        let later = Authority::make(now + AUTHORITY_LIFE * 3 / 4, Some(&new)).unwrap();
+        let later = Signer::make(now + AUTHORITY_LIFE * 3 / 4, Some(&new)).unwrap();
         assert_eq!(later.certificates[1..], new.certificates[..1], "one that is over is dropped");
     }
 
     #[test]
     fn what_a_new_authority_signs_is_served_when_every_api_server_has_heard_of_it() {
         let (now, mut known) = (SystemTime::now(), Known::default());
-        let old = Authority::make(now, None).unwrap();
+        let old = Signer::make(now, None).unwrap();
         let leaf = old.sign(now).unwrap();
-        let keeps = |known: &mut Known, of: &Authority, at| known.keeps(Some(&leaf), &of.certificates[0], at);
+        let keeps = |known: &mut Known, of: &Signer, at| known.keeps(Some(&leaf), &of.certificates[0], at);
         assert!(!known.keeps(None, &old.certificates[0], now), "the first one is served at once");
         assert!(keeps(&mut known, &old, now) && keeps(&mut known, &old, now + SETTLE * 2));
-        let new = Authority::make(now, Some(&old)).unwrap();
+        let new = Signer::make(now, Some(&old)).unwrap();
         let at = now + SETTLE * 3;
         assert!(
             keeps(&mut known, &new, at) && keeps(&mut known, &new, at + SETTLE / 2),
@@ -397,7 +397,7 @@ mod tests {
     #[test]
     fn a_certificate_is_for_the_service_and_never_outlives_its_authority() {
         let now = SystemTime::now();
-        let authority = Authority::make(now, None).unwrap();
+        let authority = Signer::make(now, None).unwrap();
         let leaf = authority.sign(now).unwrap();
         assert!(leaf.renew_at > now + LEAF_LIFE / 4 && leaf.renew_at < now + LEAF_LIFE);
         let last = authority.sign(now + AUTHORITY_LIFE - Duration::from_secs(60)).unwrap();

@@ -50,13 +50,13 @@ use super::{
     watch::is_expired,
 };
 use crate::{
-    ca::{Bundle, Ca, CaError, Files, Place, Roots, RotateRoot},
+    ca::{Bundle, Ca, CaError, Files, Place, RootKeeper, Roots, RotateRoot},
     resources::{CONTROL_NAMESPACE, INJECT, TRUST_CONFIG_MAP, TRUST_KEY, lookup},
 };
 
-/// Keeps the authority's Secret.
+/// The roots of a cluster, where they are kept.
 #[derive(Clone)]
-pub struct Authority {
+pub struct ClusterRoots {
     secrets: Api<Secret>,
     client: Client,
     name: String,
@@ -71,7 +71,7 @@ pub struct Authority {
 /// A hash of what stands somewhere, and since when that is known.
 type Stands = (u64, Instant);
 
-impl Authority {
+impl ClusterRoots {
     /// Loads the authority of a Secret, or makes one. Waits for an API server that does not answer.
     ///
     /// # Errors
@@ -106,26 +106,6 @@ impl Authority {
             }
         };
         Ok((Arc::new(own), Ca::with_roots(roots, trust_domain, lifetime)))
-    }
-
-    /// Takes one step of a rotation; without one, everybody renews.
-    ///
-    /// # Errors
-    /// The step does not fit, or the Secret cannot be written.
-    pub async fn rotate(&self, ca: &Ca, step: Option<RotateRoot>) -> Result<Bundle, CaError> {
-        let change = |roots: &mut Roots| match step {
-            None => roots.next_sequence(),
-            Some(step) => roots.rotate(step, &self.trust_domain),
-        };
-        let roots = self.change(change).await.map_err(|failed| match failed {
-            Failed::Ca(error) => error,
-            Failed::Api(error) => {
-                CaError::Rotation(format!("the issuer's Secret cannot be written: {error}"))
-            }
-        })?;
-        let bundle = roots.bundle();
-        ca.replace(roots);
-        Ok(bundle)
     }
 
     /// Reads, changes and writes; begins again if somebody else wrote meanwhile.
@@ -377,9 +357,25 @@ impl Authority {
     }
 }
 
-impl std::fmt::Debug for Authority {
+#[tonic::async_trait]
+impl RootKeeper for ClusterRoots {
+    async fn rotate(&self, ca: &Ca, step: Option<RotateRoot>) -> Result<Bundle, CaError> {
+        let change = |roots: &mut Roots| roots.step(step, &self.trust_domain);
+        let roots = self.change(change).await.map_err(|failed| match failed {
+            Failed::Ca(error) => error,
+            Failed::Api(error) => {
+                CaError::Rotation(format!("the issuer's Secret cannot be written: {error}"))
+            }
+        })?;
+        let bundle = roots.bundle();
+        ca.replace(roots);
+        Ok(bundle)
+    }
+}
+
+impl std::fmt::Debug for ClusterRoots {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Authority").field("secret", &self.name).finish_non_exhaustive()
+        f.debug_struct("ClusterRoots").field("secret", &self.name).finish_non_exhaustive()
     }
 }
 
