@@ -42,6 +42,9 @@ const DIRECTION: [(&str, &[&str]); 6] = [
 /// The core decides; whatever could make a decision depend on more than its arguments is not in it.
 const CORE_DEPENDENCIES: [&str; 5] = ["http", "ipnet", "rand_core", "regex", "thiserror"];
 
+/// Crates whose top-level modules import each other in one direction.
+const LAYERED: [&str; 2] = ["proxy/core/src/", "proxy/src/"];
+
 /// Versions below which lie known holes: the same as in deny.toml.
 const FLOORS: [(&str, [u64; 3]); 6] = [
     ("aws-lc-sys", [0, 39, 0]),
@@ -131,7 +134,8 @@ fn code(path: &str) -> Vec<(usize, String)> {
     let mut after_cfg_test = false;
     for (number, line) in text.lines().enumerate() {
         let trimmed = line.trim_start();
-        if after_cfg_test && trimmed.starts_with("mod ") && trimmed.ends_with('{') && !line.starts_with(' ') {
+        let module = trimmed.trim_start_matches("pub(crate) ").starts_with("mod ");
+        if after_cfg_test && module && trimmed.ends_with('{') && !line.starts_with(' ') {
             break;
         }
         after_cfg_test = trimmed == "#[cfg(test)]" || (after_cfg_test && trimmed.starts_with("#["));
@@ -270,6 +274,100 @@ fn inbound_and_outbound_do_not_know_each_other() {
         "inbound and outbound meet in pool, tls, telemetry and discovery, which know neither",
         &violations,
     );
+}
+
+/// A reader who wants one module then has to know only those below it, and a change above reaches nothing below.
+#[test]
+fn modules_import_each_other_in_one_direction() {
+    let mut violations = Vec::new();
+    for source in LAYERED {
+        let uses = uses_between_modules(source);
+        let below = |from: &str| {
+            let (mut reached, mut next) = (BTreeSet::new(), vec![from.to_owned()]);
+            while let Some(module) = next.pop() {
+                let used = uses.keys().filter(|(user, _)| *user == module).map(|(_, used)| used);
+                next.extend(used.filter(|used| reached.insert((*used).clone())).cloned());
+            }
+            reached
+        };
+        for ((user, used), place) in &uses {
+            if below(used).contains(user) {
+                violations.push(format!("{place} {user} uses {used}, which leads back to {user}"));
+            }
+        }
+    }
+    report("no circles: what two modules share belongs below both", &violations);
+}
+
+/// Which top-level module of a crate uses which other one, and where first; tests may use whatever they like.
+fn uses_between_modules(source: &str) -> BTreeMap<(String, String), String> {
+    let paths: Vec<String> = rust_files().into_iter().filter(|path| path.starts_with(source)).collect();
+    let parts = |path: &str| -> Vec<String> {
+        let inner = path.strip_prefix(source).and_then(|inner| inner.strip_suffix(".rs")).unwrap();
+        inner.split('/').filter(|part| *part != "mod").map(str::to_owned).collect()
+    };
+    let is_root = |module: &str| ["lib", "main", "bin"].contains(&module);
+    let modules: BTreeSet<String> =
+        paths.iter().map(|path| parts(path).swap_remove(0)).filter(|module| !is_root(module)).collect();
+    // `#[cfg(test)] mod name;`: a file of its own that is no part of the product.
+    let of_tests: BTreeSet<Vec<String>> = paths
+        .iter()
+        .flat_map(|path| {
+            let text = read(path);
+            let declared = text.split("#[cfg(test)]\n").skip(1).filter_map(|rest| {
+                let line = rest.lines().next()?.trim().trim_start_matches("pub(crate) ");
+                line.strip_prefix("mod ")?.strip_suffix(';').map(str::to_owned)
+            });
+            let parent = parts(path);
+            let parent = if is_root(&parent[0]) { Vec::new() } else { parent };
+            declared.map(|name| [parent.clone(), vec![name]].concat()).collect::<Vec<_>>()
+        })
+        .collect();
+    let mut uses = BTreeMap::new();
+    for path in &paths {
+        let parts = parts(path);
+        if is_root(&parts[0]) || (1..=parts.len()).any(|n| of_tests.contains(&parts[..n])) {
+            continue;
+        }
+        let lines = code(path);
+        let text: String = lines.iter().map(|(_, line)| format!("{line}\n")).collect();
+        for root in ["crate::".to_owned(), "super::".repeat(parts.len())] {
+            for (at, _) in text.match_indices(&root) {
+                if text[..at].ends_with(|c: char| c.is_alphanumeric() || c == '_' || c == ':') {
+                    continue;
+                }
+                for used in first_names(&text[at + root.len()..]) {
+                    if modules.contains(used) && *used != *parts[0] {
+                        let number = lines[text[..at].matches('\n').count()].0;
+                        uses.entry((parts[0].clone(), used.to_owned()))
+                            .or_insert_with(|| format!("{path}:{number}"));
+                    }
+                }
+            }
+        }
+    }
+    uses
+}
+
+/// What a path begins with: its first name, or those of a list in braces.
+fn first_names(path: &str) -> Vec<&str> {
+    let name = |text: &'_ str| text.find(|c: char| !(c.is_alphanumeric() || c == '_')).unwrap_or(text.len());
+    let Some(list) = path.strip_prefix('{') else { return vec![&path[..name(path)]] };
+    let (mut names, mut depth, mut begins) = (Vec::new(), 0_usize, true);
+    for (at, c) in list.char_indices() {
+        match c {
+            '{' => depth += 1,
+            '}' if depth == 0 => break,
+            '}' => depth -= 1,
+            ',' => begins = depth == 0,
+            c if begins && depth == 0 && !c.is_whitespace() => {
+                names.push(&list[at..at + name(&list[at..])]);
+                begins = false;
+            }
+            _ => {}
+        }
+    }
+    names
 }
 
 #[test]

@@ -178,12 +178,6 @@ pub struct HostPort {
 pub struct ConfigErrors(Vec<String>);
 
 impl Config {
-    /// What a request's head may have, and how long it may take.
-    pub(crate) fn head(&self) -> crate::front::Head {
-        let Limits { headers: fields, header_bytes: bytes, .. } = self.limits;
-        crate::front::Head { bytes, fields, time: self.times.header }
-    }
-
     /// Reads the process' environment.
     ///
     /// # Errors

@@ -10,8 +10,6 @@ use weft_core::{
     framing::Why,
 };
 
-use crate::{body::Body, front::Refusal};
-
 /// The header that names the sidecar's reason; applications cannot set it.
 pub(crate) const WEFT_REASON: HeaderName = HeaderName::from_static("weft-reason");
 /// On a response of an inbound sidecar: the app has not seen the request, so the caller may send it
@@ -199,19 +197,13 @@ impl Error {
         matches!(self, Self::BadTarget | Self::ConnectNotAllowed | Self::Malformed(_))
     }
 
-    /// The response's head and text, where there is no library to write it.
-    pub(crate) fn text(&self, component: Component) -> (http::response::Parts, String) {
-        let (head, _) = self.response(component, false).into_parts();
-        (head, format!("weft: {self}\n"))
-    }
-
-    /// The response: `grpc-status` in a trailers-only answer for gRPC, else a status with a short text.
-    pub(crate) fn response(&self, component: Component, grpc: bool) -> Response<Body> {
+    /// The response: `grpc-status` in a trailers-only answer without a body for gRPC, else a status with a short text.
+    pub(crate) fn response(&self, component: Component, grpc: bool) -> Response<String> {
         let answer = self.answer();
         let reason = HeaderValue::from_str(&format!("{};{}", component.as_str(), answer.code));
         let reason = reason.unwrap_or_else(|_| HeaderValue::from_static("proxy"));
         let mut response = if grpc {
-            let mut response = Response::new(Body::empty());
+            let mut response = Response::new(String::new());
             let headers = response.headers_mut();
             headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
             headers.insert(GRPC_STATUS, HeaderValue::from(answer.grpc));
@@ -220,7 +212,7 @@ impl Error {
             }
             response
         } else {
-            let mut response = Response::new(Body::full(format!("weft: {self}\n")));
+            let mut response = Response::new(format!("weft: {self}\n"));
             *response.status_mut() = answer.status;
             let text = HeaderValue::from_static("text/plain; charset=utf-8");
             response.headers_mut().insert(header::CONTENT_TYPE, text);
@@ -234,16 +226,6 @@ impl Error {
             response.headers_mut().insert(WEFT_UNSENT, HeaderValue::from_static("1"));
         }
         response
-    }
-}
-
-impl From<Refusal> for Error {
-    fn from(refusal: Refusal) -> Self {
-        match refusal {
-            Refusal::Malformed(why) => Self::Malformed(why),
-            Refusal::HeadTimeout => Self::HeadTimeout,
-            Refusal::Flood => Self::Flood,
-        }
     }
 }
 

@@ -34,19 +34,16 @@ use tokio::{
 };
 use weft_core::{
     frames::{Calm, Frames},
-    framing::{Fed, Framing, Limits, Malformed, Side, To, Why},
+    framing::{Fed, Framing, Limits, Malformed, Side, Why},
 };
 
 use crate::{
-    body::Replay,
-    config,
+    accepted::Accepted,
+    config::{self, Config},
     error::{Component, Error},
-    head,
-    listener::Accepted,
-    presence,
-    tcp::write_to_inner,
+    head, presence,
     telemetry::metrics::Recorder,
-    worker::Worker,
+    upload::Replay,
 };
 
 /// How long, and how much, a client that was refused may go on before it reads why. To close on unread bytes is to reset,
@@ -94,6 +91,16 @@ pub(crate) enum Refusal {
     HeadTimeout,
     /// HTTP/2 frames that bring nothing forward, too many.
     Flood,
+}
+
+impl From<Refusal> for Error {
+    fn from(refusal: Refusal) -> Self {
+        match refusal {
+            Refusal::Malformed(why) => Self::Malformed(why),
+            Refusal::HeadTimeout => Self::HeadTimeout,
+            Refusal::Flood => Self::Flood,
+        }
+    }
 }
 
 impl Requests {
@@ -364,6 +371,13 @@ pub(crate) struct Head {
     pub(crate) bytes: usize,
     pub(crate) fields: usize,
     pub(crate) time: Duration,
+}
+
+impl Head {
+    pub(crate) fn of(config: &Config) -> Self {
+        let config::Limits { headers: fields, header_bytes: bytes, .. } = config.limits;
+        Self { bytes, fields, time: config.times.header }
+    }
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Front<S> {
@@ -710,10 +724,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Front<S> {
 }
 
 /// Answers a client whose first bytes are no HTTP where only HTTP is spoken, and ends.
-pub(crate) async fn not_http(worker: &Worker, accepted: Accepted, component: Component) {
+pub(crate) async fn not_http(recorder: &Recorder, accepted: Accepted, component: Component) {
     let Accepted { mut stream, client, original: destination, .. } = accepted;
     let error = Error::NotHttp;
-    worker.recorder.error(error.answer().code);
+    recorder.error(error.answer().code);
     tracing::warn!(component = component.as_str(), code = error.answer().code, %error, %client, %destination,
         "answered by the proxy: no request came about");
     // Who has gone reads nothing.
@@ -745,7 +759,7 @@ pub(crate) fn http1(limits: &config::Limits) -> http1::Builder {
 
 /// An answer as it goes over the wire, when there is no request that the library could answer.
 fn said(error: &Error, component: Component) -> Bytes {
-    let (head, body) = error.text(component);
+    let (head, body) = error.response(component, false).into_parts();
     let status = head.status;
     let mut out =
         format!("HTTP/1.1 {} {}\r\n", status.as_str(), status.canonical_reason().unwrap_or_default());
@@ -761,180 +775,6 @@ fn go_away(last: u32) -> Bytes {
     out.extend_from_slice(&last.to_be_bytes());
     out.extend_from_slice(&CALM_DOWN.to_be_bytes());
     out.freeze()
-}
-
-/// An HTTP/2 connection to an app, or to a server outside the mesh, without the frames that mean nothing.
-pub(crate) struct Sifted<S> {
-    inner: S,
-    frames: Frames,
-}
-
-impl<S> Sifted<S> {
-    pub(crate) fn new(inner: S) -> Self {
-        Self { inner, frames: Frames::of_server() }
-    }
-}
-
-impl<S: AsyncRead + Unpin> AsyncRead for Sifted<S> {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        let this = &mut *self;
-        let before = buf.filled().len();
-        loop {
-            ready!(Pin::new(&mut this.inner).poll_read(cx, buf))?;
-            if buf.filled().len() == before {
-                return Poll::Ready(Ok(()));
-            }
-            let (kept, _) = this.frames.sift(&mut buf.filled_mut()[before..]);
-            buf.set_filled(before + kept);
-            if kept > 0 {
-                return Poll::Ready(Ok(()));
-            }
-        }
-    }
-}
-
-write_to_inner!(Sifted);
-
-/// A connection to an app, or to a server outside the mesh, whose answers are followed.
-pub(crate) struct Back<S> {
-    inner: S,
-    framing: Box<Framing>,
-    due: Due,
-    bad: Option<BadAnswer>,
-    /// The app takes no more.
-    deaf: bool,
-}
-
-/// To what the next answer on a connection is due.
-#[derive(Clone, Default)]
-pub(crate) struct Due(Arc<AtomicU8>);
-
-/// An answer that could be read in two ways.
-#[derive(Clone, Copy, Debug, thiserror::Error)]
-#[error("malformed answer: {0}")]
-pub(crate) struct BadAnswer(Why);
-
-impl Due {
-    /// Told before the request goes out.
-    pub(crate) fn to(&self, method: &http::Method) {
-        self.0.store(if *method == http::Method::HEAD { 2 } else { 1 }, Ordering::Relaxed);
-    }
-
-    fn take(&self) -> Option<To> {
-        match self.0.swap(0, Ordering::Relaxed) {
-            1 => Some(To::Any),
-            2 => Some(To::Head),
-            _ => None,
-        }
-    }
-}
-
-impl<S> Back<S> {
-    /// What it stands before.
-    pub(crate) fn inner(&self) -> &S {
-        &self.inner
-    }
-
-    pub(crate) fn new(inner: S, due: Due, limits: Limits) -> Self {
-        Self { inner, framing: Box::new(Framing::new(Side::Responses, limits)), due, bad: None, deaf: false }
-    }
-}
-
-impl BadAnswer {
-    /// Whether an IO error is one.
-    pub(crate) fn is(error: &(dyn std::error::Error + 'static)) -> bool {
-        let io = error.downcast_ref::<io::Error>();
-        io.and_then(io::Error::get_ref).is_some_and(|inner| inner.is::<Self>())
-    }
-}
-
-impl<S: AsyncRead + Unpin> AsyncRead for Back<S> {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        let this = &mut *self;
-        if let Some(bad) = this.bad {
-            return Poll::Ready(Err(io::Error::new(io::ErrorKind::InvalidData, bad)));
-        }
-        let before = buf.filled().len();
-        ready!(Pin::new(&mut this.inner).poll_read(cx, buf))?;
-        if buf.filled().len() == before {
-            return Poll::Ready(Ok(()));
-        }
-        if this.framing.is_between()
-            && let Some(to) = this.due.take()
-        {
-            this.framing.expect(to);
-        }
-        if let Err(malformed) = this.framing.feed(&buf.filled()[before..]) {
-            let bad = BadAnswer(malformed.why);
-            this.bad = Some(bad);
-            buf.set_filled(before + malformed.whole);
-            if malformed.whole == 0 {
-                return Poll::Ready(Err(io::Error::new(io::ErrorKind::InvalidData, bad)));
-            }
-        }
-        Poll::Ready(Ok(()))
-    }
-}
-
-/// An app that answers and closes before it has read everything resets the connection: what it said is there to be read, and
-/// must not be lost to a write that fails. What it does not take is thrown away; reading tells how it ended.
-impl<S> Back<S> {
-    fn wrote(&mut self, all: usize, polled: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
-        match polled {
-            Poll::Ready(Err(error)) if is_their_end(&error) => {
-                self.deaf = true;
-                Poll::Ready(Ok(all))
-            }
-            polled @ (Poll::Ready(_) | Poll::Pending) => polled,
-        }
-    }
-}
-
-fn is_their_end(error: &io::Error) -> bool {
-    matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset)
-}
-
-impl<S: AsyncWrite + Unpin> AsyncWrite for Back<S> {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        if self.deaf {
-            return Poll::Ready(Ok(buf.len()));
-        }
-        let polled = Pin::new(&mut self.inner).poll_write(cx, buf);
-        self.wrote(buf.len(), polled)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bufs: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        let all = bufs.iter().map(|buf| buf.len()).sum();
-        if self.deaf {
-            return Poll::Ready(Ok(all));
-        }
-        let polled = Pin::new(&mut self.inner).poll_write_vectored(cx, bufs);
-        self.wrote(all, polled)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.inner.is_write_vectored()
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.inner).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.inner).poll_shutdown(cx)
-    }
 }
 
 /// All of them, for one byte between threads that are one.
@@ -968,7 +808,7 @@ mod tests {
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream, duplex};
 
     use super::*;
-    use crate::body::Body;
+    use crate::answer::Body;
 
     const LIMIT: Duration = Duration::from_secs(10);
     const HEAD: Head = Head { bytes: 1_000, fields: 10, time: LIMIT };

@@ -10,11 +10,11 @@ use http::{
     HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri, Version, header,
     uri::{Authority, PathAndQuery, Scheme},
 };
+use http_body::Body;
 use hyper::{body::Incoming, ext::Protocol};
-
 use weft_core::{framing::Why, route::RequestHead};
 
-use crate::{body::Body, error::Error, expect::WEFT_EXPECT, pool::Peer};
+use crate::{error::Error, expect::WEFT_EXPECT, peer::Peer};
 
 /// The app's HTTP version, and whether its target was in absolute form, for the far end to restore; absent: HTTP/2.
 const WEFT_HTTP: HeaderName = HeaderName::from_static("weft-http");
@@ -197,7 +197,7 @@ impl Outgoing {
     }
 
     /// The request of one attempt.
-    pub(crate) fn request(&self, peer: &Peer, body: Body, attempt: u32) -> Result<Request<Body>, Error> {
+    pub(crate) fn request<B: Body>(&self, peer: &Peer, body: B, attempt: u32) -> Result<Request<B>, Error> {
         let mut request = Request::new(body);
         let mut headers = self.headers.clone();
         let (h2, mesh) = match peer {
@@ -271,7 +271,7 @@ impl Outgoing {
                 headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
                 headers.insert(header::UPGRADE, upgrade.protocol.clone());
             } else if matches!(*request.method(), Method::GET | Method::HEAD)
-                && !http_body::Body::is_end_stream(request.body())
+                && !request.body().is_end_stream()
                 && !headers.contains_key(header::CONTENT_LENGTH)
             {
                 // Unless it is told so, the library takes it that these have no body.
@@ -525,7 +525,7 @@ pub(crate) fn grpc_timeout(headers: &HeaderMap) -> Option<Duration> {
 }
 
 /// The answer that tells an HTTP/1.1 app that the protocol is switched.
-pub(crate) fn switching(response: &mut Response<Body>, upgrade: &Upgrade) {
+pub(crate) fn switching<B>(response: &mut Response<B>, upgrade: &Upgrade) {
     *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
     let headers = response.headers_mut();
     headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
@@ -698,7 +698,7 @@ mod tests {
             }),
         };
         let peer = Peer::App { address: "10.0.0.2:80".parse().unwrap(), h2: false };
-        let request = outgoing.request(&peer, Body::empty(), 1).unwrap();
+        let request = outgoing.request(&peer, String::new(), 1).unwrap();
         let all: Vec<_> = request.headers().get_all("x-forwarded-for").iter().collect();
         assert_eq!(all, ["198.51.100.1", "10.0.0.1"]);
         assert_eq!(request.headers()["weft-client-id"], "spiffe://cluster.local/ns/shop/sa/a");

@@ -31,7 +31,7 @@ use zeroize::Zeroizing;
 use crate::{
     clock::Clock,
     config::Config,
-    control::{DialError, dial, one_shot},
+    dial::{DialError, dial, one_shot},
     telemetry::metrics::{Counter, Gauge, Shared},
     tls::{Material, TlsError, Trust, WorkloadKey, controller_config},
 };

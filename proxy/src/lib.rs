@@ -22,10 +22,14 @@ pub mod admin;
 pub mod control;
 pub mod discovery;
 
+mod accepted;
+mod answer;
+mod back;
 mod belief;
 mod body;
 mod clock;
 mod detect;
+mod dial;
 mod error;
 mod expect;
 mod front;
@@ -35,10 +39,13 @@ mod limits;
 mod listener;
 mod memory;
 mod outbound;
+mod peer;
+mod pod_wide;
 mod pool;
 mod presence;
 mod tcp;
 mod upgraded;
+mod upload;
 mod wakers;
 mod worker;
 
@@ -56,8 +63,9 @@ use crate::{
     error::Component,
     limits::Limits,
     memory::Memory,
+    pod_wide::{Budgets, Caps},
     telemetry::metrics::{self, Recorder, Shared},
-    worker::{Budgets, Caps, Parts, Worker},
+    worker::{Parts, Worker},
 };
 
 /// Lost connections that a worker may be behind with; of more it learns by its requests.

@@ -16,16 +16,13 @@ use socket2::{Domain, Protocol, SockRef, Socket, Type};
 use tokio::net::{TcpListener, TcpStream};
 
 use crate::{
-    drain::ConnectionGuard,
+    accepted::{Accepted, Open},
     error::Component,
     inbound,
-    limits::{Limits, Slot},
-    outbound, pool,
-    tcp::reset,
-    telemetry::{
-        exchange::now,
-        metrics::{Counter, Gauge},
-    },
+    limits::Limits,
+    outbound,
+    tcp::{self, reset},
+    telemetry::{exchange::now, metrics::Counter},
     worker::Worker,
 };
 
@@ -33,25 +30,6 @@ use crate::{
 const BACKLOG: i32 = 4_096;
 /// Accepting pauses for so long when descriptors run out.
 const EXHAUSTED_PAUSE: Duration = Duration::from_millis(100);
-
-/// A captured connection.
-pub(crate) struct Accepted {
-    pub(crate) stream: TcpStream,
-    /// Who connected.
-    pub(crate) client: SocketAddr,
-    /// Where it wanted to go.
-    pub(crate) original: SocketAddr,
-    /// Kept by whatever outlives the function that serves it.
-    pub(crate) open: Rc<Open>,
-}
-
-/// One open connection, as it counts for limits, drain and telemetry. Shared: an upgraded connection outlives the
-/// HTTP connection that it was.
-pub(crate) struct Open {
-    _slot: Slot,
-    _guard: ConnectionGuard,
-    _level: Level,
-}
 
 /// Opens the listeners of one side. Outbound connections come from this pod alone, so that side listens on
 /// loopback only (where `REDIRECT` in `OUTPUT` sends them); inbound listens on every address.
@@ -98,9 +76,9 @@ fn listen(address: SocketAddr, shared: bool) -> io::Result<TcpListener> {
 
 /// Accepts until the process ends.
 pub(crate) async fn run(worker: Rc<Worker>, listener: TcpListener, side: Component) {
-    let (accepted, shed, open) = match side {
-        Component::Outbound => (Counter::OutboundAccepted, Counter::OutboundShed, Gauge::OutboundConnections),
-        Component::Inbound => (Counter::InboundAccepted, Counter::InboundShed, Gauge::InboundConnections),
+    let (accepted, shed) = match side {
+        Component::Outbound => (Counter::OutboundAccepted, Counter::OutboundShed),
+        Component::Inbound => (Counter::InboundAccepted, Counter::InboundShed),
     };
     loop {
         let (stream, client) = match listener.accept().await {
@@ -122,9 +100,7 @@ pub(crate) async fn run(worker: Rc<Worker>, listener: TcpListener, side: Compone
         };
         let worker = worker.clone();
         tokio::task::spawn_local(async move {
-            let _guard = worker.drain.connection(side);
-            let _level = Level::raise(&worker, open);
-            let open = Rc::new(Open { _slot: slot, _guard, _level });
+            let open = Open::count(slot, &worker.drain, &worker.recorder, side);
             connection(&worker, stream, client, side, open.clone()).await;
             drop(open);
         });
@@ -143,7 +119,7 @@ async fn connection(
     if stream.set_nodelay(true).and(inline).is_err() {
         return;
     }
-    pool::keep_alive(&stream);
+    tcp::keep_alive(&stream);
     let Some(original) = original_destination(&stream) else {
         reset(&stream);
         return;
@@ -185,24 +161,5 @@ fn is_own_listener(worker: &Worker, original: SocketAddr, local: Option<IpAddr>)
 
 fn is_exhausted(error: &io::Error) -> bool {
     // Nothing that another accept at once could change.
-    pool::is_our_own_want(error)
-}
-
-/// Lowers a gauge when the connection ends, however it ends.
-struct Level {
-    worker: Rc<Worker>,
-    gauge: Gauge,
-}
-
-impl Level {
-    fn raise(worker: &Rc<Worker>, gauge: Gauge) -> Self {
-        worker.recorder.gauge(gauge, 1);
-        Self { worker: worker.clone(), gauge }
-    }
-}
-
-impl Drop for Level {
-    fn drop(&mut self) {
-        self.worker.recorder.gauge(self.gauge, -1);
-    }
+    tcp::is_our_own_want(error)
 }

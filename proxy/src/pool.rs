@@ -41,23 +41,23 @@ use weft_core::{
     classify::Failure,
     framing::Limits,
     identity::{PodUid, SpiffeId},
-    policy::{Endpoint, Service, Tunnel},
 };
 
 use crate::{
+    back::{Back, BadAnswer, Due, Sifted},
     belief::Belief,
-    body::{Body, Replay},
     config::Config,
     expect::{self, WEFT_CONTINUE},
-    front::{Back, BadAnswer, Due, Sifted},
     head,
-    tcp::{Prefixed, write_to_inner},
+    peer::Peer,
+    pod_wide::{InUse, Permit},
+    tcp::{Prefixed, is_our_own_want, keep_alive, write_to_inner},
     telemetry::{
         exchange::now,
         metrics::{Counter, Gauge, Recorder},
     },
     tls::{self, Alpn, Material, Role},
-    worker::{InUse, Permit},
+    upload::{Replay, Upload},
 };
 
 /// Exchanges that one connection between sidecars carries before another is opened.
@@ -110,60 +110,6 @@ pub(crate) fn socket(address: SocketAddr, as_inbound: bool) -> io::Result<TcpSoc
         socket.bind(SocketAddr::new(source, 0))?;
     }
     Ok(socket)
-}
-
-/// Why [`Peer::of`] knows no way.
-pub(crate) const NOT_ACCEPTED: &str =
-    "the endpoint has no identity that this service accepts, and plaintext is no way";
-
-/// Where to send.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Peer {
-    /// A sidecar, by mTLS.
-    Mesh { address: SocketAddr, uid: PodUid, identity: SpiffeId },
-    /// An endpoint outside the mesh.
-    Plain { address: SocketAddr, h2: bool },
-    /// This pod's own app, at its original address.
-    App { address: SocketAddr, h2: bool },
-}
-
-/// By address alone: uid and identity only decide between equals, and hashing them costs more than the rest.
-impl std::hash::Hash for Peer {
-    fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
-        self.address().hash(state);
-    }
-}
-
-impl Peer {
-    /// How to reach an endpoint; `None` where only mTLS with an accepted identity would do and cannot be had (never
-    /// plaintext instead).
-    pub(crate) fn of(endpoint: &Endpoint, h2: bool, service: &Service) -> Option<Self> {
-        let accepted = &service.accepted_identities;
-        match (endpoint.tunnel, &endpoint.identity) {
-            (Tunnel::Weft, Some(identity)) if !accepted.is_empty() && !accepted.contains(identity) => None,
-            (Tunnel::Weft, Some(identity)) => Some(Self::Mesh {
-                address: endpoint.address,
-                uid: endpoint.uid.clone(),
-                identity: identity.clone(),
-            }),
-            (Tunnel::Weft, None) => None,
-            (Tunnel::None, _) if service.mtls_required || !accepted.is_empty() => None,
-            (Tunnel::None, _) => Some(Self::Plain { address: endpoint.address, h2 }),
-        }
-    }
-
-    pub(crate) fn is_h2(&self) -> bool {
-        match self {
-            Self::Mesh { .. } => true,
-            Self::Plain { h2, .. } | Self::App { h2, .. } => *h2,
-        }
-    }
-
-    pub(crate) fn address(&self) -> SocketAddr {
-        match self {
-            Self::Mesh { address, .. } | Self::Plain { address, .. } | Self::App { address, .. } => *address,
-        }
-    }
 }
 
 /// A connection to exactly one pod.
@@ -254,7 +200,7 @@ struct H2Peer {
 }
 
 struct H2 {
-    sender: RefCell<http2::SendRequest<Body>>,
+    sender: RefCell<http2::SendRequest<Upload>>,
     in_flight: Cell<u32>,
     /// Of the peer's settings.
     max_streams: Rc<Cell<usize>>,
@@ -276,7 +222,7 @@ struct H1Peer {
 }
 
 struct H1 {
-    sender: http1::SendRequest<Body>,
+    sender: http1::SendRequest<Upload>,
     due: Due,
     idle_since: Instant,
     /// How long it may be idle: our own limit, or less where the app has said so.
@@ -378,7 +324,7 @@ impl Pool {
     pub(crate) async fn send(
         &self,
         peer: &Peer,
-        request: Request<Body>,
+        request: Request<Upload>,
         options: SendOptions<'_>,
     ) -> Result<Sent, SendError> {
         match peer {
@@ -406,7 +352,7 @@ impl Pool {
     async fn send_h2(
         &self,
         peer: &Peer,
-        mut request: Request<Body>,
+        mut request: Request<Upload>,
         options: SendOptions<'_>,
     ) -> Result<Sent, SendError> {
         let gate = options.upload.and_then(Replay::gate);
@@ -474,7 +420,7 @@ impl Pool {
     async fn send_h1(
         &self,
         peer: &Peer,
-        mut request: Request<Body>,
+        mut request: Request<Upload>,
         options: SendOptions<'_>,
     ) -> Result<Sent, SendError> {
         let entry = self.h1_peer(peer);
@@ -769,7 +715,7 @@ impl Pool {
         builder.max_headers(limits.fields).max_buf_size(limits.bytes);
         let handshake = builder.handshake(io).await;
         let (sender, connection) = handshake.map_err(|e| not_processed(&e))?;
-        let open = Open::new(&self.0.recorder);
+        let open = self.0.recorder.raise(Gauge::PooledConnections);
         tokio::task::spawn_local(async move {
             let _open = open;
             if let Err(error) = connection.with_upgrades().await {
@@ -1061,8 +1007,8 @@ write_to_inner!(Hears);
 /// Runs an HTTP/2 connection in a task, and keeps the peer's stream limit where the pool can read it. `lost` is called
 /// when the other side ends a connection that has served, and that we had not given up.
 fn drive_h2<T>(
-    sender: http2::SendRequest<Body>,
-    connection: http2::Connection<T, Body, LocalExec>,
+    sender: http2::SendRequest<Upload>,
+    connection: http2::Connection<T, Upload, LocalExec>,
     generation: u64,
     recorder: &Recorder,
     heard: Rc<Heard>,
@@ -1074,7 +1020,7 @@ where
     let max_streams = Rc::new(Cell::new(connection.current_max_send_streams()));
     let limit = max_streams.clone();
     let mut connection = Box::pin(connection);
-    let open = Open::new(recorder);
+    let open = recorder.raise(Gauge::PooledConnections);
     let (used, retired) = (Rc::new(Cell::new(false)), Rc::new(Cell::new(false)));
     // Gone with the `H2`, when it was we who closed it.
     let (served, given_up) = (Rc::downgrade(&used), retired.clone());
@@ -1113,44 +1059,6 @@ where
         _permit: None,
     };
     (h2, driver)
-}
-
-/// An open connection, counted until its task ends.
-struct Open(Recorder);
-
-impl Open {
-    fn new(recorder: &Recorder) -> Self {
-        recorder.gauge(Gauge::PooledConnections, 1);
-        Self(recorder.clone())
-    }
-}
-
-impl Drop for Open {
-    fn drop(&mut self) {
-        self.0.gauge(Gauge::PooledConnections, -1);
-    }
-}
-
-/// Descriptors, memory or local ports have run out here: nothing that the endpoint did.
-pub(crate) fn is_our_own_want(error: &io::Error) -> bool {
-    use nix::errno::Errno;
-    let errno = error.raw_os_error().map(Errno::from_raw);
-    errno.is_some_and(|errno| {
-        [Errno::EMFILE, Errno::ENFILE, Errno::ENOBUFS, Errno::ENOMEM, Errno::EADDRNOTAVAIL, Errno::EADDRINUSE]
-            .contains(&errno)
-    })
-}
-
-/// Keepalive on. No bound on unacknowledged data here: `TCP_USER_TIMEOUT` also ends a connection whose reader
-/// pauses, however well it answers probes.
-pub(crate) fn keep_alive(stream: &TcpStream) {
-    let socket = socket2::SockRef::from(stream);
-    let params = socket2::TcpKeepalive::new()
-        .with_time(Duration::from_secs(60))
-        .with_interval(Duration::from_secs(10))
-        .with_retries(6);
-    // A socket that closed in between refuses it; its next read says so.
-    let _ = socket.set_tcp_keepalive(&params);
 }
 
 fn not_processed(error: &hyper::Error) -> ConnectError {

@@ -385,6 +385,28 @@ impl Direction<'_> {
     }
 }
 
+/// Descriptors, memory or local ports have run out here: nothing that the endpoint did.
+pub(crate) fn is_our_own_want(error: &io::Error) -> bool {
+    use nix::errno::Errno;
+    let errno = error.raw_os_error().map(Errno::from_raw);
+    errno.is_some_and(|errno| {
+        [Errno::EMFILE, Errno::ENFILE, Errno::ENOBUFS, Errno::ENOMEM, Errno::EADDRNOTAVAIL, Errno::EADDRINUSE]
+            .contains(&errno)
+    })
+}
+
+/// Keepalive on. No bound on unacknowledged data here: `TCP_USER_TIMEOUT` also ends a connection whose reader
+/// pauses, however well it answers probes.
+pub(crate) fn keep_alive(stream: &TcpStream) {
+    let socket = socket2::SockRef::from(stream);
+    let params = socket2::TcpKeepalive::new()
+        .with_time(Duration::from_secs(60))
+        .with_interval(Duration::from_secs(10))
+        .with_retries(6);
+    // A socket that closed in between refuses it; its next read says so.
+    let _ = socket.set_tcp_keepalive(&params);
+}
+
 #[cfg(test)]
 mod tests {
     use tokio::{

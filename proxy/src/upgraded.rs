@@ -9,7 +9,8 @@ use hyper_util::rt::TokioIo;
 use tokio::net::TcpStream;
 
 use crate::{
-    front::{Back, Front},
+    back::Back,
+    front::Front,
     tcp::{self, Broken},
 };
 

@@ -1,17 +1,14 @@
 //! What one data worker owns: its pools, balancers, destinations and telemetry, on one thread.
 //!
-//! Why nothing here is shared: a request takes no lock. What must hold for the pod as a whole (retry budgets, caps) is an
-//! atomic in [`Budgets`] and [`Caps`]; policy arrives as immutable snapshots that are compared by pointer.
+//! Why nothing here is shared: a request takes no lock. What must hold for the pod as a whole (retry budgets, caps) is in
+//! [`pod_wide`](crate::pod_wide); policy arrives as immutable snapshots that are compared by pointer.
 
 use std::{
     cell::{Cell, RefCell},
     collections::HashMap,
     net::SocketAddr,
     rc::Rc,
-    sync::{
-        Arc, Mutex, PoisonError, Weak,
-        atomic::{AtomicU32, Ordering},
-    },
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -29,7 +26,9 @@ use crate::{
     discovery::{Discovery, Watched},
     drain::{Drain, LocalDrain},
     limits::Limits,
-    pool::{Peer, Pool},
+    peer::Peer,
+    pod_wide::{Budgets, Caps, InUse},
+    pool::Pool,
     telemetry::{
         exchange::{Exchange, now},
         metrics::{Direction, EndpointReport, Recorder, Series, SeriesKey, endpoint_report},
@@ -79,22 +78,6 @@ pub(crate) struct Parts {
     pub(crate) budgets: Budgets,
     pub(crate) caps: Caps,
     pub(crate) lost: broadcast::Sender<Peer>,
-}
-
-/// What holds for the pod as a whole, by service: all workers have the same one of each, as long as anybody has it.
-pub(crate) struct OfThePod<T>(Arc<Mutex<HashMap<BackendKey, Weak<T>>>>);
-
-/// Retry budgets: all workers draw from the same ones.
-pub(crate) type Budgets = OfThePod<Budget>;
-
-/// What is in use of each service, by whichever worker.
-pub(crate) type Caps = OfThePod<InUse>;
-
-/// Of one service.
-#[derive(Default)]
-pub(crate) struct InUse {
-    requests: AtomicU32,
-    connections: AtomicU32,
 }
 
 /// One destination as this worker knows it.
@@ -385,34 +368,6 @@ impl Worker {
     }
 }
 
-impl<T> OfThePod<T> {
-    /// The one of a service; a new one if there is none, or if it is not `right` any more.
-    fn of(&self, service: BackendKey, right: impl FnOnce(&T) -> bool, new: impl FnOnce() -> T) -> Arc<T> {
-        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(known) = all.get(&service).and_then(Weak::upgrade)
-            && right(&known)
-        {
-            return known;
-        }
-        all.retain(|_, known| known.strong_count() > 0);
-        let made = Arc::new(new());
-        all.insert(service, Arc::downgrade(&made));
-        made
-    }
-}
-
-impl<T> Default for OfThePod<T> {
-    fn default() -> Self {
-        Self(Arc::default())
-    }
-}
-
-impl<T> Clone for OfThePod<T> {
-    fn clone(&self) -> Self {
-        Self(self.0.clone())
-    }
-}
-
 impl Destination {
     /// The current policy, resolved for this worker: one pointer comparison while nothing changes.
     pub(crate) fn resolved(&self, worker: &Worker) -> Rc<Resolved> {
@@ -458,56 +413,6 @@ impl Resolved {
             *slot = Some(series.clone());
         }
         series
-    }
-}
-
-/// Counts one request or connection to a service until it goes.
-pub(crate) struct Permit {
-    of: Arc<InUse>,
-    what: Capped,
-}
-
-#[derive(Clone, Copy)]
-enum Capped {
-    Requests,
-    Connections,
-}
-
-impl Permit {
-    /// `None` when the pod has as many requests to the service in flight as it may.
-    pub(crate) fn request(of: &Arc<InUse>, limit: u32) -> Option<Self> {
-        Self::take(of, Capped::Requests, limit)
-    }
-
-    /// `None` when the pod has as many connections to the service as it may.
-    pub(crate) fn connection(of: &Arc<InUse>, limit: u32) -> Option<Self> {
-        Self::take(of, Capped::Connections, limit)
-    }
-
-    /// The same where another one is never refused.
-    pub(crate) fn first_connection(of: &Arc<InUse>) -> Option<Self> {
-        Self::take(of, Capped::Connections, u32::MAX)
-    }
-
-    fn take(of: &Arc<InUse>, what: Capped, limit: u32) -> Option<Self> {
-        let counted = of.counter(what);
-        counted.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| (n < limit).then_some(n + 1)).ok()?;
-        Some(Self { of: of.clone(), what })
-    }
-}
-
-impl Drop for Permit {
-    fn drop(&mut self) {
-        self.of.counter(self.what).fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
-impl InUse {
-    fn counter(&self, what: Capped) -> &AtomicU32 {
-        match what {
-            Capped::Requests => &self.requests,
-            Capped::Connections => &self.connections,
-        }
     }
 }
 

@@ -15,7 +15,7 @@ pub mod workload;
 
 mod common;
 
-use weft_core::{identity::IdentityError, policy::PolicyError};
+use weft_core::{identity::IdentityError, policy::PatternError};
 
 use crate::names::NameError;
 
@@ -88,9 +88,12 @@ pub enum Problem {
     /// The name of a resource of another kind.
     #[error("{0:?} names another kind of resource; it must start with {1}")]
     NameKind(String, &'static str),
-    /// A pattern or service name that core refuses.
+    /// A pattern that core refuses.
     #[error("{0}")]
-    Policy(#[from] PolicyError),
+    Pattern(#[from] PatternError),
+    /// A service name that core refuses.
+    #[error("{0}")]
+    ServiceName(#[from] weft_core::policy::NameError),
     /// Not a namespace or service name.
     #[error("{0:?} must be lower-case letters, digits, '-' and '.'")]
     Segment(String),

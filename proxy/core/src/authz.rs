@@ -11,16 +11,17 @@
 //! say.
 
 mod index;
+pub(crate) mod rule;
 
 use std::{borrow::Cow, net::IpAddr};
 
 use http::{HeaderMap, HeaderName, Method};
 
 pub use self::index::AuthzRules;
+use self::rule::{Action, Authorization, AuthzRule, HttpMatch, Probe, SourceMatch, StringMatch};
 use crate::{
     identity::SpiffeId,
     path::{NotCanonical, canonical_path, ends_with_ignore_case, percent_decode},
-    policy::{Action, Authorization, AuthzRule, HttpMatch, Probe, SourceMatch, StringMatch},
 };
 
 /// Who asks.
@@ -270,7 +271,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::policy::ObjectRef;
+    use crate::name::ObjectRef;
 
     fn rule(action: Action, sources: Vec<SourceMatch>, http: Vec<HttpMatch>) -> AuthzRule {
         let object =

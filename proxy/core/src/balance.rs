@@ -47,8 +47,8 @@ use crate::{
     eject::{Reason, State, Tracker},
     ewma::Ewma,
     identity::PodUid,
-    policy::{Algorithm, BackendPolicy, Endpoint, EndpointHealth, HealthPolicy, LoadBalancing},
     random,
+    service::{Algorithm, BackendPolicy, Endpoint, EndpointHealth, HealthPolicy, LoadBalancing},
 };
 
 /// The endpoints of one backend, and what this worker knows about them.
@@ -948,10 +948,7 @@ mod tests {
     use rand::{SeedableRng, rngs::SmallRng};
 
     use super::*;
-    use crate::{
-        backoff::Backoff,
-        policy::{Service, ServiceName},
-    };
+    use crate::{backoff::Backoff, name::ServiceName, service::Service};
 
     #[expect(clippy::disallowed_methods, reason = "an arbitrary origin of virtual time")]
     fn origin() -> Instant {

@@ -4,7 +4,7 @@
 
 use http::{HeaderMap, StatusCode};
 
-use crate::policy::RetryPolicy;
+use crate::service::RetryPolicy;
 
 /// How one attempt ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

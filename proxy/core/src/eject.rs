@@ -19,7 +19,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::policy::{HealthPolicy, SuccessRate};
+use crate::service::{HealthPolicy, SuccessRate};
 
 /// Whether an endpoint takes requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -34,4 +34,6 @@ pub mod retry;
 pub mod backoff;
 pub mod budget;
 
+mod name;
 mod random;
+mod service;

@@ -15,7 +15,7 @@ use rand_core::RngCore;
 use crate::{
     budget::Budget,
     classify::{Failure, Outcome},
-    policy::RetryPolicy,
+    service::RetryPolicy,
 };
 
 /// The attempts of one request.

@@ -13,6 +13,8 @@
 //! of headers, number of query parameters, oldest route, `<namespace>/<name>` of the route, order
 //! within the route.
 
+pub(crate) mod rule;
+
 use std::{borrow::Cow, cmp::Reverse, collections::HashMap, fmt, sync::Arc};
 
 use http::{
@@ -21,13 +23,14 @@ use http::{
 };
 use rand_core::RngCore;
 
+use self::rule::{
+    BackendRef, HeaderEdit, HeaderMatch, Match, PathEdit, PathMatch, QueryMatch, Redirect, Rule, TextMatch,
+};
 use crate::{
+    name::ObjectRef,
     path::{canonical_path, decodes_to, ends_with_ignore_case, percent_decode, readings},
-    policy::{
-        BackendRef, HeaderEdit, HeaderMatch, Match, ObjectRef, PathEdit, PathMatch, QueryMatch, Redirect,
-        Rule, Service, TextMatch,
-    },
     random,
+    service::Service,
 };
 
 /// The rules of one destination, sorted for matching. Cheap to clone.
@@ -589,8 +592,12 @@ mod tests {
     use rand::{SeedableRng, rngs::SmallRng};
     use rand_core::RngCore;
 
+    use super::rule::Pattern;
     use super::*;
-    use crate::policy::{Pattern, RetryPolicy, ServiceName, Timeouts};
+    use crate::{
+        name::ServiceName,
+        service::{RetryPolicy, Timeouts},
+    };
 
     fn text(s: &str) -> Arc<str> {
         s.into()

@@ -8,30 +8,7 @@
 
 use std::sync::Arc;
 
-use crate::policy::{Endpoint, EndpointHealth};
-
-/// Where a workload runs; empty: unknown.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Place {
-    /// Its node.
-    pub node: Arc<str>,
-    /// Its node's zone.
-    pub zone: Arc<str>,
-}
-
-/// How far a service's callers go for an endpoint.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub enum Reach {
-    /// Anywhere.
-    #[default]
-    Anywhere,
-    /// Never off their own node (`internalTrafficPolicy: Local`).
-    Node,
-    /// Off their own node, and then off their zone, only while nobody there is ready.
-    PreferNode,
-    /// Off their own zone only while nobody there is ready.
-    PreferZone,
-}
+use crate::service::{Endpoint, EndpointHealth, Place, Reach};
 
 impl Reach {
     /// Those of `endpoints` that a caller at `from` uses; the very same list if it is all of them.

@@ -28,14 +28,15 @@ use super::{
     permission::{Permission, Permitted},
 };
 use crate::{
-    body::{Body, Held, Replay, Tail},
+    accepted::{Accepted, Open},
+    answer::{Body, Held, Tail},
     drain::{Graceful, Phase, RequestGuard},
     error::{Component, Error, is_grpc},
     expect::{self, Gate},
-    front::{self, Front, Requests},
+    front::{self, Front, Head, Requests},
     head::{self, Outgoing, Provenance, WEFT_ATTEMPT},
-    listener::{Accepted, Open},
-    pool::{self, Checkout, LocalExec, Peer, SendOptions, Sent},
+    peer::Peer,
+    pool::{self, Checkout, LocalExec, SendOptions, Sent},
     tcp::Prefixed,
     telemetry::{
         decision::Decision,
@@ -43,6 +44,7 @@ use crate::{
         metrics::{Counter, Direction, Edge, EdgeKey, Series, SeriesKey},
     },
     upgraded::{self, Ended},
+    upload::{Replay, Upload},
     worker::{Spoken, Worker, port_policy},
 };
 
@@ -64,7 +66,7 @@ pub(super) async fn serve_mesh(
     let limits = &worker.config.limits;
     let server = Server::new(worker.clone(), original, port, caller.clone(), client, open);
     let requests = Requests::default();
-    let io = Front::h2(tls, Bytes::new(), requests.clone(), Component::Inbound, worker.config.head());
+    let io = Front::h2(tls, Bytes::new(), requests.clone(), Component::Inbound, Head::of(&worker.config));
     // Boxed: the library moves a stream's future eight times on the way to its task.
     let service = service_fn(move |request| Box::pin(server.clone().handle_mesh(request)));
     let connection = h2_builder(&worker, limits.streams_mesh, limits.header_list())
@@ -85,7 +87,7 @@ pub(super) async fn serve_plain(
     let Accepted { stream, client, original, open } = accepted;
     let server = Server::new(worker.clone(), original, port, caller.clone(), client, open);
     let limits = &worker.config.limits;
-    let (requests, head) = (Requests::default(), worker.config.head());
+    let (requests, head) = (Requests::default(), Head::of(&worker.config));
     let ended = if h2 {
         let io = Front::h2(stream, first, requests.clone(), Component::Inbound, head);
         let service = service_fn(move |request| {
@@ -295,7 +297,7 @@ impl Inner {
         if error.is_the_clients() {
             tracing::debug!(%error, destination = %self.original, client = %self.client, "nobody reads the answer");
             exchange.finish(error.class(), now());
-            return error.response(Component::Inbound, grpc);
+            return error.response(Component::Inbound, grpc).map(Body::full);
         }
         self.worker.recorder.error(answer.code);
         if *error == Error::Overloaded {
@@ -307,7 +309,7 @@ impl Inner {
             request_id = decision.request_id(), last = decision.last(), "answered by the proxy");
         decision.keep(&self.worker.recorder, Component::Inbound, &self.parent, error);
         exchange.finish(error.class(), now());
-        error.response(Component::Inbound, grpc)
+        error.response(Component::Inbound, grpc).map(Body::full)
     }
 
     #[expect(clippy::too_many_arguments, reason = "what a request is, and what becomes known of it")]
@@ -448,7 +450,7 @@ impl Inner {
         let peer = Peer::App { address: self.original, h2: outgoing.version == Version::HTTP_2 };
         let (mut fresh, mut sent_before, connected) = (false, false, Cell::new(false));
         loop {
-            let body = replay.map_or_else(Body::empty, |replay| Body::attempt(replay.attempt()));
+            let body = replay.map_or_else(Upload::none, Replay::attempt);
             let request = outgoing.request(&peer, body, 1)?;
             let options = SendOptions {
                 connect_timeout: self.worker.config.times.connect,

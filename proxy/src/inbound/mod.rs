@@ -18,11 +18,11 @@ use weft_core::{
 };
 
 use crate::{
+    accepted::Accepted,
     belief::{Belief, Lost},
     detect::{self, Begun, First},
     error::{Component, Error},
     front,
-    listener::Accepted,
     tcp::{Prefixed, Stream, reset},
     telemetry::metrics::Counter,
     tls::{self, Alpn, Material, Role},
@@ -182,7 +182,7 @@ async fn plaintext(worker: Rc<Worker>, accepted: Accepted, port: Arc<PortPolicy>
         _ if worker.drain.is_refusing() => reset(&accepted.stream),
         // Handed on as bytes, it would be a request that nobody has looked at.
         _ if declared && first.detected == Detected::Opaque && !first.bytes.is_empty() => {
-            front::not_http(&worker, accepted, Component::Inbound).await;
+            front::not_http(&worker.recorder, accepted, Component::Inbound).await;
         }
         _ => {
             let Accepted { stream, original, open, .. } = accepted;

@@ -20,7 +20,8 @@ use tokio::time::Sleep;
 
 use super::http::Inner;
 use crate::{
-    body::{Body, BodyError},
+    answer::Body,
+    body::BodyError,
     error::Error,
     expect::{self, WEFT_CONTINUE},
     head::Outgoing,

@@ -13,9 +13,9 @@ use weft_core::{
 
 use super::Caller;
 use crate::{
+    accepted::Accepted,
     detect::{self, Begun, First, FirstWord},
     error::Error,
-    listener::Accepted,
     tcp::{Broken, Moved, Prefixed, Stream, reset, splice_until},
     telemetry::{
         exchange::{Exchange, now},

@@ -15,20 +15,23 @@ use weft_core::{
 };
 
 use crate::{
-    body::{Body, Held, Replay, Tail},
+    accepted::{Accepted, Open},
+    answer::{Body, Held, Tail},
     error::{APP_REFUSES, Component, Error, WEFT_REASON, WEFT_UNSENT, is_grpc},
     expect::{self, Gate},
-    front::{self, Front, Requests},
+    front::{self, Front, Head, Requests},
     head::{self, Outgoing, Upgrade},
-    listener::{Accepted, Open},
-    pool::{self, Cap, LocalExec, Peer, SendError, SendOptions, Sent},
+    peer::{NOT_ACCEPTED, Peer},
+    pod_wide::Permit,
+    pool::{self, Cap, LocalExec, SendError, SendOptions, Sent},
     telemetry::{
         decision::Decision,
         exchange::{Exchange, now},
         metrics::Counter,
     },
     upgraded::{self, Ended},
-    worker::{Backend, Destination, Permit, Resolved, Spoken, Worker},
+    upload::{Replay, Upload},
+    worker::{Backend, Destination, Resolved, Spoken, Worker},
 };
 
 /// Streams that one HTTP/2 connection of this pod's own app may have open: with `UPLOAD_WINDOW` each, all of them
@@ -45,7 +48,7 @@ pub(super) async fn serve(
 ) {
     let Accepted { stream, client: address, original, open } = accepted;
     let client = Rc::new(Client { worker: worker.clone(), destination, address, open });
-    let (requests, head) = (Requests::default(), worker.config.head());
+    let (requests, head) = (Requests::default(), Head::of(&worker.config));
     let limits = &worker.config.limits;
     let ended = if h2 {
         let io = Front::h2(stream, first, requests.clone(), Component::Outbound, head);
@@ -149,7 +152,7 @@ impl Client {
         if error.is_the_clients() {
             tracing::debug!(%error, client = %self.address, "nobody reads the answer");
             exchange.finish(error.class(), now());
-            return error.response(Component::Outbound, grpc);
+            return error.response(Component::Outbound, grpc).map(Body::full);
         }
         self.worker.recorder.error(answer.code);
         if *error == Error::Overloaded {
@@ -162,7 +165,7 @@ impl Client {
             "answered by the proxy");
         decision.keep(&self.worker.recorder, Component::Outbound, &service.to_string(), error);
         exchange.finish(error.class(), now());
-        error.response(Component::Outbound, grpc)
+        error.response(Component::Outbound, grpc).map(Body::full)
     }
 
     #[expect(clippy::too_many_arguments, reason = "what a request is, and what becomes known of it")]
@@ -313,7 +316,9 @@ impl Client {
                 attempts.next(outcome, replayable, &resolved.budget, now, &mut *rng)
             };
             if outcome != Outcome::Success {
-                decision.attempt(number, &lease, outcome, &sent, now);
+                let answered =
+                    sent.as_ref().map(|sent| sent.response.status()).map_err(|error| &*error.detail);
+                decision.attempt(number, &lease, outcome, answered, now);
             }
             match next {
                 Next::RetryAfter(delay) => {
@@ -440,11 +445,11 @@ impl Client {
     ) -> Result<Sent, SendError> {
         let service = &sending.resolved.policy.backends[chosen.backend].service;
         let h2 = sending.outgoing.version == Version::HTTP_2;
-        let peer = Peer::of(endpoint, h2, service)
-            .ok_or_else(|| SendError::new(Failure::Identity, pool::NOT_ACCEPTED))?;
+        let peer =
+            Peer::of(endpoint, h2, service).ok_or_else(|| SendError::new(Failure::Identity, NOT_ACCEPTED))?;
         let body = match &sending.replay {
-            None => Body::empty(),
-            Some(replay) => Body::attempt(replay.attempt()),
+            None => Upload::none(),
+            Some(replay) => replay.attempt(),
         };
         let request = outgoing
             .request(&peer, body, number)

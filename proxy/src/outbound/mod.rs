@@ -12,11 +12,11 @@ use std::rc::Rc;
 use weft_core::{detect::Detected, policy::Protocol};
 
 use crate::{
+    accepted::Accepted,
     detect::{self, Begun, First},
     discovery::{DiscoveryError, Target},
     error::{Component, Error},
     front,
-    listener::Accepted,
     tcp::reset,
     telemetry::metrics::Counter,
     worker::{Destination, Worker},
@@ -73,7 +73,7 @@ async fn spoken(worker: Rc<Worker>, accepted: Accepted, destination: Rc<Destinat
         Detected::Http2 => http::serve(worker, accepted, destination, first.bytes, true).await,
         // Handed on as bytes, it would be a request that nobody has looked at.
         Detected::Opaque if declared && !first.bytes.is_empty() => {
-            front::not_http(&worker, accepted, Component::Outbound).await;
+            front::not_http(&worker.recorder, accepted, Component::Outbound).await;
         }
         Detected::Tls { .. } | Detected::Opaque | Detected::NeedMore => {
             tcp::to_service(&worker, accepted, &destination, first).await;

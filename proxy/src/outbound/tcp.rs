@@ -13,18 +13,20 @@ use weft_core::{
 };
 
 use crate::{
+    accepted::Accepted,
     belief::Belief,
     detect::{self, Begun, First, FirstWord},
     error::{Component, Error},
-    listener::Accepted,
-    pool::{ConnectError, Meshed, NOT_ACCEPTED, Peer},
+    peer::{NOT_ACCEPTED, Peer},
+    pod_wide::Permit,
+    pool::{ConnectError, Meshed},
     tcp::{Broken, Moved, Prefixed, Stream, reset, splice_until},
     telemetry::{
         exchange::{Exchange, now},
         metrics::{Counter, Direction, SeriesKey},
     },
     tls::Alpn,
-    worker::{Destination, Permit, Resolved, Spoken, Worker},
+    worker::{Destination, Resolved, Spoken, Worker},
 };
 
 /// Forwards a connection to a destination outside the mesh, as it is.

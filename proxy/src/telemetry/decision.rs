@@ -7,7 +7,7 @@ use std::{
     time::{Instant, SystemTime, UNIX_EPOCH},
 };
 
-use http::{HeaderMap, HeaderValue, uri::PathAndQuery};
+use http::{HeaderMap, HeaderValue, StatusCode, uri::PathAndQuery};
 use weft_core::{balance::Lease, classify::Outcome};
 use weft_proto::pb::v1 as pb;
 
@@ -15,7 +15,6 @@ use super::metrics::Recorder;
 use crate::{
     error::{Component, Error},
     head::X_REQUEST_ID,
-    pool::{SendError, Sent},
 };
 
 /// The record in the making.
@@ -37,19 +36,19 @@ impl Decision {
         self.rule = Some(label.clone());
     }
 
-    /// An attempt that did not succeed.
+    /// An attempt that did not succeed: with which status it was answered, or why it was not.
     pub(crate) fn attempt(
         &mut self,
         number: u32,
         lease: &Lease,
         outcome: Outcome,
-        sent: &Result<Sent, SendError>,
+        answered: Result<StatusCode, &str>,
         now: Instant,
     ) {
         let endpoint = lease.endpoint();
-        let detail = match sent {
-            Ok(sent) => format!("{outcome:?} {}", sent.response.status()),
-            Err(error) => format!("{outcome:?} {}", error.detail),
+        let detail = match answered {
+            Ok(status) => format!("{outcome:?} {status}"),
+            Err(detail) => format!("{outcome:?} {detail}"),
         };
         self.attempts.push(pb::Attempt {
             number,

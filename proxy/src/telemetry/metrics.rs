@@ -336,6 +336,18 @@ struct Local {
     requests: RefCell<HashMap<EndpointName, u64>>,
 }
 
+/// One thing that a gauge counts for as long as it is there, however it ends.
+pub(crate) struct Level {
+    recorder: Recorder,
+    gauge: Gauge,
+}
+
+impl Drop for Level {
+    fn drop(&mut self) {
+        self.recorder.gauge(self.gauge, -1);
+    }
+}
+
 /// Backend, pod, address.
 type EndpointName = (Arc<str>, Arc<str>, SocketAddr);
 
@@ -454,6 +466,12 @@ impl Recorder {
         if let Some(cell) = self.0.counters.get(counter as usize) {
             cell.set(cell.get().saturating_add(n));
         }
+    }
+
+    /// Moves a gauge up by one until what it returns has gone.
+    pub(crate) fn raise(&self, gauge: Gauge) -> Level {
+        self.gauge(gauge, 1);
+        Level { recorder: self.clone(), gauge }
     }
 
     /// Moves a gauge up or down.

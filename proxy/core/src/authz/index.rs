@@ -11,8 +11,11 @@ use std::{borrow::Cow, collections::HashMap, iter, net::IpAddr, ops::Deref};
 
 use http::HeaderName;
 
-use super::{Ask, Path, Peer, decoded, without_dot};
-use crate::policy::{AuthzRule, HttpMatch, SourceMatch, StringMatch};
+use super::{
+    Ask, Path, Peer, decoded,
+    rule::{AuthzRule, HttpMatch, SourceMatch, StringMatch},
+    without_dot,
+};
 
 /// The rules of one port, in their order, and the way to those that may be about a request.
 #[derive(Clone, Debug, Default)]

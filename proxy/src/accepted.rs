@@ -1,0 +1,43 @@
+//! A captured connection, and what counts it for as long as anything of it is there.
+//!
+//! Why the count is handed on with the connection: an upgraded connection outlives the HTTP connection that it was, and is
+//! open none the less.
+
+use std::{net::SocketAddr, rc::Rc};
+
+use tokio::net::TcpStream;
+
+use crate::{
+    drain::{ConnectionGuard, LocalDrain},
+    error::Component,
+    limits::Slot,
+    telemetry::metrics::{Gauge, Level, Recorder},
+};
+
+/// A captured connection.
+pub(crate) struct Accepted {
+    pub(crate) stream: TcpStream,
+    /// Who connected.
+    pub(crate) client: SocketAddr,
+    /// Where it wanted to go.
+    pub(crate) original: SocketAddr,
+    /// Kept by whatever outlives the function that serves it.
+    pub(crate) open: Rc<Open>,
+}
+
+/// One open connection, as it counts for limits, drain and telemetry.
+pub(crate) struct Open {
+    _slot: Slot,
+    _guard: ConnectionGuard,
+    _level: Level,
+}
+
+impl Open {
+    pub(crate) fn count(slot: Slot, drain: &LocalDrain, recorder: &Recorder, side: Component) -> Rc<Self> {
+        let gauge = match side {
+            Component::Outbound => Gauge::OutboundConnections,
+            Component::Inbound => Gauge::InboundConnections,
+        };
+        Rc::new(Self { _slot: slot, _guard: drain.connection(side), _level: recorder.raise(gauge) })
+    }
+}
