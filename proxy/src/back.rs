@@ -3,7 +3,7 @@
 //!
 //! Why an app is not believed either: an answer that has two readings (`weft_core::framing`) lets whoever can shape it put
 //! words into the answer to the next request on that connection. And HTTP/2 frames that mean nothing make the library
-//! count them against a connection that all requests share.
+//! count them against a connection that all requests share, and those that bring nothing forward cost us and not it.
 
 use std::{
     io,
@@ -15,23 +15,25 @@ use std::{
     task::{Context, Poll, ready},
 };
 
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    time::Instant,
+};
 use weft_core::{
-    frames::Frames,
+    frames::{Calm, Frames},
     framing::{Framing, Limits, Side, To, Why},
 };
 
-use crate::tcp::write_to_inner;
-
-/// An HTTP/2 connection to an app, or to a server outside the mesh, without the frames that mean nothing.
+/// An HTTP/2 connection to a server, without the frames that mean nothing, and ended when too many bring nothing forward.
 pub(crate) struct Sifted<S> {
     inner: S,
     frames: Frames,
+    calm: Calm,
 }
 
 impl<S> Sifted<S> {
     pub(crate) fn new(inner: S) -> Self {
-        Self { inner, frames: Frames::of_server() }
+        Self { inner, frames: Frames::of_server(), calm: Calm::default() }
     }
 }
 
@@ -48,8 +50,13 @@ impl<S: AsyncRead + Unpin> AsyncRead for Sifted<S> {
             if buf.filled().len() == before {
                 return Poll::Ready(Ok(()));
             }
-            let (kept, _) = this.frames.sift(&mut buf.filled_mut()[before..]);
+            let (kept, idle) = this.frames.sift(&mut buf.filled_mut()[before..]);
             buf.set_filled(before + kept);
+            if idle > 0 && !this.calm.bears(idle, || Instant::now().into_std()) {
+                return Poll::Ready(Err(io::Error::other(
+                    "the server sends too many frames that bring nothing",
+                )));
+            }
             if kept > 0 {
                 return Poll::Ready(Ok(()));
             }
@@ -57,7 +64,42 @@ impl<S: AsyncRead + Unpin> AsyncRead for Sifted<S> {
     }
 }
 
-write_to_inner!(Sifted);
+impl<S> Sifted<S> {
+    fn wrote(&mut self, polled: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
+        if let Poll::Ready(Ok(n)) = &polled {
+            self.calm.said(*n);
+        }
+        polled
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Sifted<S> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        let polled = Pin::new(&mut self.inner).poll_write(cx, buf);
+        self.wrote(polled)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let polled = Pin::new(&mut self.inner).poll_write_vectored(cx, bufs);
+        self.wrote(polled)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.inner.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.inner).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.inner).poll_shutdown(cx)
+    }
+}
 
 /// A connection to an app, or to a server outside the mesh, whose answers are followed.
 pub(crate) struct Back<S> {

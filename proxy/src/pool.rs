@@ -601,7 +601,10 @@ impl Pool {
                 // Boxed: the library keeps a connection's task and its requests' tasks in one type, and moves each of
                 // those eight times.
                 let heard = Rc::new(Heard::default());
-                let io = Hears { inner: Box::new(Prefixed::new(settings, tls)), heard: heard.clone() };
+                let io = Hears {
+                    inner: Box::new(Sifted::new(Prefixed::new(settings, tls))),
+                    heard: heard.clone(),
+                };
                 let handshake = builder.handshake(TokioIo::new(io)).await;
                 let (sender, connection) = handshake.map_err(|e| not_processed(&e))?;
                 let (lost, peer) = (self.0.lost.clone(), peer.clone());

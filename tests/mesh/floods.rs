@@ -7,21 +7,26 @@ use std::{
     io::{self, Read, Write},
     net::{SocketAddr, TcpStream},
     path::PathBuf,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::{Duration, Instant},
 };
 
 use rustls::{ClientConfig, ClientConnection, StreamOwned};
 use rustls_pki_types::{PrivateKeyDer, ServerName};
-use weft_control_plane::cli::demo::netns::Pod;
+use weft_control_plane::cli::demo::{mesh::Workload, netns::Pod};
 use weft_core::ports;
 use weft_harness::{
-    apps::{curl, rss_kib, skip, start_load},
+    apps::{curl, mesh_or_skip, rss_kib, service, skip, start_load},
+    streams::{self, ask, connect, head, read_frame},
     tls::TrustsAnyone,
+    wire::{Backend, Wire},
 };
 
 use crate::{
-    Pair,
+    ECHO_ADDRESS, Pair,
     hostile::Ways,
     identity::issuer_of,
     smuggling::{PREFACE, fields, frame},
@@ -304,4 +309,72 @@ fn the_cases_of_h2spec_pass_but_for_named_exceptions() {
     let unexpected: Vec<_> = failed.iter().filter(|name| !EXCEPTIONS.contains(name)).collect();
     assert!(unexpected.is_empty(), "{unexpected:?}\n{said}");
     assert_eq!(curl(&ways.outsider, &[&format!("http://{server}:8080/")]).unwrap(), "ok", "it still serves");
+}
+
+/// What a server sends before it answers, and how often.
+struct Unasked {
+    name: &'static str,
+    times: usize,
+    round: fn(u32) -> Vec<u8>,
+}
+
+const UNASKED: [Unasked; 4] = [
+    Unasked { name: "a hundred interim answers", times: 100, round: interim },
+    Unasked { name: "interim answers", times: 1_000_000, round: interim },
+    Unasked { name: "pings", times: 1_000_000, round: |_| frame(6, 0, 0, b"flooding") },
+    Unasked { name: "settings", times: 1_000_000, round: |_| frame(4, 0, 0, b"") },
+];
+
+fn interim(stream: u32) -> Vec<u8> {
+    frame(1, 4, stream, &fields(&[(":status", "103"), ("x", "y")]))
+}
+
+fn answer_after(mut wire: Wire, which: &AtomicUsize) -> anyhow::Result<()> {
+    wire.exactly(24)?;
+    wire.say(frame(4, 0, 0, b""))?;
+    loop {
+        let (kind, flags, stream, _) = read_frame(&mut wire)?;
+        if kind == 4 && flags == 0 {
+            wire.say(frame(4, 1, 0, b""))?;
+        } else if kind == 1 {
+            let Unasked { times, round, .. } = &UNASKED[which.load(Ordering::Relaxed)];
+            // Fails when the sidecar ends it.
+            for _ in 0..times / 100 {
+                wire.say(round(stream).repeat(100))?;
+            }
+            wire.say(frame(1, 5, stream, &fields(&[(":status", "200")])))?;
+        }
+    }
+}
+
+#[test]
+fn a_server_that_floods_is_cut_off_and_its_caller_told() {
+    let Some(mesh) = mesh_or_skip("flooding_server") else { return };
+    service(&mesh, "shop", "echo", "10.96.0.1", &[("web", 80, 8080)]).unwrap();
+    let hostile = mesh.workload(Workload::new("shop", "echo-1")).unwrap();
+    let which = Arc::new(AtomicUsize::new(0));
+    let now = which.clone();
+    let _server = Backend::start(&hostile.pod, 8080, move |wire, _| answer_after(wire, &now)).unwrap();
+    let client = mesh.workload(Workload::new("shop", "client")).unwrap();
+    streams::run(async {
+        let sender = connect(&client.pod, ECHO_ADDRESS).await?;
+        assert_eq!(ask(&sender, head("GET", "/")).await?.status(), 200);
+        for (n, Unasked { name, .. }) in UNASKED.iter().enumerate().skip(1) {
+            which.store(n, Ordering::Relaxed);
+            let (resting, began) = (rss_kib(hostile.proxy.id())?, Instant::now());
+            let told = ask(&sender, head("GET", "/")).await?;
+            let grown = rss_kib(hostile.proxy.id())?.saturating_sub(resting);
+            println!(
+                "figure: a server that sends {name} without end: its caller is told {} after {} ms (bound 5000), +{grown} KiB (bound 16384)",
+                told.status(),
+                began.elapsed().as_millis()
+            );
+            assert_eq!(told.status(), 502, "{name} {told:?}");
+            assert!(told.headers()["weft-reason"].to_str()?.starts_with("inbound;"), "{told:?}");
+            assert!(began.elapsed() < Duration::from_secs(5) && grown < 16_384, "{name}");
+            which.store(0, Ordering::Relaxed);
+            assert_eq!(ask(&sender, head("GET", "/")).await?.status(), 200, "after {name}");
+        }
+        Ok(())
+    });
 }

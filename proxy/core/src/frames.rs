@@ -22,6 +22,8 @@ pub struct Frames {
     /// `HEADERS` without its end.
     open: bool,
     last: u32,
+    /// The peer is a server: heads that end nothing may be interim answers (`1xx`), of which there may be any number.
+    answers: bool,
 }
 
 /// How many idle frames a peer may send.
@@ -35,12 +37,20 @@ pub struct Calm {
 impl Frames {
     /// Before the client's preface.
     pub fn of_client() -> Self {
-        Self { header: [0; HEADER], have: 0, left: PREFACE, in_fields: false, open: false, last: 0 }
+        Self {
+            header: [0; HEADER],
+            have: 0,
+            left: PREFACE,
+            in_fields: false,
+            open: false,
+            last: 0,
+            answers: false,
+        }
     }
 
     /// Before a server's first frame.
     pub fn of_server() -> Self {
-        Self { left: 0, ..Self::of_client() }
+        Self { left: 0, answers: true, ..Self::of_client() }
     }
 
     /// Follows the next bytes and takes out of them each DATA frame that is empty and ends nothing, where its header is
@@ -106,7 +116,8 @@ impl Frames {
             HEADERS => {
                 self.last = self.last.max(u32::from_be_bytes(stream) & u32::MAX >> 1);
                 self.open = flags & END_HEADERS == 0;
-                false
+                // One for each request is paid for by the request: it has more than BYTES_PER_FRAME.
+                self.answers && flags & END_STREAM == 0
             }
             CONTINUATION => {
                 self.open = flags & END_HEADERS == 0;
