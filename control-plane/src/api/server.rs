@@ -401,12 +401,13 @@ impl Api {
     fn render_metrics(&self) -> String {
         let (state, store) = (self.state(), self.store());
         let n = |n: usize| u64::try_from(n).unwrap_or(u64::MAX);
+        let unusable = state.problems.len() + state.unpublished.len() + state.left_out.len();
         let sample = |name, help, value| Sample { name, help, value };
         let samples = [
             sample("ready", "Whether the source was read", u64::from(*self.published.synced().borrow())),
             sample("resources", "Published resources", n(self.published.len())),
             sample("objects", "Objects of the source", n(state.index.objects().count())),
-            sample("problems", "What could not be used", n(state.problems.len() + state.unpublished.len())),
+            sample("problems", "What could not be used", n(unusable)),
             sample("sidecars", "Sidecars that report", n(store.sidecars(now_ms()).len())),
             sample("refused_resources", "Resources that sidecars refuse", n(store.nacked().count())),
             sample("telemetry_bytes", "Histograms kept", n(store.bytes())),

@@ -16,7 +16,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard},
 };
 
-use weft_core::identity::PodUid;
+use weft_core::{identity::PodUid, policy::ObjectRef};
 use weft_proto::{
     ads::{ResourceType, Versioned},
     names::Name,
@@ -49,6 +49,8 @@ struct Known {
     version: String,
     /// Of what was compiled from it.
     names: BTreeSet<Arc<str>>,
+    /// Those of them under which it cannot be published, and why.
+    refused: BTreeMap<Arc<str>, String>,
     /// Whether some of that is not even published.
     pending: bool,
     conditions: Vec<Condition>,
@@ -58,12 +60,13 @@ impl Facts<'_> {
     /// The whole status.
     pub fn status(&self, source: &str) -> Status {
         let refusals = self.refusals();
+        let objects = self.objects(&refusals);
         Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             synced: *self.published.synced().borrow(),
             source: source.to_owned(),
-            objects: self.objects(&refusals),
-            problems: self.problems(),
+            problems: self.problems(&objects),
+            objects,
             sidecars: self.sidecars(),
             foreign: u64::try_from(self.state().foreign).unwrap_or(u64::MAX),
             replicas: Vec::new(),
@@ -88,10 +91,14 @@ impl Facts<'_> {
         let state = self.state();
         let (origin, version) = state.index.object(key)?;
         let keys = state.index.told_by(key);
+        let names: BTreeSet<_> =
+            keys.iter().filter_map(|key| state.names.get(key)).flatten().cloned().collect();
+        let refused = names.iter().filter_map(|name| Some((name.clone(), refused(&state, key, name)?)));
         Some(Known {
             origin: origin.clone(),
             version: version.to_owned(),
-            names: keys.iter().filter_map(|key| state.names.get(key)).flatten().cloned().collect(),
+            refused: refused.collect(),
+            names,
             pending: keys.iter().any(|key| state.pending.contains(key)),
             conditions: state.index.conditions(key),
         })
@@ -103,8 +110,10 @@ impl Facts<'_> {
         known: Known,
         refusals: &HashMap<(PodUid, String), String>,
     ) -> ObjectStatus {
-        let Known { origin, version, names, pending, conditions } = known;
+        let Known { origin, version, names, refused, pending, conditions } = known;
         let mut pods: BTreeMap<PodUid, Option<String>> = BTreeMap::new();
+        // Pods that have what is published there, which is not what the object says.
+        let mut without: BTreeSet<PodUid> = BTreeSet::new();
         let mut after: Option<u64> = None;
         for name in names {
             let Some(ty) = type_of(&name) else { continue };
@@ -116,6 +125,11 @@ impl Facts<'_> {
             let mut told = BTreeMap::new();
             let store = self.store();
             for (resource, pod) in subscribed {
+                if refused.contains_key(&name) {
+                    pods.entry(pod.clone()).or_default();
+                    without.insert(pod);
+                    continue;
+                }
                 let current = &*resource.versioned.version;
                 let live = store.live(&pod, ty.type_url(), &name) == Some(current);
                 let behind = pods.entry(pod).or_default();
@@ -132,6 +146,7 @@ impl Facts<'_> {
             }
         }
         let behind: Vec<_> = pods.iter().filter_map(|(uid, behind)| Some((uid, behind.clone()?))).collect();
+        without.extend(behind.iter().map(|(uid, _)| (*uid).clone()));
         let mut laggards = Vec::new();
         if !behind.is_empty() {
             let state = self.state();
@@ -141,9 +156,14 @@ impl Facts<'_> {
             }));
         }
         // Not even published: whoever waits for the object must not be told that everybody has it.
+        if let Some((resource, reason)) = refused.into_iter().next() {
+            let resource = resource.to_string();
+            laggards
+                .insert(0, Laggard { pod: CONTROLLER.to_owned(), resource, reason, ..Laggard::default() });
+        }
         if pending {
             laggards = vec![Laggard {
-                pod: "the controller".to_owned(),
+                pod: CONTROLLER.to_owned(),
                 reason: "it is about to publish it".to_owned(),
                 ..Laggard::default()
             }];
@@ -165,14 +185,14 @@ impl Facts<'_> {
             line: origin.line,
             version,
             conditions: conditions.collect(),
-            applied: count(of - laggards.len()),
+            applied: count(of - without.len().max(laggards.len())),
             of: count(of),
             applied_after_ms: after.filter(|_| laggards.is_empty() && !pods.is_empty()),
             laggards,
         }
     }
 
-    fn problems(&self) -> Vec<ProblemStatus> {
+    fn problems(&self, objects: &[ObjectStatus]) -> Vec<ProblemStatus> {
         let state = self.state();
         let from_source = state.problems.iter().map(|problem: &Problem| ProblemStatus {
             object: problem.object.as_ref().map(ToString::to_string).unwrap_or_default(),
@@ -182,13 +202,32 @@ impl Facts<'_> {
             reason: problem.reason.clone(),
             kept_last_good: problem.kept_last_good,
         });
+        let kept_last_good = |name: &str| {
+            state.unpublished.contains_key(name)
+                && self.published.resource(name).is_some()
+                && !state.refusing.contains(name)
+        };
         let unpublished = state.unpublished.iter().map(|(name, reason)| ProblemStatus {
             object: name.to_string(),
             reason: format!("not published: {reason}"),
-            kept_last_good: self.published.resource(name).is_some() && !state.refusing.contains(name),
+            kept_last_good: kept_last_good(name),
             ..ProblemStatus::default()
         });
-        from_source.chain(unpublished).collect()
+        // Whoever wrote the object looks for it under its name.
+        let not_in_force = objects.iter().filter_map(|object| {
+            let written = !matches!(&*object.kind, "Pod" | "Service" | "EndpointSlice");
+            let laggard = object.laggards.first().filter(|laggard| written && is_refused(laggard))?;
+            let problem = ProblemStatus {
+                object: object.key(),
+                file: object.file.clone(),
+                line: object.line,
+                reason: format!("not in force at {}: {}", laggard.resource, laggard.reason),
+                kept_last_good: kept_last_good(&laggard.resource),
+                ..ProblemStatus::default()
+            };
+            Some(problem)
+        });
+        from_source.chain(unpublished).chain(not_in_force).collect()
     }
 
     fn refusals(&self) -> HashMap<(PodUid, String), String> {
@@ -274,10 +313,72 @@ pub fn pod_name(index: &Index, uid: &PodUid) -> String {
         .map_or_else(|| uid.to_string(), |(namespace, name)| format!("{namespace}/{name}"))
 }
 
+/// Why an object cannot be published under a name.
+fn refused(state: &State, key: &ObjectKey, name: &Arc<str>) -> Option<String> {
+    if let Some(reason) = state.unpublished.get(name) {
+        return Some(format!("nothing new is published there: {reason}"));
+    }
+    let same = |object: &ObjectRef| {
+        (&*object.namespace, &*object.name) == (&*key.namespace, &*key.name)
+            && *object.kind == *key.kind.to_string()
+    };
+    state.left_out.get(name)?.iter().find(|left| same(&left.object)).map(|left| left.reason.clone())
+}
+
+/// Whether that is the controller, which cannot publish it.
+fn is_refused(laggard: &Laggard) -> bool {
+    laggard.pod == CONTROLLER && !laggard.resource.is_empty()
+}
+
 fn type_of(name: &str) -> Option<ResourceType> {
     Some(name.parse::<Name>().ok()?.resource_type())
 }
 
 fn count(n: usize) -> u32 {
     u32::try_from(n).unwrap_or(u32::MAX)
+}
+
+/// Who stands in the way where nothing is published.
+const CONTROLLER: &str = "the controller";
+
+#[cfg(test)]
+mod tests {
+    use weft_core::identity::TrustDomain;
+
+    use super::*;
+    use crate::{
+        index::{Event, tests::objects},
+        metrics::Metrics,
+        serve::publisher::Publisher,
+        source::Batch,
+    };
+
+    #[test]
+    fn what_cannot_be_published_is_live_nowhere_and_says_so_under_the_name_of_who_wrote_it() {
+        let domain = TrustDomain::new("cluster.local").unwrap();
+        let published = Arc::new(Published::new(domain.clone()));
+        let mut publisher = Publisher::new(published.clone(), Index::new(domain));
+        let text = "apiVersion: v1\nkind: Service\nmetadata: {name: a, namespace: shop}\n\
+                    spec: {clusterIP: 10.96.0.1, ports: [{port: 80}]}\n---\n\
+                    apiVersion: weft.dev/v1alpha1\nkind: TrafficPolicy\nmetadata: {name: p, namespace: shop}\n\
+                    spec: {targetRefs: [{kind: Service, name: a}], limits: {maxRequests: 5}}\n";
+        let origin = Origin { file: "a.yaml".into(), line: 1 };
+        let apply = |object| Event::Apply { object: Box::new(object), origin: origin.clone() };
+        publisher.apply(Batch { events: objects(text).into_iter().map(apply).collect(), ..Batch::default() });
+        let (state, store) = (publisher.state(), Arc::default());
+        let reports = Reports::new(Arc::clone(&store), published.clone(), Arc::new(Metrics::default()));
+        let facts = Facts { state: &state, published: &published, store: &store, reports: &reports };
+        let policy = |status: &Status| status.objects.iter().find(|o| o.name == "p").unwrap().clone();
+        let good = facts.status("here");
+        assert_eq!((policy(&good).applied, policy(&good).of, good.problems), (0, 0, Vec::new()));
+        let reason = "Service.limits: as it should never be";
+        state.write().unwrap().unpublished.insert("svc/shop/a:80".into(), reason.to_owned());
+        let frozen = facts.status("here");
+        let object = policy(&frozen);
+        assert_eq!((object.applied, object.of, &*object.laggards[0].pod), (0, 1, "the controller"));
+        assert!(object.laggards[0].reason.contains(reason), "{object:?}");
+        let named: Vec<_> = frozen.problems.iter().map(|problem| &*problem.object).collect();
+        assert_eq!(named, ["svc/shop/a:80", "TrafficPolicy/shop/p"]);
+        assert!(frozen.problems.iter().all(|p| p.kept_last_good && p.reason.contains(reason)), "{frozen:?}");
+    }
 }

@@ -82,6 +82,16 @@ pub struct ObjectStatus {
     pub applied_after_ms: Option<u64>,
 }
 
+impl ObjectStatus {
+    /// `<kind>/<namespace>/<name>`, as problems name it.
+    pub fn key(&self) -> String {
+        match self.namespace.as_str() {
+            "" => format!("{}/{}", self.kind, self.name),
+            namespace => format!("{}/{namespace}/{}", self.kind, self.name),
+        }
+    }
+}
+
 /// A sidecar where an object is not live yet.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]

@@ -166,7 +166,7 @@ fn objects(objects: &[&ObjectStatus], problems: &[ProblemStatus]) -> Table {
     for object in objects {
         let (state, because) = match wrong(object) {
             Some((reason, message)) => (Cell::toned(Tone::Bad, reason), message),
-            None if problems.iter().any(|problem| problem.object == key(object)) => (
+            None if problems.iter().any(|problem| problem.object == object.key()) => (
                 Cell::toned(Tone::Warn, "last good"),
                 "its newest text could not be used: see above".to_owned(),
             ),
@@ -174,7 +174,7 @@ fn objects(objects: &[&ObjectStatus], problems: &[ProblemStatus]) -> Table {
         };
         let tone = if object.applied < object.of { Tone::Warn } else { Tone::Plain };
         table.row(vec![
-            key(object).into(),
+            object.key().into(),
             state,
             if object.of == 0 {
                 Cell::toned(Tone::Dim, "-")
@@ -236,7 +236,7 @@ fn sidecars(sidecars: &[SidecarStatus]) -> Table {
 
 /// Everything that is known of one object.
 fn about(object: &ObjectStatus, screen: &Screen) -> Vec<String> {
-    let mut lines = vec![screen.paint(Tone::Bold, &key(object))];
+    let mut lines = vec![screen.paint(Tone::Bold, &object.key())];
     for condition in &object.conditions {
         let good = condition.status != (condition.kind == "PartiallyInvalid");
         let mark = screen.paint(if good { Tone::Good } else { Tone::Bad }, if good { "✓" } else { "✗" });
@@ -292,13 +292,6 @@ pub(super) fn problem_line(problem: &ProblemStatus) -> String {
     }
     // Text from a file must not steer the terminal.
     line.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
-}
-
-fn key(object: &ObjectStatus) -> String {
-    match object.namespace.as_str() {
-        "" => format!("{}/{}", object.kind, object.name),
-        namespace => format!("{}/{namespace}/{}", object.kind, object.name),
-    }
 }
 
 fn place(file: &str, line: u32) -> String {

@@ -62,7 +62,7 @@ pub(super) async fn main(args: &WaitArgs) -> Result<ExitCode> {
                 let found = status.objects.iter().find(|o| wanted.is(&o.kind, &o.namespace, &o.name));
                 let done = |object: &&ObjectStatus| done(object, &status.replicas, args.after.as_deref());
                 if let Some(object) = found.filter(done) {
-                    let problem = status.problems.iter().find(|p| p.object == key(object));
+                    let problem = status.problems.iter().find(|p| p.object == object.key());
                     if let Some(problem) = problem {
                         bail!("its newest text is not in force: {}", problem_line(problem));
                     }
@@ -92,7 +92,7 @@ fn said(args: &WaitArgs, object: &ObjectStatus, waited: Duration) -> Result<Exit
         Output::Json => json(object)?,
         Output::Text => text(&[format!(
             "{} is live in {}/{} sidecars (version {}, waited {:.1}s)",
-            key(object),
+            object.key(),
             object.applied,
             object.of,
             object.version,
@@ -130,13 +130,6 @@ fn why_not(args: &WaitArgs, found: Option<&ObjectStatus>, replicas: &[ReplicaSta
         args.timeout,
         missing.join(", ")
     )
-}
-
-fn key(object: &ObjectStatus) -> String {
-    match object.namespace.as_str() {
-        "" => format!("{}/{}", object.kind, object.name),
-        namespace => format!("{}/{namespace}/{}", object.kind, object.name),
-    }
 }
 
 fn patience(text: &str) -> Result<Duration, String> {

@@ -9,8 +9,8 @@ use ipnet::IpNet;
 use weft_core::{
     identity::{PodUid, SpiffeId, TrustDomain},
     policy::{
-        Action, Authorization, AuthzRule, DETECT_TIMEOUT, Egress, HttpMatch, InboundPolicy, MtlsMode, Place,
-        PortPolicy, Protocol, SourceMatch, StringMatch,
+        Action, Authorization, AuthzRule, DETECT_TIMEOUT, Egress, HttpMatch, InboundPolicy, MtlsMode,
+        ObjectRef, Place, PortPolicy, Protocol, SourceMatch, StringMatch,
     },
 };
 
@@ -241,12 +241,7 @@ impl Index {
                 }
             }
             let object = object_ref(Kind::AuthorizationPolicy, policy.name);
-            rules.extend(policy.spec.rules.iter().map(|rule| AuthzRule {
-                object: object.clone(),
-                action,
-                sources: rule.from.iter().flat_map(sources).collect(),
-                http: rule.to.iter().map(http).collect(),
-            }));
+            rules.extend(rules_of(policy.spec, action, &object));
         }
         // A policy that was never readable closes what it is about: nobody knows whom it would have let in.
         for (policy_name, labels) in in_namespace(&self.unreadable, &name.0) {
@@ -271,6 +266,20 @@ pub(crate) fn action_of(spec: &AuthorizationPolicySpec) -> Option<Action> {
         Some(policy::Action::Deny) => Some(Action::Deny),
         None => (!spec.rules.is_empty()).then_some(Action::Allow),
     }
+}
+
+/// A policy's rules.
+pub(crate) fn rules_of(
+    spec: &AuthorizationPolicySpec,
+    action: Action,
+    object: &ObjectRef,
+) -> impl Iterator<Item = AuthzRule> {
+    spec.rules.iter().map(move |rule| AuthzRule {
+        object: object.clone(),
+        action,
+        sources: rule.from.iter().flat_map(sources).collect(),
+        http: rule.to.iter().map(http).collect(),
+    })
 }
 
 fn is_about(ports: &Ports, port: Option<u16>) -> bool {

@@ -38,6 +38,7 @@ pub mod conditions;
 pub mod endpoints;
 pub mod inbound;
 pub mod outbound;
+pub mod room;
 pub mod validate;
 
 /// What a source saw.

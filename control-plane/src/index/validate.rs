@@ -9,15 +9,21 @@ use k8s_openapi::api::{
     core::v1::{Pod, Service},
     discovery::v1::EndpointSlice,
 };
-use weft_core::{backoff::Backoff, identity::PodUid};
+use weft_core::{
+    backoff::Backoff,
+    identity::PodUid,
+    policy::{Action, Authorization},
+};
+use weft_proto::{ads::MAX_RESOURCE_LEN, convert::authz, pb::v1};
 
 use super::{
-    inbound::{combinations, exceptions},
-    outbound::try_backoff,
+    inbound::{combinations, exceptions, rules_of},
+    outbound::{object_ref, try_backoff},
     parse_opaque_ports, parse_ports,
 };
 use crate::resources::{
-    AuthorizationPolicy, INJECTED, OPAQUE_PORTS, Object, SKIP_INBOUND_PORTS, TrafficPolicy, WEIGHT, lookup,
+    AuthorizationPolicy, INJECTED, Kind, OPAQUE_PORTS, Object, SKIP_INBOUND_PORTS, TrafficPolicy, WEIGHT,
+    lookup,
     policy::{AuthorizationPolicySpec, BackoffSpec, TargetRef, TrafficPolicySpec},
     values::GatewayDuration,
 };
@@ -137,13 +143,30 @@ fn traffic(policy: &TrafficPolicy) -> Result<(), Invalid> {
             return invalid(format!("spec.{field}"), reason);
         }
     }
+    // What the wire refuses would keep everything that is said of the service from its callers.
+    at_least("spec.detectTimeout", spec.detect_timeout, Duration::from_millis(1))?;
+    count("spec.acceptedIdentities", spec.accepted_identities.len(), MAX_ITEMS)?;
+    if let Some(limits) = &spec.limits {
+        for (field, limit) in
+            [("maxRequests", limits.max_requests), ("maxConnections", limits.max_connections)]
+        {
+            if limit == Some(0) {
+                let reason = "0 would refuse everybody; an AuthorizationPolicy says who may not call";
+                return invalid(format!("spec.limits.{field}"), reason);
+            }
+        }
+    }
     if let Some(retries) = &spec.retries {
+        count("spec.retries.statuses", retries.statuses.len(), MAX_ITEMS)?;
+        count("spec.retries.grpcCodes", retries.grpc_codes.len(), MAX_ITEMS)?;
         if let Some(spec) = &retries.backoff {
             backoff("spec.retries.backoff", spec, Backoff::RETRY)?;
         }
         if let Some(budget) = &retries.budget {
             at_most("spec.retries.budget.percent", budget.percent, 1_000)?;
             at_least("spec.retries.budget.window", budget.window, Duration::from_millis(100))?;
+            no_longer("spec.retries.budget.window", budget.window, Duration::from_secs(600))?;
+            at_most("spec.retries.budget.minPerSecond", budget.min_per_second, 1_000_000)?;
         }
         at_most("spec.retries.maxRetries", retries.max_retries, 10)?;
         at_most("spec.retries.maxBodyBytes", retries.max_body_bytes, 1024 * 1024)?;
@@ -163,6 +186,7 @@ fn traffic(policy: &TrafficPolicy) -> Result<(), Invalid> {
         )?;
         let window = ejection.success_rate.as_ref().and_then(|rate| rate.window);
         at_least("spec.outlierEjection.successRate.window", window, Duration::from_millis(100))?;
+        no_longer("spec.outlierEjection.successRate.window", window, Duration::from_secs(3_600))?;
     }
     Ok(())
 }
@@ -199,7 +223,38 @@ fn authorization(policy: &AuthorizationPolicy) -> Result<(), Invalid> {
         all = all.saturating_add(values);
     }
     // They are told to each workload for each of its ports.
-    count("spec.rules[].from", all, MAX_SOURCES_IN_ALL)
+    count("spec.rules[].from", all, MAX_SOURCES_IN_ALL)?;
+    told(&policy.spec)
+}
+
+/// Whether sidecars would take what a policy says. They read a port's policies as one, and refuse them as one: what is
+/// wrong in one of them would keep the others' changes from them.
+fn told(spec: &AuthorizationPolicySpec) -> Result<(), Invalid> {
+    let name = ("namespace".into(), "name".into());
+    let object = object_ref(Kind::AuthorizationPolicy, &name);
+    let rules: Vec<_> = rules_of(spec, Action::Deny, &object).collect();
+    let bytes = authz::size(&rules);
+    if bytes > MAX_RESOURCE_LEN {
+        return invalid(
+            "spec.rules",
+            format!("they take {bytes} bytes in all; at most {MAX_RESOURCE_LEN} can be told"),
+        );
+    }
+    let policy = Authorization { default: Action::Deny, rules: rules.into(), generation: 0 };
+    match Authorization::try_from(&v1::Authorization::from(&policy)) {
+        Ok(_) => Ok(()),
+        Err(error) => invalid(field(&error.field), error.problem.to_string()),
+    }
+}
+
+/// The field of a policy that became one of the message.
+fn field(told: &str) -> String {
+    let path = told.replacen("Authorization.", "spec.", 1).replacen(".http", ".to", 1);
+    // One for each combination of what is listed: their numbers say nothing to an author.
+    match path.split_once(".sources") {
+        Some((rule, _)) => format!("{rule}.from"),
+        None => path,
+    }
 }
 
 fn targets(targets: &[TargetRef], kinds: &[&str], required: bool) -> Result<(), Invalid> {
@@ -251,6 +306,15 @@ fn at_least(path: &str, value: Option<GatewayDuration>, limit: Duration) -> Resu
     }
 }
 
+fn no_longer(path: &str, value: Option<GatewayDuration>, limit: Duration) -> Result<(), Invalid> {
+    match value {
+        Some(value) if value.0 > limit => {
+            invalid(path, format!("{value} is above {}", GatewayDuration(limit)))
+        }
+        _ => Ok(()),
+    }
+}
+
 fn count(path: &str, len: usize, limit: usize) -> Result<(), Invalid> {
     if len > limit {
         return invalid(path, format!("{len} are more than {limit}"));
@@ -264,7 +328,52 @@ fn invalid(path: impl Into<String>, reason: impl Into<String>) -> Result<(), Inv
 
 /// Gateway API's own bound is 16 rules; this leaves room and still bounds what sidecars get.
 const MAX_RULES: usize = 1_024;
+/// Of an ordinary list.
+const MAX_ITEMS: usize = 1_024;
 /// Combinations of one rule's sources.
 const MAX_SOURCES: usize = 1_024;
 /// Those of all rules of a policy, each with what it excepts.
 const MAX_SOURCES_IN_ALL: usize = 4_096;
+
+#[cfg(test)]
+mod tests {
+    use crate::source::yaml::{self, Document};
+
+    #[track_caller]
+    fn refused(kind: &str, spec: &str, field: &str, why: &str) {
+        let object = format!(
+            "apiVersion: weft.dev/v1alpha1\nkind: {kind}\nmetadata: {{name: a, namespace: shop}}\nspec: {spec}\n"
+        );
+        let read = yaml::read(&"test.yaml".into(), &object).remove(0);
+        let Document::Bad { problem, .. } = read else { panic!("{read:?}") };
+        assert!(problem.path == field && problem.reason.contains(why), "{problem:?}");
+    }
+
+    #[test]
+    fn what_sidecars_would_refuse_is_refused_where_it_is_written() {
+        let policy = |rule: String, field, why| {
+            refused("AuthorizationPolicy", &format!("{{action: Deny, rules: [{{}}, {rule}]}}"), field, why);
+        };
+        let many = |what: &str| vec![what; 1_025].join(", ");
+        policy(format!("{{to: [{{}}, {{paths: [{}]}}]}}", many("/a")), "spec.rules[1].to[1].paths", "1024");
+        policy(
+            format!("{{to: [{{methods: [{}]}}]}}", "A".repeat(254)),
+            "spec.rules[1].to[0].methods[0]",
+            "253",
+        );
+        policy(format!("{{from: [{{notIdentities: [{}]}}]}}", many("a*")), "spec.rules[1].from", "1024");
+        let long = vec![format!("/{}", "a".repeat(4_000)); 300].join(", ");
+        policy(format!("{{to: [{{paths: [{long}]}}]}}"), "spec.rules", "1048576");
+        let traffic = |rest: &str, field, why| {
+            let spec = format!("{{targetRefs: [{{kind: Service, name: a}}], {rest}}}");
+            refused("TrafficPolicy", &spec, field, why);
+        };
+        traffic("limits: {maxRequests: 0}", "spec.limits.maxRequests", "AuthorizationPolicy");
+        traffic("limits: {maxConnections: 0}", "spec.limits.maxConnections", "AuthorizationPolicy");
+        traffic("detectTimeout: 0s", "spec.detectTimeout", "below 1ms");
+        traffic("retries: {budget: {window: 11m}}", "spec.retries.budget.window", "above 10m");
+        traffic("retries: {budget: {minPerSecond: 1000001}}", "spec.retries.budget.minPerSecond", "above");
+        let rate = "outlierEjection: {successRate: {window: 61m}}";
+        traffic(rate, "spec.outlierEjection.successRate.window", "above 1h");
+    }
+}

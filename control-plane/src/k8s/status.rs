@@ -71,7 +71,7 @@ impl Writer {
     }
 
     async fn look(&mut self, statuses: &Statuses, status: &Status, at: Instant) {
-        let objects: HashMap<_, _> = status.objects.iter().map(|object| (name(object), object)).collect();
+        let objects: HashMap<_, _> = status.objects.iter().map(|object| (object.key(), object)).collect();
         let problems: HashMap<_, _> =
             status.problems.iter().map(|problem| (&*problem.object, problem)).collect();
         let silent: Vec<_> = status
@@ -186,13 +186,6 @@ impl Writer {
             Err(error) => tracing::debug!(%error, object = %key, "an event cannot be written"),
         }
     }
-}
-
-fn name(object: &ObjectStatus) -> String {
-    if object.namespace.is_empty() {
-        return format!("{}/{}", object.kind, object.name);
-    }
-    format!("{}/{}/{}", object.kind, object.namespace, object.name)
 }
 
 fn rejected(problem: &ProblemStatus) -> String {

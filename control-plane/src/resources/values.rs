@@ -14,6 +14,7 @@ use weft_core::{
     identity::{SpiffeId, TrustDomain},
     policy::StringMatch,
 };
+use weft_proto::convert::MAX_TEXT;
 
 /// A Gateway API duration (GEP-2257): `500ms`, `1m30s`, at most four parts of at most five digits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -103,6 +104,13 @@ impl FromStr for TextPattern {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
+        // What sidecars would refuse, with the policies of everybody else on the same port.
+        if text.len() > MAX_TEXT {
+            return Err(format!("a pattern has at most {MAX_TEXT} bytes, and this one {}", text.len()));
+        }
+        if let Some(found) = text.chars().find(|c| c.is_control()) {
+            return Err(format!("{text:?} has the control character {found:?}: leave it out"));
+        }
         let stars = text.matches('*').count();
         let matched = match (stars, text.strip_prefix('*'), text.strip_suffix('*')) {
             (0, ..) if text.is_empty() => return Err("an empty pattern matches nothing".to_owned()),
@@ -301,16 +309,19 @@ macro_rules! as_text {
         }
     )*};
     (@read text, $from:ident, $reader:ident) => { $from.deserialize_str($reader) };
+    (@read pattern, $from:ident, $reader:ident) => { $from.deserialize_str($reader) };
     (@read duration, $from:ident, $reader:ident) => { $from.deserialize_str($reader) };
     (@read int_or_text, $from:ident, $reader:ident) => { $from.deserialize_any($reader) };
     (@schema text) => { json_schema!({ "type": "string" }) };
+    // In characters, where what is read counts bytes: a first bound, for whoever has no webhook.
+    (@schema pattern) => { json_schema!({ "type": "string", "maxLength": MAX_TEXT }) };
     (@schema duration) => { json_schema!({ "type": "string", "pattern": "^([0-9]{1,5}(h|m|s|ms)){1,4}$" }) };
     (@schema int_or_text) => { json_schema!({ "x-kubernetes-int-or-string": true }) };
 }
 
 as_text! {
     GatewayDuration: duration,
-    TextPattern: text,
+    TextPattern: pattern,
     Identity: text,
     Domain: text,
     Cidr: text,
@@ -400,6 +411,14 @@ mod tests {
         assert_eq!(parse("*"), Ok(StringMatch::Present));
         for bad in ["", "a*b", "*a*", "**"] {
             assert!(parse(bad).is_err(), "{bad}");
+        }
+        // What no sidecar takes is refused where it is written.
+        let (most, more) = ("a".repeat(MAX_TEXT), "a".repeat(MAX_TEXT + 1));
+        assert_eq!(parse(&most), Ok(StringMatch::Exact(most.as_str().into())));
+        for (bad, why) in
+            [("/a\tb*", "control character"), ("/a\u{85}", "control character"), (&more, "4096")]
+        {
+            assert!(parse(bad).unwrap_err().contains(why), "{bad}");
         }
     }
 

@@ -18,7 +18,7 @@ use std::{
 use bytes::Bytes;
 use weft_core::{
     identity::PodUid,
-    policy::{Endpoint, EndpointHealth, Rule, ServiceName},
+    policy::{Authorization, Endpoint, EndpointHealth, Rule, ServiceName},
 };
 use weft_proto::{
     ads::{Collection, Priority, Versioned},
@@ -33,7 +33,7 @@ use super::{
 };
 use crate::{
     ca::Bundle,
-    index::{Index, Key, Meta, hash, outbound},
+    index::{Index, Key, Meta, hash, outbound, room::LeftOut},
     source::{Batch, Problem},
 };
 
@@ -50,6 +50,8 @@ pub struct State {
     pub unpublished: BTreeMap<Arc<str>, String>,
     /// Those of them under which nothing good was ever published: what is there refuses.
     pub refusing: BTreeSet<Arc<str>>,
+    /// Policies that are in force nowhere under a name, though the others of that name are.
+    pub left_out: BTreeMap<Arc<str>, Vec<LeftOut>>,
     /// Names that each key is published under.
     pub names: HashMap<Key, Vec<Arc<str>>>,
     /// What the objects say already and is about to be published: nobody can be up to date with that.
@@ -89,6 +91,7 @@ impl Publisher {
             foreign: 0,
             unpublished: BTreeMap::new(),
             refusing: BTreeSet::new(),
+            left_out: BTreeMap::new(),
             names: HashMap::new(),
             pending: BTreeSet::new(),
         };
@@ -399,18 +402,7 @@ impl Publisher {
         let mut names = Vec::new();
         for (name, authorization) in authorizations {
             let name: Arc<str> = name.into();
-            let mut message = v1::Authorization::from(&*authorization);
-            // The version says nothing of the generation: a change that changes nothing has the same.
-            let version = meta.version(hash(&encode(&message)));
-            let known = self.published.resource(&name).is_some_and(|r| *r.versioned.version == *version);
-            if !known {
-                self.generation += 1;
-                message.generation = self.generation;
-                let body = encode(&message);
-                if !self.refused(&name, convert::authz::parse(&body).err()) {
-                    self.set(&name, version, body, true);
-                }
-            }
+            self.authorization(&name, &meta, &authorization);
             names.push(name);
         }
         if self.published.workload(uid).as_ref() != Some(&policy.identity) {
@@ -424,6 +416,50 @@ impl Publisher {
         }
         names.push(name);
         self.names(key, names);
+    }
+
+    /// Publishes who may call one port: everything that the policies say, or as much of it as can be told.
+    fn authorization(&mut self, name: &Arc<str>, meta: &Meta, whole: &Authorization) {
+        let body = encode(&v1::Authorization::from(whole));
+        if self.is_told(name, meta, &body) {
+            return self.nothing_left_out(name);
+        }
+        let Err(error) = convert::authz::parse(&body) else {
+            self.set_authorization(name, meta, whole);
+            return self.nothing_left_out(name);
+        };
+        let (enforceable, left_out) = self.read().index.enforceable(whole);
+        if self.read().left_out.get(name) != Some(&left_out) {
+            for LeftOut { object, reason } in &left_out {
+                tracing::error!(%name, %object, %reason, "a policy is not in force");
+            }
+            self.write().left_out.insert(name.clone(), left_out);
+        }
+        let body = encode(&v1::Authorization::from(&enforceable));
+        let refused = convert::authz::parse(&body).is_err().then_some(error);
+        if !self.refused(name, refused) && !self.is_told(name, meta, &body) {
+            self.set_authorization(name, meta, &enforceable);
+        }
+    }
+
+    /// Whether that is what is published. The version says nothing of the generation: a change that changes nothing has
+    /// the same.
+    fn is_told(&self, name: &str, meta: &Meta, body: &[u8]) -> bool {
+        let version = meta.version(hash(body));
+        self.published.resource(name).is_some_and(|told| *told.versioned.version == *version)
+    }
+
+    fn set_authorization(&mut self, name: &Arc<str>, meta: &Meta, authorization: &Authorization) {
+        let mut message = v1::Authorization::from(authorization);
+        let version = meta.version(hash(&encode(&message)));
+        self.generation += 1;
+        message.generation = self.generation;
+        self.set(name, version, encode(&message), true);
+    }
+
+    fn nothing_left_out(&self, name: &Arc<str>) {
+        self.write().left_out.remove(name);
+        self.refused(name, None);
     }
 
     /// Publishes one version, if it differs, and wakes whom it concerns.
@@ -452,6 +488,7 @@ impl Publisher {
         for name in &gone {
             state.unpublished.remove(name);
             state.refusing.remove(name);
+            state.left_out.remove(name);
         }
         drop(state);
         self.given_up.extend(gone.into_iter().map(|name| (key.clone(), name)));
@@ -513,12 +550,12 @@ pub fn sequence_of(version: &str) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
-    use weft_core::policy::Filter;
+    use weft_core::policy::{Action, Filter};
 
     use super::*;
     use crate::{
         index::{Event, tests::objects},
-        resources::{Kind, ObjectKey, Origin},
+        resources::{Kind, Object, ObjectKey, Origin, policy::Limits},
     };
 
     fn batch(text: &str) -> Batch {
@@ -558,12 +595,21 @@ mod tests {
     fn a_service_that_every_sidecar_would_refuse_is_not_unknown() {
         let (mut publisher, published) = publisher();
         let limited = |requests: u32| {
-            batch(&format!(
-                "apiVersion: v1\nkind: Service\nmetadata: {{name: a, namespace: shop}}\n\
-                 spec: {{clusterIP: 10.96.0.1, ports: [{{port: 80}}]}}\n---\n\
-                 apiVersion: weft.dev/v1alpha1\nkind: TrafficPolicy\nmetadata: {{name: a, namespace: shop}}\n\
-                 spec: {{targetRefs: [{{kind: Service, name: a}}], limits: {{maxRequests: {requests}}}}}\n"
-            ))
+            let mut batch = batch(
+                "apiVersion: v1\nkind: Service\nmetadata: {name: a, namespace: shop}\n\
+                 spec: {clusterIP: 10.96.0.1, ports: [{port: 80}]}\n---\n\
+                 apiVersion: weft.dev/v1alpha1\nkind: TrafficPolicy\nmetadata: {name: a, namespace: shop}\n\
+                 spec: {targetRefs: [{kind: Service, name: a}], limits: {maxRequests: 1}}\n",
+            );
+            // What nothing said that is read from a source, since it would be refused there.
+            for event in &mut batch.events {
+                if let Event::Apply { object, .. } = event
+                    && let Object::TrafficPolicy(policy) = &mut **object
+                {
+                    policy.spec.limits = Some(Limits { max_requests: Some(requests), ..Limits::default() });
+                }
+            }
+            batch
         };
         let names = ["ip/10.96.0.1:80", "svc/shop/a:80", "route/shop/a.refused:80"];
         let there = || names.map(|name| published.resource(name).map(|resource| resource.versioned.body));
@@ -591,6 +637,60 @@ mod tests {
         });
         assert_eq!(there(), [None, None, None]);
         assert!(publisher.state().read().unwrap().unpublished.is_empty());
+    }
+
+    #[test]
+    fn a_policy_that_does_not_fit_keeps_no_other_from_the_sidecars_and_is_forgotten_when_it_does() {
+        let (mut publisher, published) = publisher();
+        publisher.apply(batch(
+            "apiVersion: v1\nkind: Pod\nmetadata: {name: a, namespace: shop, uid: a-uid, annotations: \
+             {weft.dev/injected: \"true\"}}\nstatus: {podIP: 10.0.0.1}\n",
+        ));
+        let policy = |name: &str, action: &str, count: usize| {
+            let rules = vec!["{from: [{namespaces: [till]}]}"; count].join(", ");
+            batch(&format!(
+                "apiVersion: weft.dev/v1alpha1\nkind: AuthorizationPolicy\nmetadata: {{name: {name}, namespace: shop}}\n\
+                 spec: {{action: {action}, rules: [{rules}]}}\n"
+            ))
+        };
+        let name = "authz/a-uid/0";
+        let told = || convert::authz::parse(&published.resource(name).unwrap().versioned.body).unwrap();
+        let state = publisher.state();
+        let left_out = || state.read().unwrap().left_out.get(name).cloned().unwrap_or_default();
+        publisher.apply(policy("a", "Allow", 1_000));
+        let good = published.resource(name).unwrap().versioned;
+        for more in ["b", "c", "d", "e"] {
+            publisher.apply(policy(more, "Allow", 1_000));
+        }
+        let whom: Vec<_> = left_out().into_iter().map(|left| left.object.name.to_string()).collect();
+        assert_eq!((told().rules.iter().count(), whom), (4_000, vec!["e".to_owned()]));
+        // Before, the port was frozen from here on.
+        publisher.apply(policy("now", "Deny", 1));
+        assert!(told().rules.iter().any(|rule| rule.action == Action::Deny && &*rule.object.name == "now"));
+        for gone in ["b", "c", "d", "e", "now"] {
+            let key = ObjectKey::new(Kind::AuthorizationPolicy, "shop", gone);
+            publisher.apply(Batch { events: vec![Event::Delete(key)], ..Batch::default() });
+        }
+        assert_eq!(left_out(), []);
+        assert_eq!(published.resource(name).unwrap().versioned.version, good.version);
+    }
+
+    #[test]
+    fn what_is_said_again_as_it_was_published_is_no_longer_refused() {
+        let (mut publisher, published) = publisher();
+        let pod = |account: &str| {
+            batch(&format!(
+                "apiVersion: v1\nkind: Pod\nmetadata: {{name: a, namespace: shop, uid: a-uid, annotations: \
+                 {{weft.dev/injected: \"true\"}}}}\nspec: {{serviceAccountName: {account}}}\n\
+                 status: {{podIP: 10.0.0.1}}\n"
+            ))
+        };
+        publisher.apply(pod("web"));
+        let name = "authz/a-uid/0";
+        assert!(published.resource(name).is_some());
+        publisher.write().unpublished.insert(name.into(), "as a policy had it that has gone".to_owned());
+        publisher.apply(pod("web"));
+        assert!(publisher.read().unpublished.is_empty());
     }
 
     #[test]

@@ -356,6 +356,64 @@ async fn a_sidecar_follows_its_mesh() {
 }
 
 #[tokio::test]
+async fn a_policy_that_does_not_fit_is_applied_nowhere_and_the_others_are() {
+    let policy = |name: &str, action: &str, count: usize| {
+        let rules = vec!["{from: [{namespaces: [till]}]}"; count].join(", ");
+        format!(
+            "---\napiVersion: weft.dev/v1alpha1\nkind: AuthorizationPolicy\nmetadata: {{name: {name}, namespace: shop}}\n\
+             spec: {{action: {action}, rules: [{rules}]}}\n"
+        )
+    };
+    let many: String = ["a", "b", "c", "d"].iter().map(|name| policy(name, "Allow", 1_024)).collect();
+    let mesh = Mesh::start("room", &format!("{SHOP}{many}{}", policy("e", "Allow", 1))).await;
+    let credentials = mesh.credentials("cart", "cart-1-uid").await;
+    let channel = mesh.discovery(&credentials).await;
+    let mut wire = Wire::open(channel.clone()).await.unwrap();
+    let (ty, name) = (ResourceType::Authorization, "authz/cart-1-uid/0");
+    wire.subscribe(ty, &[name]).await;
+    let told = wire.next().await;
+    wire.ack(&told).await;
+    let (reports, reports_seen) = mpsc::channel(2);
+    let mut answers =
+        TelemetryClient::new(channel).report(ReceiverStream::new(reports_seen)).await.unwrap().into_inner();
+    let mut live = async |response: &DeltaDiscoveryResponse, sequence| {
+        let applied = Applied {
+            type_url: ty.type_url().to_owned(),
+            name: name.to_owned(),
+            version: response.resources[0].version.clone(),
+            removed: false,
+        };
+        let report =
+            ReportRequest { sequence, session: "s".to_owned(), applied: vec![applied], ..Default::default() };
+        reports.send(report).await.unwrap();
+        timeout(LONG, answers.message()).await.unwrap().unwrap().unwrap();
+    };
+    live(&told, 1).await;
+    let of = |status: &Status, name: &str| {
+        let found = status.objects.iter().find(|o| o.kind == "AuthorizationPolicy" && o.name == name);
+        let found = found.unwrap();
+        let missing: Vec<_> = found.laggards.iter().map(|l| format!("{}: {}", l.pod, l.reason)).collect();
+        (found.applied, found.of, missing.join("; "))
+    };
+    let status = mesh.status().await;
+    assert_eq!(of(&status, "a"), (1, 1, String::new()));
+    let (applied, all, why) = of(&status, "e");
+    assert!((applied, all) == (0, 1) && why.starts_with("the controller: ") && why.contains("4096"), "{why}");
+    let problem = status.problems.iter().find(|p| p.object == "AuthorizationPolicy/shop/e").unwrap();
+    assert!(problem.reason.contains("it lets nobody in there"), "{problem:?}");
+    // What somebody needs to deny now is in force all the same, and takes the place of one that allows.
+    mesh.write(&format!("{SHOP}{many}{}", policy("now", "Deny", 1)));
+    let told = wire.next().await;
+    let rules = convert::authz::parse(&told.resources[0].resource.as_ref().unwrap().value).unwrap().rules;
+    assert!(rules.iter().any(|rule| &*rule.object.name == "now"));
+    live(&told, 2).await;
+    let status = mesh.status().await;
+    assert_eq!((of(&status, "now"), of(&status, "a")), ((1, 1, String::new()), (1, 1, String::new())));
+    assert_eq!((of(&status, "d").0, of(&status, "d").1), (0, 1));
+    mesh.stop().await;
+}
+
+#[tokio::test]
 async fn the_rules_of_the_wire() {
     let mesh = Mesh::start("rules", SHOP).await;
     let credentials = mesh.credentials("cart", "cart-1-uid").await;

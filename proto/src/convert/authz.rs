@@ -3,6 +3,7 @@
 //! Why so many refusals: whatever is missing here would make a rule mean more than it says. An action, a
 //! default or a condition that was lost on the way is an error, never "any".
 
+use prost::Message as _;
 use weft_core::policy::{Action, Authorization, AuthzRule, HttpMatch, SourceMatch, StringMatch};
 
 use super::{
@@ -15,7 +16,13 @@ use super::{
 use crate::pb::v1::{self, authorization as pb};
 
 /// Rules of one port: all policies that select the workload together.
-const MAX_RULES: usize = 4_096;
+pub const MAX_RULES: usize = 4_096;
+
+/// Bytes that rules take in a message. Those of two lists are the sum of theirs.
+pub fn size(rules: &[AuthzRule]) -> usize {
+    let rules = rules.iter().map(to_rule).collect();
+    v1::Authorization { default: 0, rules, generation: 0, requires: Vec::new() }.encoded_len()
+}
 
 /// Reads an authorization policy.
 ///

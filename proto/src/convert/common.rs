@@ -24,7 +24,7 @@ use crate::{names::is_segment, pb::v1};
 /// Items of an ordinary list.
 pub(super) const MAX_ITEMS: usize = 1_024;
 /// Bytes of an ordinary text.
-pub(super) const MAX_TEXT: usize = 4_096;
+pub const MAX_TEXT: usize = 4_096;
 /// Bytes of something that becomes a label of a metric.
 pub(super) const MAX_LABEL: usize = 253;
 /// A part of one, in millionths.

@@ -15,6 +15,8 @@ pub mod workload;
 
 mod common;
 
+pub use common::MAX_TEXT;
+
 use weft_core::{identity::IdentityError, policy::PatternError};
 
 use crate::names::NameError;
