@@ -33,10 +33,10 @@ use weft_core::policy::{OutboundPolicy, Tunnel};
 
 use crate::{
     config::Config,
+    connect,
     control::Control,
     discovery::Target,
     drain::{Drain, Phase},
-    pool,
     telemetry::{log::LogHandle, metrics::Shared},
 };
 
@@ -224,7 +224,7 @@ impl Admin {
             pod_ips.chain([IpAddr::V4(Ipv4Addr::LOCALHOST)]).take(self.config.pod_ips.len().max(1));
         let mut refused = String::new();
         for address in addresses.map(|ip| SocketAddr::new(ip, port)) {
-            let connecting = async { pool::socket(address, true)?.connect(address).await };
+            let connecting = async { connect::socket(address, true)?.connect(address).await };
             match timeout(self.config.times.connect, connecting).await {
                 Ok(Ok(_)) => return text(StatusCode::OK, "accepts\n"),
                 Ok(Err(error)) => refused = format!("{address}: {error}\n"),

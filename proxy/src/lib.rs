@@ -28,6 +28,7 @@ mod back;
 mod belief;
 mod body;
 mod clock;
+mod connect;
 mod detect;
 mod dial;
 mod error;

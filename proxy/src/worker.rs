@@ -23,6 +23,7 @@ use weft_core::{
 
 use crate::{
     config::Config,
+    connect::Connector,
     discovery::{Discovery, Watched},
     drain::{Drain, LocalDrain},
     limits::Limits,
@@ -45,6 +46,7 @@ pub(crate) struct Worker {
     pub(crate) config: Arc<Config>,
     pub(crate) discovery: Discovery,
     pub(crate) material: watch::Receiver<Option<Arc<Material>>>,
+    pub(crate) connector: Connector,
     pub(crate) pool: Pool,
     pub(crate) recorder: Recorder,
     pub(crate) drain: LocalDrain,
@@ -144,7 +146,8 @@ impl Spoken {
 impl Worker {
     pub(crate) fn new(parts: Parts, recorder: Recorder) -> Rc<Self> {
         let lost = parts.lost.clone();
-        let pool = Pool::new(parts.config.clone(), parts.material.clone(), recorder.clone(), lost.clone());
+        let connector = Connector::new(parts.config.clone(), parts.material.clone(), recorder.clone());
+        let pool = Pool::new(parts.config.clone(), connector.clone(), recorder.clone(), lost.clone());
         let worker = Rc::new(Self {
             drain: LocalDrain::new(parts.drain),
             limits: parts.limits,
@@ -154,6 +157,7 @@ impl Worker {
             policy_changes: Wakers::default(),
             discovery: parts.discovery,
             material: parts.material,
+            connector,
             pool,
             recorder,
             rng: RefCell::new(SmallRng::from_rng(&mut rand::rng())),

@@ -180,7 +180,7 @@ async fn dial(
         worker.recorder.count(Counter::Denied);
         return Err((Error::Denied, reason.name().into()));
     }
-    let connected = worker.pool.connect(original, true, worker.config.times.connect).await;
+    let connected = worker.connector.connect(original, true, worker.config.times.connect).await;
     drop(dialling);
     connected.map_err(|error| (Error::from_failure(error.failure), error.detail))
 }

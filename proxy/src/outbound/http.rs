@@ -299,9 +299,9 @@ impl Client {
                     Ok(sent) => sent,
                     // Before there was a connection nothing was sent, whatever the method.
                     Err(_) if !connected.get() => {
-                        Err(SendError::new(Failure::ConnectTimeout, "no connection in time"))
+                        Err(SendError::new(Failure::ConnectTimeout, "no connection in time", false))
                     }
-                    Err(_) => Err(SendError::new(Failure::Timeout, "no answer in time")),
+                    Err(_) => Err(SendError::new(Failure::Timeout, "no answer in time", false)),
                 },
             };
             let now = now();
@@ -445,15 +445,15 @@ impl Client {
     ) -> Result<Sent, SendError> {
         let service = &sending.resolved.policy.backends[chosen.backend].service;
         let h2 = sending.outgoing.version == Version::HTTP_2;
-        let peer =
-            Peer::of(endpoint, h2, service).ok_or_else(|| SendError::new(Failure::Identity, NOT_ACCEPTED))?;
+        let peer = Peer::of(endpoint, h2, service)
+            .ok_or_else(|| SendError::new(Failure::Identity, NOT_ACCEPTED, false))?;
         let body = match &sending.replay {
             None => Upload::none(),
             Some(replay) => replay.attempt(),
         };
         let request = outgoing
             .request(&peer, body, number)
-            .map_err(|e| SendError::new(Failure::Unreachable, &e.to_string()))?;
+            .map_err(|e| SendError::new(Failure::Unreachable, e.to_string(), false))?;
         let cap = sending.resolved.backends.get(chosen.backend);
         let cap = cap.map(|backend| Cap { in_use: &backend.in_use, max: service.limits.max_connections });
         let options = SendOptions {

@@ -15,11 +15,11 @@ use weft_core::{
 use crate::{
     accepted::Accepted,
     belief::Belief,
+    connect::{ConnectError, Meshed},
     detect::{self, Begun, First, FirstWord},
     error::{Component, Error},
     peer::{NOT_ACCEPTED, Peer},
     pod_wide::Permit,
-    pool::{ConnectError, Meshed},
     tcp::{Broken, Moved, Prefixed, Stream, reset, splice_until},
     telemetry::{
         exchange::{Exchange, now},
@@ -40,7 +40,7 @@ pub(super) async fn outside(worker: &Rc<Worker>, mut accepted: Accepted) {
         protocol: Spoken::Tcp.as_str(),
     }));
     // The app's own timeout is the one that counts out there; this bound only ends what nobody waits for.
-    let connecting = worker.pool.connect(accepted.original, false, Duration::from_secs(120));
+    let connecting = worker.connector.connect(accepted.original, false, Duration::from_secs(120));
     match connecting.await {
         Ok(mut server) => carry(worker, exchange, None, None, &mut accepted.stream, &mut server).await,
         Err(error) => refuse(worker, accepted, exchange, error),
@@ -199,16 +199,11 @@ async fn connect(
         }
         let connected = match Peer::of(&endpoint, false, &policy.service) {
             Some(Peer::Mesh { address, uid, identity }) => {
-                let connecting = worker.pool.connect_mesh(address, &uid, &identity, Alpn::Tcp, timeout);
+                let connecting = worker.connector.connect_mesh(address, &uid, &identity, Alpn::Tcp, timeout);
                 connecting.await.map(|meshed| Server::Mesh(Box::new(meshed)))
             }
-            Some(peer) => worker.pool.connect(peer.address(), false, timeout).await.map(Server::Plain),
-            None => Err(ConnectError {
-                capped: false,
-                failure: Failure::Identity,
-                detail: NOT_ACCEPTED.into(),
-                local: false,
-            }),
+            Some(peer) => worker.connector.connect(peer.address(), false, timeout).await.map(Server::Plain),
+            None => Err(ConnectError::remote(Failure::Identity, NOT_ACCEPTED)),
         };
         let now = now();
         match connected {
