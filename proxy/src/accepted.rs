@@ -11,7 +11,10 @@ use crate::{
     drain::{ConnectionGuard, LocalDrain},
     error::Component,
     limits::Slot,
-    telemetry::metrics::{Gauge, Level, Recorder},
+    telemetry::{
+        metrics::Gauge,
+        recorder::{Level, Recorder},
+    },
 };
 
 /// A captured connection.

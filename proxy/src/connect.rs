@@ -32,7 +32,7 @@ use crate::{
     belief::Belief,
     config::Config,
     tcp::{is_our_own_want, keep_alive},
-    telemetry::metrics::{Counter, Recorder},
+    telemetry::{metrics::Counter, recorder::Recorder},
     tls::{self, Alpn, Material, Role},
 };
 

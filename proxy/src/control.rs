@@ -32,7 +32,9 @@ use crate::{
     discovery::{Ask, Discovery, store::Store},
     identity::{self, Bundles},
     telemetry::{
-        metrics::{Counter, Gauge, Registry, Shared, Take},
+        metrics::{Counter, Gauge, Shared},
+        recorder::Take,
+        registry::Registry,
         report::{self, Reports},
     },
     tls::{Material, Trust, controller_config},
@@ -73,7 +75,7 @@ impl Control {
 }
 
 /// Starts the control half on the current runtime: certificate, control stream and telemetry. `workers`
-/// are the senders of [`crate::telemetry::metrics::channel`], one a worker.
+/// are the senders of [`crate::telemetry::recorder::channel`], one a worker.
 pub fn start(config: &Arc<Config>, shared: &Arc<Shared>, workers: Vec<mpsc::Sender<Take>>) -> Control {
     let registry = Registry::new(workers, Arc::clone(shared), config.limits.series);
     let reports = Reports::new();

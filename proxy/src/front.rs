@@ -42,7 +42,7 @@ use crate::{
     config::{self, Config},
     error::{Component, Error},
     head, presence,
-    telemetry::metrics::Recorder,
+    telemetry::recorder::Recorder,
     upload::Replay,
 };
 

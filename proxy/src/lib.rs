@@ -65,7 +65,10 @@ use crate::{
     limits::Limits,
     memory::Memory,
     pod_wide::{Budgets, Caps},
-    telemetry::metrics::{self, Recorder, Shared},
+    telemetry::{
+        metrics::{self, Shared},
+        recorder::{self, Recorder},
+    },
     worker::{Parts, Worker},
 };
 
@@ -117,7 +120,7 @@ pub async fn start(
     tokio::spawn(limits.clone().watch_memory());
     count_panics(&shared);
     let drain = Drain::new();
-    let (asks, answers): (Vec<_>, Vec<_>) = (0..config.workers).map(|_| metrics::channel()).unzip();
+    let (asks, answers): (Vec<_>, Vec<_>) = (0..config.workers).map(|_| recorder::channel()).unzip();
     let control = control::start(&config, &shared, asks);
     let parts = Parts {
         config: config.clone(),
@@ -146,7 +149,7 @@ pub async fn start(
 /// One worker's thread.
 fn data(
     parts: Parts,
-    asked: tokio::sync::mpsc::Receiver<metrics::Take>,
+    asked: tokio::sync::mpsc::Receiver<recorder::Take>,
     started: &std_mpsc::Sender<io::Result<()>>,
 ) {
     let runtime = match runtime::Builder::new_current_thread().enable_all().build() {

@@ -32,7 +32,7 @@ use crate::{
     connect::{ConnectError, Connector},
     peer::Peer,
     pod_wide::{InUse, Permit},
-    telemetry::metrics::Recorder,
+    telemetry::recorder::Recorder,
     upload::{Replay, Upload},
 };
 

@@ -32,7 +32,7 @@ use crate::{
     pool::Pool,
     telemetry::{
         exchange::{Exchange, now},
-        metrics::{Direction, EndpointReport, Recorder, Series, SeriesKey, endpoint_report},
+        recorder::{Direction, EndpointReport, Recorder, Series, SeriesKey, endpoint_report},
     },
     tls::{self, Material},
     wakers::Wakers,

@@ -41,7 +41,8 @@ use crate::{
     telemetry::{
         decision::Decision,
         exchange::{Exchange, now},
-        metrics::{Counter, Direction, Edge, EdgeKey, Series, SeriesKey},
+        metrics::Counter,
+        recorder::{Direction, Edge, EdgeKey, Series, SeriesKey},
     },
     upgraded::{self, Ended},
     upload::{Replay, Upload},

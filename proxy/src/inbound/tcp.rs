@@ -19,7 +19,8 @@ use crate::{
     tcp::{Broken, Moved, Prefixed, Stream, reset, splice_until},
     telemetry::{
         exchange::{Exchange, now},
-        metrics::{Counter, Direction, EdgeKey, SeriesKey},
+        metrics::Counter,
+        recorder::{Direction, EdgeKey, SeriesKey},
     },
     worker::{Spoken, Worker, port_policy},
 };

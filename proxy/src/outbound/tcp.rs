@@ -23,7 +23,8 @@ use crate::{
     tcp::{Broken, Moved, Prefixed, Stream, reset, splice_until},
     telemetry::{
         exchange::{Exchange, now},
-        metrics::{Counter, Direction, SeriesKey},
+        metrics::Counter,
+        recorder::{Direction, SeriesKey},
     },
     tls::Alpn,
     worker::{Destination, Resolved, Spoken, Worker},

@@ -40,10 +40,7 @@ use crate::{
     peer::Peer,
     pod_wide::Permit,
     tcp::{Prefixed, write_to_inner},
-    telemetry::{
-        exchange::now,
-        metrics::{Gauge, Recorder},
-    },
+    telemetry::{exchange::now, metrics::Gauge, recorder::Recorder},
     tls::Alpn,
     upload::{Replay, Upload},
 };

@@ -11,7 +11,7 @@ use http::{HeaderMap, HeaderValue, StatusCode, uri::PathAndQuery};
 use weft_core::{balance::Lease, classify::Outcome};
 use weft_proto::pb::v1 as pb;
 
-use super::metrics::Recorder;
+use super::recorder::Recorder;
 use crate::{
     error::{Component, Error},
     head::X_REQUEST_ID,

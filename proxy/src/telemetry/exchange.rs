@@ -10,7 +10,10 @@ use std::{
 
 use weft_core::{balance::Ejection, classify::Class};
 
-use super::metrics::{Counter, Edge, Recorder, Series};
+use super::{
+    metrics::Counter,
+    recorder::{Edge, Recorder, Series},
+};
 
 /// The clock of the data path: tokio's, so that a paused test clock also moves the core.
 pub(crate) fn now() -> Instant {

@@ -7,4 +7,7 @@ pub(crate) mod decision;
 pub(crate) mod exchange;
 pub mod log;
 pub mod metrics;
+pub(crate) mod process;
+pub mod recorder;
+pub mod registry;
 pub mod report;

@@ -26,7 +26,11 @@ use tracing::debug;
 use weft_core::backoff::full_jitter;
 use weft_proto::pb::v1::{self as pb, telemetry_client::TelemetryClient};
 
-use super::metrics::{Gauge, Process, Registry, ReportDelta};
+use super::{
+    metrics::Gauge,
+    process::Process,
+    registry::{Registry, ReportDelta},
+};
 use crate::config::Config;
 
 /// Takes what is live and what was refused; the reporter sends it. Cheap to clone, for any thread.
