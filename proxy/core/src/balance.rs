@@ -31,21 +31,30 @@
 //! A balancer belongs to one worker: cells and `Rc`, no lock. A request holds a [`Lease`]; dropping it
 //! says that the caller left, whatever else happened.
 
+mod lease;
+mod slot;
+
 use std::{
     cell::{Cell, RefCell},
-    collections::{HashMap, VecDeque},
+    collections::HashMap,
     net::SocketAddr,
     rc::Rc,
     sync::Arc,
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use rand_core::RngCore;
 
+pub use self::{
+    lease::{Doubt, Ejection, Lease},
+    slot::{EndpointView, Health},
+};
+use self::{
+    lease::{LEARN, Shared},
+    slot::{Slot, WARM_UP},
+};
 use crate::{
-    classify::{Failure, Outcome},
-    eject::{Reason, State, Tracker},
-    ewma::Ewma,
+    eject::{Reason, State},
     identity::PodUid,
     random,
     service::{Algorithm, BackendPolicy, Endpoint, EndpointHealth, HealthPolicy, LoadBalancing},
@@ -81,127 +90,6 @@ pub enum PickError {
     /// It has, but all of them are draining, not ready or have weight 0.
     #[error("no endpoint is ready")]
     NoneReady,
-}
-
-/// One request's hold on one endpoint. Dropping it says that the caller left.
-#[derive(Debug)]
-pub struct Lease {
-    shared: Rc<Shared>,
-    slot: Rc<Slot>,
-    endpoint: Arc<Endpoint>,
-    started: Instant,
-    ticket: u64,
-    first_byte: Option<Duration>,
-    probe: bool,
-    /// Drawn when picked, so that finishing needs no random source.
-    draw: f64,
-    finished: bool,
-}
-
-/// A connection to an endpoint broke off: whether it is still there is being found out, and requests go elsewhere as
-/// long. Dropping it says that nothing was found out.
-#[derive(Debug)]
-pub struct Doubt {
-    shared: Rc<Shared>,
-    slot: Rc<Slot>,
-    endpoint: Arc<Endpoint>,
-    since: Instant,
-    draw: f64,
-}
-
-/// An outcome ejected an endpoint: for the log and a counter.
-#[derive(Clone, Debug)]
-pub struct Ejection {
-    /// Which.
-    pub endpoint: Arc<Endpoint>,
-    /// Why.
-    pub reason: Reason,
-    /// Until when.
-    pub until: Instant,
-}
-
-/// What an endpoint's place in the rotation is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Health {
-    /// In rotation.
-    Healthy,
-    /// Ejected.
-    Ejected {
-        /// When probing may begin.
-        until: Instant,
-    },
-    /// One request at a time.
-    Probing,
-    /// Takes no new requests: draining, removed, or weight 0.
-    Draining,
-    /// Takes no new requests: the control plane says that it is not ready.
-    NotReady,
-}
-
-/// One endpoint, for explanations.
-#[derive(Clone, Debug)]
-pub struct EndpointView {
-    /// Which.
-    pub endpoint: Arc<Endpoint>,
-    /// What another request there is believed to cost.
-    pub cost: Duration,
-    /// Requests on it now.
-    pub in_flight: u32,
-    /// Its place in the rotation.
-    pub state: Health,
-    /// Why it was ejected last.
-    pub reason: Option<Reason>,
-    /// Requests so far.
-    pub requests: u64,
-}
-
-/// What leases need of their balancer.
-#[derive(Debug)]
-struct Shared {
-    lb: RefCell<LoadBalancing>,
-    health: RefCell<HealthPolicy>,
-    /// The usual latency of a success, over all endpoints, in seconds.
-    usual: Cell<Option<f64>>,
-    /// How many endpoints are ready, and how many of them are not in normal rotation.
-    ready: Cell<usize>,
-    out: Cell<usize>,
-}
-
-#[derive(Debug)]
-struct Slot {
-    endpoint: RefCell<Arc<Endpoint>>,
-    in_flight: Cell<u32>,
-    requests: Cell<u64>,
-    /// Weight, and whether the slot stands in [`Balancer::ready`].
-    weight: Cell<f64>,
-    is_ready: Cell<bool>,
-    removed: Cell<bool>,
-    warm_from: Cell<Option<Instant>>,
-    /// Smooth weighted round robin's credit.
-    credit: Cell<f64>,
-    seen: RefCell<Seen>,
-}
-
-#[derive(Debug)]
-struct Seen {
-    latency: Ewma,
-    failing: Failing,
-    tracker: Tracker,
-    waiting: Waiting,
-}
-
-/// The recent share of failures; fades as the latency does.
-#[derive(Clone, Copy, Debug)]
-struct Failing {
-    share: f64,
-    at: Instant,
-}
-
-/// Starts of the requests that wait for their first byte, oldest first; constant time on average.
-#[derive(Debug, Default)]
-struct Waiting {
-    first: u64,
-    starts: VecDeque<Option<Instant>>,
 }
 
 impl Balancer {
@@ -551,342 +439,6 @@ impl Balancer {
     }
 }
 
-impl Lease {
-    /// Where the request goes.
-    pub fn endpoint(&self) -> &Arc<Endpoint> {
-        &self.endpoint
-    }
-
-    /// When it was taken.
-    pub fn started(&self) -> Instant {
-        self.started
-    }
-
-    /// This is the probe of an endpoint that could not be connected to: connect, and send nothing.
-    pub fn only_connects(&self) -> bool {
-        self.probe && self.slot.seen.borrow().tracker.reason() == Some(Reason::NoConnection)
-    }
-
-    /// The response began: the latency sample.
-    pub fn first_byte(&mut self, now: Instant) {
-        if self.first_byte.is_some() {
-            return;
-        }
-        let took = now.saturating_duration_since(self.started);
-        self.first_byte = Some(took);
-        let mut seen = self.slot.seen.borrow_mut();
-        seen.waiting.done(self.ticket);
-        seen.latency.observe(took, now);
-        if self.probe {
-            seen.tracker.probe_answered(now);
-        }
-    }
-
-    /// The request ended. `Some` when this ejected the endpoint.
-    pub fn finish(mut self, outcome: Outcome, now: Instant) -> Option<Ejection> {
-        self.finished = true;
-        let took = self.first_byte.unwrap_or_else(|| now.saturating_duration_since(self.started));
-        let (shared, slot) = (self.shared.clone(), self.slot.clone());
-        let mut seen = slot.seen.borrow_mut();
-        let seen = &mut *seen;
-        slot.release();
-        seen.waiting.done(self.ticket);
-        let decay = seen.latency.decay();
-        let policy = shared.health.borrow();
-        match outcome {
-            Outcome::Success | Outcome::ClientError => {
-                if self.first_byte.is_none() {
-                    seen.latency.observe(took, now);
-                }
-                shared.learn(took);
-                seen.failing.learn(0.0, decay, now);
-                if !seen.tracker.is_out() {
-                    seen.tracker.success(&policy, now);
-                } else if self.probe {
-                    shared.restore(&slot, &mut seen.tracker, now);
-                }
-                None
-            }
-            Outcome::Cancelled => {
-                if self.first_byte.is_none() {
-                    // The caller had waited so long already: that much is known.
-                    seen.latency.at_least(took, now);
-                }
-                if self.probe {
-                    seen.tracker.probe_dropped();
-                }
-                None
-            }
-            Outcome::Failure(failure) => {
-                seen.latency.at_least(took.max(shared.slow()), now);
-                seen.failing.learn(1.0, decay, now);
-                let nobody = nobody(failure, took).filter(|_| policy.consecutive_failures > 0);
-                let reason = if !seen.tracker.is_out() {
-                    let counted = seen.tracker.failure(&policy, now);
-                    let reason = nobody.or(counted)?;
-                    if !shared.takes_out(&slot) {
-                        return None;
-                    }
-                    reason
-                } else if self.probe {
-                    nobody.unwrap_or(Reason::ProbeFailed)
-                } else {
-                    return None; // sent before the ejection
-                };
-                let until = seen.tracker.eject(&policy, reason, now, self.draw);
-                Some(Ejection { endpoint: self.endpoint.clone(), reason, until })
-            }
-        }
-    }
-}
-
-impl Drop for Lease {
-    fn drop(&mut self) {
-        if self.finished {
-            return;
-        }
-        self.slot.release();
-        let mut seen = self.slot.seen.borrow_mut();
-        seen.waiting.done(self.ticket);
-        if self.probe {
-            seen.tracker.probe_dropped();
-        }
-    }
-}
-
-impl Doubt {
-    /// What connecting to it brought. `Some` when this ejected the endpoint.
-    pub fn settle(self, outcome: Outcome, now: Instant) -> Option<Ejection> {
-        let took = now.saturating_duration_since(self.since);
-        let Outcome::Failure(failure) = outcome else { return None };
-        let mut seen = self.slot.seen.borrow_mut();
-        let policy = self.shared.health.borrow();
-        let reason = nobody(failure, took).filter(|_| policy.consecutive_failures > 0)?;
-        if seen.tracker.is_out() {
-            // By the requests that were cut off: that nobody is there any more only the question has shown.
-            seen.tracker.found(reason);
-            return None;
-        }
-        if !self.shared.takes_out(&self.slot) {
-            return None;
-        }
-        let until = seen.tracker.eject(&policy, reason, now, self.draw);
-        Some(Ejection { endpoint: self.endpoint.clone(), reason, until })
-    }
-}
-
-impl Drop for Doubt {
-    fn drop(&mut self) {
-        self.slot.seen.borrow_mut().tracker.doubt(false);
-    }
-}
-
-impl Shared {
-    fn new_slot(&self, endpoint: &Arc<Endpoint>, now: Instant) -> Slot {
-        let lb = self.lb.borrow();
-        // Whoever joins is believed to be as fast as the others; the first ones get the given guess.
-        let initial = self.usual.get().map_or(lb.ewma_initial, Duration::from_secs_f64);
-        let seen = Seen {
-            latency: Ewma::new(lb.ewma_decay, initial, now),
-            failing: Failing { share: 0.0, at: now },
-            tracker: Tracker::new(now),
-            waiting: Waiting::default(),
-        };
-        Slot {
-            endpoint: RefCell::new(endpoint.clone()),
-            in_flight: Cell::new(0),
-            requests: Cell::new(0),
-            weight: Cell::new(f64::from(endpoint.weight)),
-            is_ready: Cell::new(false),
-            removed: Cell::new(false),
-            warm_from: Cell::new(None),
-            credit: Cell::new(0.0),
-            seen: RefCell::new(seen),
-        }
-    }
-
-    fn lease(self: &Rc<Self>, slot: Rc<Slot>, now: Instant, draw: f64) -> Lease {
-        slot.in_flight.set(slot.in_flight.get() + 1);
-        slot.requests.set(slot.requests.get() + 1);
-        let mut seen = slot.seen.borrow_mut();
-        if seen.tracker.probe_settled(now) {
-            self.restore(&slot, &mut seen.tracker, now);
-        }
-        let probe = seen.tracker.state(now) == State::Probing && seen.tracker.available(now);
-        if probe {
-            seen.tracker.probe_started(now);
-        }
-        let ticket = seen.waiting.join(now);
-        drop(seen);
-        let endpoint = slot.endpoint.borrow().clone();
-        Lease {
-            shared: self.clone(),
-            slot,
-            endpoint,
-            started: now,
-            ticket,
-            first_byte: None,
-            probe,
-            draw,
-            finished: false,
-        }
-    }
-
-    fn restore(&self, slot: &Slot, tracker: &mut Tracker, now: Instant) {
-        tracker.restore(now);
-        if slot.is_ready.get() {
-            self.out.set(self.out.get().saturating_sub(1));
-        }
-    }
-
-    /// How many endpoints may be out of rotation: the cap, and never the last one.
-    fn most_out(&self) -> usize {
-        let ready = self.ready.get();
-        let share = usize::from(self.health.borrow().max_ejection_percent.min(100));
-        (ready * share / 100).min(ready.saturating_sub(1))
-    }
-
-    /// Makes room for one more that is out of rotation, if the cap allows it.
-    fn takes_out(&self, slot: &Slot) -> bool {
-        let allowed = slot.is_ready.get() && self.out.get() < self.most_out();
-        if allowed {
-            self.out.set(self.out.get() + 1);
-        }
-        allowed
-    }
-
-    /// What a failure counts as at least: twice the usual latency.
-    fn slow(&self) -> Duration {
-        match self.usual.get() {
-            Some(usual) => Duration::from_secs_f64(usual * 2.0),
-            None => self.lb.borrow().ewma_initial,
-        }
-    }
-
-    fn learn(&self, took: Duration) {
-        let took = took.as_secs_f64();
-        self.usual.set(Some(self.usual.get().map_or(took, |usual| usual + (took - usual) * LEARN)));
-    }
-}
-
-impl Slot {
-    fn takes(&self, tried: &[SocketAddr], now: Instant) -> bool {
-        !self.is_tried(tried) && {
-            let seen = self.seen.borrow();
-            seen.tracker.available(now) || seen.tracker.probe_settled(now)
-        }
-    }
-
-    fn is_tried(&self, tried: &[SocketAddr]) -> bool {
-        !tried.is_empty() && tried.contains(&self.endpoint.borrow().address)
-    }
-
-    /// How much of its weight an endpoint gets that joined a moment ago.
-    fn warmth(&self, now: Instant) -> f64 {
-        let Some(from) = self.warm_from.get() else {
-            return 1.0;
-        };
-        let age = now.saturating_duration_since(from).as_secs_f64();
-        (age / WARM_UP.as_secs_f64()).clamp(COLDEST, 1.0)
-    }
-
-    /// Requests in flight, one more, by weight.
-    fn load(&self) -> f64 {
-        1.0 + f64::from(self.in_flight.get()) / self.weight.get().max(f64::MIN_POSITIVE)
-    }
-
-    fn cost(&self, now: Instant) -> f64 {
-        let seen = self.seen.borrow();
-        let keep = seen.latency.keep(now);
-        let waited = seen.waiting.oldest().map_or(0.0, |at| now.saturating_duration_since(at).as_secs_f64());
-        let failing = seen.failing.now(seen.latency.decay(), now);
-        let latency = (seen.latency.seconds() * keep).max(waited) + SHORTEST_LATENCY;
-        latency * self.load() * (1.0 + FAILING_COSTS * failing * failing)
-    }
-
-    fn release(&self) {
-        self.in_flight.set(self.in_flight.get().saturating_sub(1));
-    }
-
-    fn view(&self, now: Instant) -> EndpointView {
-        let endpoint = self.endpoint.borrow().clone();
-        let tracker = &self.seen.borrow().tracker;
-        let state = match (self.is_ready.get(), endpoint.health, tracker.state(now)) {
-            (false, EndpointHealth::Unhealthy, _) if !self.removed.get() => Health::NotReady,
-            (false, _, _) => Health::Draining,
-            (true, _, State::Healthy) => Health::Healthy,
-            (true, _, State::Ejected { until }) => Health::Ejected { until },
-            (true, _, State::Probing) => Health::Probing,
-        };
-        EndpointView {
-            cost: Duration::try_from_secs_f64(self.cost(now)).unwrap_or(Duration::MAX),
-            in_flight: self.in_flight.get(),
-            state,
-            reason: tracker.reason(),
-            requests: self.requests.get(),
-            endpoint,
-        }
-    }
-}
-
-impl Failing {
-    fn now(&self, decay: Duration, now: Instant) -> f64 {
-        if self.share == 0.0 {
-            return 0.0; // nearly always: no exponential needed
-        }
-        let idle = now.saturating_duration_since(self.at).as_secs_f64();
-        let share = self.share * (-idle / decay.as_secs_f64().max(f64::MIN_POSITIVE)).exp();
-        if share < FORGOTTEN { 0.0 } else { share }
-    }
-
-    /// Takes one outcome: 1 failed, 0 did not.
-    fn learn(&mut self, failed: f64, decay: Duration, now: Instant) {
-        let share = self.now(decay, now);
-        let share = share + (failed - share) * FAILING_LEARNS;
-        *self = Self { share, at: self.at.max(now) };
-    }
-}
-
-impl Waiting {
-    fn join(&mut self, now: Instant) -> u64 {
-        self.starts.push_back(Some(now));
-        self.first + self.starts.len() as u64 - 1
-    }
-
-    fn done(&mut self, ticket: u64) {
-        let Some(at) = ticket.checked_sub(self.first) else {
-            return;
-        };
-        if let Some(start) = self.starts.get_mut(at as usize) {
-            *start = None;
-        }
-        while let Some(None) = self.starts.front() {
-            self.starts.pop_front();
-            self.first += 1;
-        }
-    }
-
-    fn oldest(&self) -> Option<Instant> {
-        self.starts.front().copied().flatten()
-    }
-}
-
-/// Whether a failure after so long means that nobody is there: one is enough.
-fn nobody(failure: Failure, took: Duration) -> Option<Reason> {
-    match failure {
-        Failure::ConnectTimeout => (took >= SILENCE).then_some(Reason::NoConnection),
-        Failure::Refused | Failure::Unreachable => Some(Reason::NoConnection),
-        Failure::AppRefused => Some(Reason::AppRefuses),
-        Failure::Status(_)
-        | Failure::Grpc(_)
-        | Failure::Reset
-        | Failure::Malformed
-        | Failure::Timeout
-        | Failure::Identity
-        | Failure::NotProcessed => None,
-    }
-}
-
 fn is_ready(endpoint: &Endpoint) -> bool {
     endpoint.health == EndpointHealth::Healthy && endpoint.weight > 0
 }
@@ -921,34 +473,21 @@ const DRAWS: u32 = 12;
 const TOO_DEAR: f64 = 4.0;
 /// How many more draws at most: three bad ones of ten meet five times in 500 picks.
 const MORE_DRAWS: u32 = 3;
-/// How long an endpoint that joined later warms up.
-const WARM_UP: Duration = Duration::from_secs(10);
-/// Its share at the beginning.
-const COLDEST: f64 = 0.1;
-/// Weight of one sample in the usual latency.
-const LEARN: f64 = 1.0 / 32.0;
-/// What an endpoint that always fails costs, in times of one that never does: 5 % of failures cost a
-/// quarter more, a third of them twelve times as much.
-const FAILING_COSTS: f64 = 100.0;
-/// Weight of one outcome in the recent share of failures: five in a row make 41 %.
-const FAILING_LEARNS: f64 = 0.1;
-/// A share of failures that makes no difference.
-const FORGOTTEN: f64 = 0.01;
-/// Added to every latency: below it, differences are noise of the clock and the scheduler.
-const SHORTEST_LATENCY: f64 = 50e-6;
-
-/// Who gave up on a connection sooner (a request with a short deadline) knows that it is slow, not that it is silent.
-const SILENCE: Duration = Duration::from_millis(500);
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
+    use std::{collections::BTreeMap, time::Duration};
 
     use proptest::prelude::*;
     use rand::{SeedableRng, rngs::SmallRng};
 
     use super::*;
-    use crate::{backoff::Backoff, name::ServiceName, service::Service};
+    use crate::{
+        backoff::Backoff,
+        classify::{Failure, Outcome},
+        name::ServiceName,
+        service::Service,
+    };
 
     #[expect(clippy::disallowed_methods, reason = "an arbitrary origin of virtual time")]
     fn origin() -> Instant {
