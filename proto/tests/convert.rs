@@ -194,10 +194,8 @@ fn service_value() -> impl Strategy<Value = Service> {
     let reach =
         prop::sample::select(vec![Reach::Anywhere, Reach::Node, Reach::PreferNode, Reach::PreferZone]);
     let limits =
-        (1..u32::MAX, 1..u32::MAX, 0..100_000_u64).prop_map(|(max_requests, max_connections, wait)| Limits {
-            max_requests,
-            max_connections,
-            queue_wait: Duration::from_millis(wait),
+        (1..u32::MAX, 1..u32::MAX, 0..100_000_u64).prop_map(|(max_requests, max_connections, wait)| {
+            ServiceLimits { max_requests, max_connections, queue_wait: Duration::from_millis(wait) }
         });
     let names = (
         option::of(service_name().prop_map(|name| Arc::from(Name::Route(name).to_string()))),
@@ -660,7 +658,7 @@ fn what_a_service_leaves_out_is_the_default() {
     let service = Service::try_from(&good_service()).unwrap();
     assert_eq!(service.load_balancing, LoadBalancing::default());
     assert_eq!(service.health, HealthPolicy::default());
-    assert_eq!(service.limits, Limits::default());
+    assert_eq!(service.limits, ServiceLimits::default());
     assert_eq!(service.retry, RetryPolicy::default());
     assert_eq!(service.timeouts, Timeouts::default());
     assert_eq!(service.detect_timeout, DETECT_TIMEOUT);

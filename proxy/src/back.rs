@@ -21,7 +21,7 @@ use tokio::{
 };
 use weft_core::{
     frames::{Calm, Frames},
-    framing::{Framing, Limits, Side, To, Why},
+    framing::{Framing, HeadLimits, Side, To, Why},
 };
 
 /// An HTTP/2 connection to a server, without the frames that mean nothing, and ended when too many bring nothing forward.
@@ -141,7 +141,7 @@ impl<S> Back<S> {
         &self.inner
     }
 
-    pub(crate) fn new(inner: S, due: Due, limits: Limits) -> Self {
+    pub(crate) fn new(inner: S, due: Due, limits: HeadLimits) -> Self {
         Self { inner, framing: Box::new(Framing::new(Side::Responses, limits)), due, bad: None, deaf: false }
     }
 }

@@ -70,7 +70,7 @@ pub struct Config {
     /// `WEFT_HARDEN`
     pub harden: Harden,
     /// What an app or a peer may make grow.
-    pub limits: Limits,
+    pub limits: GrowthLimits,
     /// How long things may take.
     pub times: Times,
     effective: Vec<(&'static str, String, bool)>,
@@ -79,7 +79,7 @@ pub struct Config {
 
 /// What an app or a peer may make grow.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Limits {
+pub struct GrowthLimits {
     /// Connections open at a time in each direction (`WEFT_MAX_CONNECTIONS`).
     pub max_connections: usize,
     /// Inbound connections from one address (`WEFT_MAX_CONNECTIONS_PER_PEER`).
@@ -102,7 +102,7 @@ pub struct Limits {
     pub log_lines: usize,
 }
 
-impl Limits {
+impl GrowthLimits {
     /// The same limit on a head as HTTP/2 between sidecars counts it, so that what the first sidecar lets pass the second
     /// one does: 32 bytes more a field, and the fields that sidecars add.
     pub(crate) fn header_list(&self) -> u32 {
@@ -383,7 +383,7 @@ struct Reader<G> {
 }
 
 impl<G: Fn(&str) -> Option<String>> Reader<G> {
-    fn limits(&mut self) -> Option<Limits> {
+    fn limits(&mut self) -> Option<GrowthLimits> {
         let max_connections = self.number("WEFT_MAX_CONNECTIONS", 20_000, 1..=1_000_000);
         let max_connections_per_peer = self.number("WEFT_MAX_CONNECTIONS_PER_PEER", 5_000, 1..=1_000_000);
         let header_bytes = self.number("WEFT_MAX_HEADER_BYTES", 64 * 1024, 8 * 1024..=1024 * 1024);
@@ -394,7 +394,7 @@ impl<G: Fn(&str) -> Option<String>> Reader<G> {
         let destinations = self.number("WEFT_MAX_DESTINATIONS", 10_000, 1..=100_000);
         let series = self.number("WEFT_MAX_SERIES", 2_000, 1..=100_000);
         let log_lines = self.number("WEFT_LOG_BUFFER_LINES", 4_096, 1..=1_000_000);
-        Some(Limits {
+        Some(GrowthLimits {
             max_connections: max_connections?,
             max_connections_per_peer: max_connections_per_peer?,
             header_bytes: header_bytes?,

@@ -10,23 +10,18 @@
 //! Why a client's end is held back: the library takes an end amidst an answer for a client that has gone. One that has only
 //! ended its half waits, and `presence` tells them apart where it can be told.
 
+mod requests;
+
 use std::{
     future::Future,
     io,
     net::SocketAddr,
     pin::Pin,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering},
-    },
     task::{Context, Poll, ready},
     time::Duration,
 };
 
 use bytes::{Buf, Bytes, BytesMut};
-use futures_util::task::AtomicWaker;
-use http::{Response, StatusCode};
-use http_body::{Body as HttpBody, Frame, SizeHint};
 use hyper::server::conn::http1;
 use tokio::{
     io::{AsyncRead, AsyncWrite, AsyncWriteExt as _, ReadBuf},
@@ -34,16 +29,17 @@ use tokio::{
 };
 use weft_core::{
     frames::{Calm, Frames},
-    framing::{Fed, Framing, Limits, Malformed, Side, Why},
+    framing::{Fed, Framing, HeadLimits, Malformed, Side},
 };
 
+use self::requests::Refusal;
+pub(crate) use self::requests::{Requests, behind};
 use crate::{
     accepted::Accepted,
     config::{self, Config},
     error::{Component, Error},
-    head, presence,
+    presence,
     telemetry::recorder::Recorder,
-    upload::Replay,
 };
 
 /// How long, and how much, a client that was refused may go on before it reads why. To close on unread bytes is to reset,
@@ -58,202 +54,6 @@ const LINGER_UPLOAD_IDLE: Duration = Duration::from_secs(5);
 const QUIET: Duration = Duration::from_secs(10);
 /// GOAWAY for what follows the highest stream: ENHANCE_YOUR_CALM.
 const CALM_DOWN: u32 = 0x0b;
-
-/// The requests of one HTTP/1 connection, as its service and its IO both see them. Atomic only because the library wants
-/// IO to be `Send`.
-#[derive(Clone, Default)]
-pub(crate) struct Requests(Arc<Shared>);
-
-#[derive(Default)]
-struct Shared {
-    begun: AtomicU64,
-    answered: AtomicU64,
-    ended: AtomicU64,
-    /// A request was answered with another protocol.
-    switched: AtomicBool,
-    /// All of the last request has arrived.
-    whole: AtomicBool,
-    /// The IO waits for an answer's end.
-    waits: AtomicBool,
-    io: AtomicWaker,
-    refused: AtomicU8,
-    /// It was refused amidst a request.
-    broken: AtomicBool,
-}
-
-/// One request in progress, until its answer is written.
-pub(crate) struct InProgress(Requests);
-
-/// Why a connection's client was refused before there was a request.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Refusal {
-    Malformed(Why),
-    HeadTimeout,
-    /// HTTP/2 frames that bring nothing forward, too many.
-    Flood,
-}
-
-impl From<Refusal> for Error {
-    fn from(refusal: Refusal) -> Self {
-        match refusal {
-            Refusal::Malformed(why) => Self::Malformed(why),
-            Refusal::HeadTimeout => Self::HeadTimeout,
-            Refusal::Flood => Self::Flood,
-        }
-    }
-}
-
-impl Requests {
-    pub(crate) fn begin(&self) -> InProgress {
-        self.0.begun.fetch_add(1, Ordering::Relaxed);
-        InProgress(self.clone())
-    }
-
-    /// An answer that holds its request.
-    pub(crate) fn answered<B>(in_progress: InProgress, response: Response<B>) -> Response<Answer<B>> {
-        in_progress.0.0.answered.fetch_add(1, Ordering::Relaxed);
-        let in_progress = if response.status() == StatusCode::SWITCHING_PROTOCOLS {
-            in_progress.for_ever();
-            None
-        } else {
-            Some(in_progress)
-        };
-        response.map(|body| Answer { body, in_progress })
-    }
-
-    /// Says in an answer's head that the connection ends with it, if something of its request's body is left in the
-    /// connection: the library ends it then, and a client that does not know sends its next request in vain. What has
-    /// arrived of a body that nobody wants is no reason: it is read and thrown away.
-    pub(crate) async fn ends_after<B>(
-        &self,
-        upload: Option<&Replay>,
-        refused: bool,
-        response: &mut Response<B>,
-    ) {
-        let Some(upload) = upload.filter(|upload| !upload.is_read()) else { return };
-        // Of a body that waits to be asked for, only the client knows whether it follows none the less.
-        let unwanted = refused || upload.is_abandoned();
-        if unwanted && self.0.whole.load(Ordering::Relaxed) && upload.gate().is_none_or(|gate| gate.is_open())
-        {
-            upload.discard().await;
-        }
-        if !upload.is_read() && response.status() != StatusCode::SWITCHING_PROTOCOLS {
-            head::closes(response);
-        }
-    }
-
-    /// Counts and logs why a connection was refused, when it has ended; what was answered as a request has been.
-    pub(crate) fn report(
-        &self,
-        recorder: &Recorder,
-        ended: &hyper::Result<()>,
-        component: Component,
-        client: SocketAddr,
-        destination: SocketAddr,
-    ) {
-        let error = match self.refused() {
-            Some(refusal) if !self.0.broken.load(Ordering::Relaxed) => Error::from(refusal),
-            // Something that is the library's to refuse, such as a target that is no URI.
-            None if ended.as_ref().is_err_and(hyper::Error::is_parse) => Error::Malformed(Why::StartLine),
-            Some(_) | None => return,
-        };
-        let answer = error.answer();
-        recorder.error(answer.code);
-        tracing::warn!(component = component.as_str(), code = answer.code, status = answer.status.as_u16(), %error,
-            %client, %destination, "answered by the proxy: no request came about");
-    }
-
-    /// Why no more is read of the client, if so.
-    pub(crate) fn refused(&self) -> Option<Refusal> {
-        let n = usize::from(self.0.refused.load(Ordering::Relaxed));
-        n.checked_sub(1).and_then(|n| REFUSALS.get(n)).copied()
-    }
-
-    fn refuse(&self, refusal: Refusal, amidst: bool) {
-        self.0.broken.store(amidst, Ordering::Relaxed);
-        let n = REFUSALS.iter().position(|known| *known == refusal).map_or(0, |n| n + 1);
-        self.0.refused.store(u8::try_from(n).unwrap_or(0), Ordering::Relaxed);
-    }
-
-    fn begun(&self) -> u64 {
-        self.0.begun.load(Ordering::Relaxed)
-    }
-
-    fn ended(&self) -> u64 {
-        self.0.ended.load(Ordering::Relaxed)
-    }
-
-    fn in_progress(&self) -> bool {
-        self.begun() != self.ended()
-    }
-
-    /// All that was asked has an answer, at least the beginning of one.
-    fn all_answered(&self) -> bool {
-        self.begun() == self.0.answered.load(Ordering::Relaxed)
-    }
-
-    fn switched(&self) -> bool {
-        self.0.switched.load(Ordering::Relaxed)
-    }
-
-    /// Pending until a request ends.
-    fn wait<T>(&self, cx: &Context<'_>) -> Poll<T> {
-        self.0.waits.store(true, Ordering::Relaxed);
-        self.0.io.register(cx.waker());
-        Poll::Pending
-    }
-
-    fn wake(&self) {
-        if self.0.waits.swap(false, Ordering::Relaxed) {
-            self.0.io.wake();
-        }
-    }
-}
-
-impl InProgress {
-    /// The connection carries no more requests: its protocol was changed.
-    pub(crate) fn for_ever(self) {
-        self.0.0.switched.store(true, Ordering::Relaxed);
-        self.0.0.begun.fetch_add(1, Ordering::Relaxed);
-        self.0.wake();
-    }
-}
-
-impl Drop for InProgress {
-    fn drop(&mut self) {
-        self.0.0.ended.fetch_add(1, Ordering::Relaxed);
-        if self.0.0.waits.load(Ordering::Relaxed) {
-            self.0.wake();
-        }
-    }
-}
-
-/// An answer's body that holds its request.
-pub(crate) struct Answer<B> {
-    body: B,
-    #[expect(dead_code, reason = "in progress until this is dropped")]
-    in_progress: Option<InProgress>,
-}
-
-impl<B: HttpBody + Unpin> HttpBody for Answer<B> {
-    type Data = B::Data;
-    type Error = B::Error;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<B::Data>, B::Error>>> {
-        Pin::new(&mut self.body).poll_frame(cx)
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
-    }
-}
 
 /// A client's connection.
 pub(crate) struct Front<S> {
@@ -318,7 +118,7 @@ enum Over {
 impl<S> Front<S> {
     /// A connection that speaks HTTP/1, and what was read of it. The service begins its requests in `requests`.
     pub(crate) fn h1(inner: S, prefix: Bytes, requests: Requests, component: Component, head: Head) -> Self {
-        let framing = Framing::new(Side::Requests, Limits { bytes: head.bytes, fields: head.fields });
+        let framing = Framing::new(Side::Requests, HeadLimits { bytes: head.bytes, fields: head.fields });
         Self::new(inner, prefix, Follow::H1(Box::new(framing)), requests, component, head.time)
     }
 
@@ -375,7 +175,7 @@ pub(crate) struct Head {
 
 impl Head {
     pub(crate) fn of(config: &Config) -> Self {
-        let config::Limits { headers: fields, header_bytes: bytes, .. } = config.limits;
+        let config::GrowthLimits { headers: fields, header_bytes: bytes, .. } = config.limits;
         Self { bytes, fields, time: config.times.header }
     }
 }
@@ -581,9 +381,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Front<S> {
         let read = &mut buf.filled_mut()[before..];
         match &mut self.follow {
             Follow::H1(framing) => match framing.feed(read) {
-                Ok(Fed::All) => self.requests.0.whole.store(framing.is_between(), Ordering::Relaxed),
+                Ok(Fed::All) => self.requests.arrived(framing.is_between()),
                 Ok(Fed::Until(n)) => {
-                    self.requests.0.whole.store(framing.is_between(), Ordering::Relaxed);
+                    self.requests.arrived(framing.is_between());
                     if n < read.len() {
                         let mut kept = BytesMut::from(&read[n..]);
                         kept.extend_from_slice(&self.prefix);
@@ -740,16 +540,8 @@ pub(crate) async fn not_http(recorder: &Recorder, accepted: Accepted, component:
     std::future::poll_fn(|cx| front.poll_linger(cx)).await;
 }
 
-/// What made a request fail: an upload breaks off when what follows of it is refused.
-pub(crate) fn behind(error: Error, requests: Option<&Requests>) -> Error {
-    match (error, requests.and_then(Requests::refused)) {
-        (Error::UploadBroken, Some(refusal)) => refusal.into(),
-        (error, _) => error,
-    }
-}
-
 /// What reads HTTP/1 behind a [`Front`], but for its timer.
-pub(crate) fn http1(limits: &config::Limits) -> http1::Builder {
+pub(crate) fn http1(limits: &config::GrowthLimits) -> http1::Builder {
     let mut builder = http1::Builder::new();
     // A little more than a head may have, so that the library is never the first to say no.
     let buffer = limits.header_bytes.max(8 * 1024) + 1024;
@@ -777,32 +569,11 @@ fn go_away(last: u32) -> Bytes {
     out.freeze()
 }
 
-/// All of them, for one byte between threads that are one.
-const REFUSALS: [Refusal; 17] = [
-    Refusal::HeadTimeout,
-    Refusal::Flood,
-    Refusal::Malformed(Why::StartLine),
-    Refusal::Malformed(Why::LineEnding),
-    Refusal::Malformed(Why::Folding),
-    Refusal::Malformed(Why::FieldName),
-    Refusal::Malformed(Why::FieldValue),
-    Refusal::Malformed(Why::ContentLength),
-    Refusal::Malformed(Why::TransferEncoding),
-    Refusal::Malformed(Why::TwoLengths),
-    Refusal::Malformed(Why::Host),
-    Refusal::Malformed(Why::Chunk),
-    Refusal::Malformed(Why::Trailer),
-    Refusal::Malformed(Why::TooLarge),
-    Refusal::Malformed(Why::TooManyFields),
-    Refusal::Malformed(Why::Unasked),
-    Refusal::Malformed(Why::Informational),
-];
-
 #[cfg(test)]
 mod tests {
     use std::convert::Infallible;
 
-    use http::Request;
+    use http::{Request, Response};
     use hyper::{body::Incoming, service::service_fn};
     use hyper_util::rt::TokioIo;
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream, duplex};

@@ -62,7 +62,7 @@ use crate::{
     config::Config,
     drain::Drain,
     error::Component,
-    limits::Limits,
+    limits::ConnectionLimits,
     memory::Memory,
     pod_wide::{Budgets, Caps},
     telemetry::{
@@ -116,7 +116,7 @@ pub async fn start(
     let memory = Memory::find();
     tracing::info!(descriptors, memory = memory.as_ref().map(Memory::limit), "limits of this process");
     let now = tokio::time::Instant::now().into_std();
-    let limits = Limits::new(&config.limits, descriptors, memory, now);
+    let limits = ConnectionLimits::new(&config.limits, descriptors, memory, now);
     tokio::spawn(limits.clone().watch_memory());
     count_panics(&shared);
     let drain = Drain::new();

@@ -25,7 +25,7 @@ use std::{
 use crate::{config, error::Component, memory::Memory};
 
 /// What is open, and how much may be. Shared by all workers.
-pub(crate) struct Limits {
+pub(crate) struct ConnectionLimits {
     open: [AtomicUsize; 2],
     max: usize,
     /// A descriptor from this number on is refused.
@@ -37,7 +37,7 @@ pub(crate) struct Limits {
 
 /// One open connection, counted until it is dropped.
 pub(crate) struct Slot {
-    limits: Arc<Limits>,
+    limits: Arc<ConnectionLimits>,
     side: Component,
     peer: Option<IpAddr>,
 }
@@ -53,10 +53,10 @@ struct Watched {
     nearly_gone: AtomicBool,
 }
 
-impl Limits {
+impl ConnectionLimits {
     /// `descriptors`: how many this process may open.
     pub(crate) fn new(
-        limits: &config::Limits,
+        limits: &config::GrowthLimits,
         descriptors: Option<u64>,
         memory: Option<Memory>,
         now: Instant,
@@ -211,8 +211,8 @@ mod tests {
     use super::*;
     use crate::config::Config;
 
-    fn limits(settings: &[(&str, &str)], descriptors: u64) -> Arc<Limits> {
-        Limits::new(&Config::for_tests(settings).limits, Some(descriptors), None, now())
+    fn limits(settings: &[(&str, &str)], descriptors: u64) -> Arc<ConnectionLimits> {
+        ConnectionLimits::new(&Config::for_tests(settings).limits, Some(descriptors), None, now())
     }
 
     fn now() -> Instant {
@@ -225,7 +225,9 @@ mod tests {
 
     #[test]
     fn a_peer_and_a_side_are_bounded_and_what_ends_makes_room() {
-        let take = |limits: &Arc<Limits>, n, side| Limits::take(limits, peer(n), 10, side, now());
+        let take = |limits: &Arc<ConnectionLimits>, n, side| {
+            ConnectionLimits::take(limits, peer(n), 10, side, now())
+        };
         let by_peer = limits(&[("WEFT_MAX_CONNECTIONS_PER_PEER", "2")], 10_000);
         let first = take(&by_peer, 1, Component::Inbound);
         let _second = take(&by_peer, 1, Component::Inbound).unwrap();
@@ -244,11 +246,13 @@ mod tests {
     #[test]
     fn descriptors_are_kept_for_those_that_are_there_and_for_the_apps_own_calls() {
         let limits = limits(&[], 256);
-        let take = |descriptor, side| Limits::take(&limits, peer(1), descriptor, side, now()).is_some();
+        let take =
+            |descriptor, side| ConnectionLimits::take(&limits, peer(1), descriptor, side, now()).is_some();
         assert!(take(159, Component::Inbound) && !take(160, Component::Inbound));
         assert!(take(191, Component::Outbound) && !take(192, Component::Outbound));
-        let held: Vec<_> =
-            (0..81).map(|_| Limits::take(&limits, peer(1), 10, Component::Inbound, now())).collect();
+        let held: Vec<_> = (0..81)
+            .map(|_| ConnectionLimits::take(&limits, peer(1), 10, Component::Inbound, now()))
+            .collect();
         assert_eq!(held.iter().flatten().count(), 80, "one address takes half");
     }
 }

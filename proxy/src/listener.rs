@@ -19,7 +19,7 @@ use crate::{
     accepted::{Accepted, Open},
     error::Component,
     inbound,
-    limits::Limits,
+    limits::ConnectionLimits,
     outbound,
     tcp::{self, reset},
     telemetry::{exchange::now, metrics::Counter},
@@ -93,7 +93,8 @@ pub(crate) async fn run(worker: Rc<Worker>, listener: TcpListener, side: Compone
             }
         };
         worker.recorder.count(accepted);
-        let Some(slot) = Limits::take(&worker.limits, client.ip(), stream.as_raw_fd(), side, now()) else {
+        let Some(slot) = ConnectionLimits::take(&worker.limits, client.ip(), stream.as_raw_fd(), side, now())
+        else {
             worker.recorder.count(shed);
             reset(&stream);
             continue;

@@ -5,7 +5,7 @@
 
 use weft_core::{
     frames::Frames,
-    framing::{Fed, Framing, Limits, Side, To, Why},
+    framing::{Fed, Framing, HeadLimits, Side, To, Why},
 };
 
 use crate::engine::{Shape, Target, hash};
@@ -61,7 +61,7 @@ struct Said {
 
 fn follow<'a>(side: Side, pieces: impl Iterator<Item = &'a [u8]>) -> Said {
     // Larger than any input: a bound that counts whole pieces may be met earlier or later.
-    let mut framing = Framing::new(side, Limits { bytes: 1 << 20, fields: 64 });
+    let mut framing = Framing::new(side, HeadLimits { bytes: 1 << 20, fields: 64 });
     let mut why = None;
     if side == Side::Responses {
         framing.expect(To::Any);

@@ -21,8 +21,8 @@ use weft_core::{
     identity::SpiffeId,
     policy::{
         Algorithm, BackendRef, DETECT_TIMEOUT, Endpoint, EndpointHealth, Filter, HeaderEdit, HeaderMatch,
-        HealthPolicy, Limits, LoadBalancing, Match, ObjectRef, PathEdit, PathMatch, Pattern, Protocol,
-        QueryMatch, Redirect, RetryPolicy, Rewrite, Rule, Service, ServiceName, SuccessRate, TextMatch,
+        HealthPolicy, LoadBalancing, Match, ObjectRef, PathEdit, PathMatch, Pattern, Protocol, QueryMatch,
+        Redirect, RetryPolicy, Rewrite, Rule, Service, ServiceLimits, ServiceName, SuccessRate, TextMatch,
         Timeouts,
     },
 };
@@ -830,10 +830,10 @@ fn health(spec: Option<&policy::OutlierEjection>) -> HealthPolicy {
     }
 }
 
-fn limits(spec: Option<&policy::Limits>) -> Limits {
-    let default = Limits::default();
+fn limits(spec: Option<&policy::Limits>) -> ServiceLimits {
+    let default = ServiceLimits::default();
     let Some(spec) = spec else { return default };
-    Limits {
+    ServiceLimits {
         max_requests: spec.max_requests.unwrap_or(default.max_requests),
         max_connections: spec.max_connections.unwrap_or(default.max_connections),
         queue_wait: spec.queue_wait.map_or(default.queue_wait, |wait| wait.0),

@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use weft_core::policy::{
-    Algorithm, DETECT_TIMEOUT, HealthPolicy, Limits, LoadBalancing, Reach, Service, ServiceName, SuccessRate,
+    Algorithm, DETECT_TIMEOUT, HealthPolicy, LoadBalancing, Reach, Service, ServiceLimits, ServiceName,
+    SuccessRate,
 };
 
 use super::{
@@ -191,8 +192,8 @@ fn health(at: &At<'_>, health: Option<&v1::HealthPolicy>) -> Result<HealthPolicy
     })
 }
 
-fn limits(at: &At<'_>, limits: Option<&v1::Limits>) -> Result<Limits, Invalid> {
-    let default = Limits::default();
+fn limits(at: &At<'_>, limits: Option<&v1::Limits>) -> Result<ServiceLimits, Invalid> {
+    let default = ServiceLimits::default();
     let Some(limits) = limits else { return Ok(default) };
     let at = at.field("limits");
     let cap = |name, value: Option<u32>, default: u32| {
@@ -201,7 +202,7 @@ fn limits(at: &At<'_>, limits: Option<&v1::Limits>) -> Result<Limits, Invalid> {
         in_range(&at.field(name), value.into(), 1..=u32::MAX.into())?;
         Ok(value)
     };
-    Ok(Limits {
+    Ok(ServiceLimits {
         max_requests: cap("max_requests", limits.max_requests, default.max_requests)?,
         max_connections: cap("max_connections", limits.max_connections, default.max_connections)?,
         // Here zero means something: do not wait.

@@ -21,7 +21,7 @@ use weft_core::{
     budget::{Budget, BudgetParams},
     classify::Outcome,
     detect::detect,
-    framing::{Framing, Limits, Side},
+    framing::{Framing, HeadLimits, Side},
     identity::{PodUid, SpiffeId},
     policy::{
         Action, Algorithm, Authorization, AuthzRule, AuthzRules, BackendPolicy, BackendRef, Endpoint,
@@ -140,7 +140,7 @@ fn follow_head(bencher: Bencher<'_, '_>, more: usize) {
         head.push_str(&format!("x-header-{n}: a value of some thirty letters\r\n"));
     }
     head.push_str("\r\n");
-    let mut framing = Framing::new(Side::Requests, Limits { bytes: 65_536, fields: 200 });
+    let mut framing = Framing::new(Side::Requests, HeadLimits { bytes: 65_536, fields: 200 });
     bencher.bench_local(|| framing.feed(black_box(head.as_bytes())).unwrap());
 }
 

@@ -13,7 +13,7 @@ use std::{fmt, ops::ControlFlow};
 #[derive(Clone, Debug)]
 pub struct Framing {
     side: Side,
-    limits: Limits,
+    limits: HeadLimits,
     state: State,
     /// Trailers are read as fields are.
     trailers: bool,
@@ -44,7 +44,7 @@ pub enum Side {
 
 /// What a head may have.
 #[derive(Clone, Copy, Debug)]
-pub struct Limits {
+pub struct HeadLimits {
     /// Bytes, with the start line; also those of a trailer section.
     pub bytes: usize,
     /// Fields.
@@ -221,7 +221,7 @@ enum Part {
 
 impl Framing {
     /// Before the first message.
-    pub fn new(side: Side, limits: Limits) -> Self {
+    pub fn new(side: Side, limits: HeadLimits) -> Self {
         Self {
             side,
             limits,
@@ -884,7 +884,7 @@ mod tests {
 
     use super::*;
 
-    const LIMITS: Limits = Limits { bytes: 1_000, fields: 10 };
+    const LIMITS: HeadLimits = HeadLimits { bytes: 1_000, fields: 10 };
 
     fn requests() -> Framing {
         Framing::new(Side::Requests, LIMITS)
@@ -1145,7 +1145,7 @@ mod tests {
 
     /// Feeds pieces; how far all was well, and what was wrong then.
     fn fed(bytes: &[u8], cuts: &[usize]) -> (u64, Option<Why>, bool) {
-        let mut framing = Framing::new(Side::Requests, Limits { bytes: 10_000, fields: 100 });
+        let mut framing = Framing::new(Side::Requests, HeadLimits { bytes: 10_000, fields: 100 });
         let mut at = 0;
         for cut in cuts.iter().copied().chain([bytes.len()]) {
             let cut = cut.clamp(at, bytes.len());

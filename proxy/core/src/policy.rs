@@ -26,8 +26,8 @@ pub use crate::{
     },
     service::{
         Algorithm, BackendKey, BackendPolicy, CONNECT_TIMEOUT, DETECT_TIMEOUT, Endpoint, EndpointHealth,
-        HealthPolicy, Limits, LoadBalancing, Place, Protocol, Reach, RetryPolicy, Service, SuccessRate,
-        Timeouts, Tunnel,
+        HealthPolicy, LoadBalancing, Place, Protocol, Reach, RetryPolicy, Service, ServiceLimits,
+        SuccessRate, Timeouts, Tunnel,
     },
 };
 

@@ -36,7 +36,7 @@ pub struct Service {
     /// When to eject an endpoint.
     pub health: HealthPolicy,
     /// Caps.
-    pub limits: Limits,
+    pub limits: ServiceLimits,
     /// The only identities that an endpoint may have; empty: whichever each one has.
     pub accepted_identities: Vec<SpiffeId>,
     /// Never fall back to plaintext.
@@ -145,7 +145,7 @@ pub struct SuccessRate {
 
 /// Caps that protect the proxy and the destination.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Limits {
+pub struct ServiceLimits {
     /// Requests in flight to one service from this sidecar; beyond it 503.
     pub max_requests: u32,
     /// Connections to one service from this sidecar; beyond it 503, but for an endpoint's only one.
@@ -281,7 +281,7 @@ impl Service {
             pod: None,
             load_balancing: LoadBalancing::default(),
             health: HealthPolicy::default(),
-            limits: Limits::default(),
+            limits: ServiceLimits::default(),
             accepted_identities: Vec::new(),
             mtls_required: false,
             timeouts: Timeouts::default(),
@@ -334,7 +334,7 @@ impl Default for HealthPolicy {
     }
 }
 
-impl Default for Limits {
+impl Default for ServiceLimits {
     fn default() -> Self {
         Self { max_requests: 100_000, max_connections: 10_000, queue_wait: Duration::from_secs(3) }
     }

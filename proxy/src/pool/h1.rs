@@ -12,7 +12,7 @@ use std::{
 use http::Request;
 use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
-use weft_core::{classify::Failure, framing::Limits};
+use weft_core::{classify::Failure, framing::HeadLimits};
 
 use super::{
     Checkout, Pool, SendError, SendOptions, Sent, Use, describe, failure_of, not_processed, one_more,
@@ -133,7 +133,7 @@ impl Pool {
     async fn open_h1(&self, peer: &Peer, timeout: Duration) -> Result<H1, ConnectError> {
         let tcp = self.0.connector.connect(peer.address(), matches!(peer, Peer::App { .. }), timeout).await?;
         let due = Due::default();
-        let limits = Limits { bytes: READ_BUFFER, fields: self.0.config.limits.headers };
+        let limits = HeadLimits { bytes: READ_BUFFER, fields: self.0.config.limits.headers };
         let io = TokioIo::new(Back::new(tcp, due.clone(), limits));
         let mut builder = http1::Builder::new();
         builder.max_headers(limits.fields).max_buf_size(limits.bytes);
