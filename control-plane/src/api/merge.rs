@@ -123,14 +123,7 @@ pub fn endpoints(own: Endpoints, others: Vec<Part<Endpoints>>) -> Endpoints {
 pub fn edges(own: Vec<EdgeRow>, others: Vec<Part<Vec<EdgeRow>>>) -> Vec<EdgeRow> {
     let mut whole: BTreeMap<_, EdgeRow> = BTreeMap::new();
     for row in own.into_iter().chain(others.into_iter().filter_map(|(_, part)| part).flatten()) {
-        let key = (
-            row.callee.clone(),
-            row.caller.clone(),
-            row.method.clone(),
-            row.caller_version.clone(),
-            row.service.clone(),
-            row.mtls,
-        );
+        let key = (row.callee.clone(), row.caller.clone(), row.method.clone(), row.service.clone(), row.mtls);
         match whole.entry(key) {
             Entry::Vacant(place) => {
                 place.insert(row);

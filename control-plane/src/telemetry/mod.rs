@@ -130,7 +130,6 @@ struct Key {
 struct EdgeKey {
     callee: SpiffeId,
     caller: String,
-    caller_version: String,
     service: String,
     method: String,
     mtls: bool,
@@ -452,7 +451,6 @@ impl Store {
     pub fn edges(&self) -> Vec<EdgeRow> {
         let row = |(key, count): (&EdgeKey, &EdgeCount)| EdgeRow {
             caller: key.caller.clone(),
-            caller_version: key.caller_version.clone(),
             callee: key.callee.to_string(),
             service: key.service.clone(),
             method: key.method.clone(),
@@ -584,7 +582,6 @@ impl Store {
         let mut key = EdgeKey {
             callee: reporter.identity.clone(),
             caller: cut(edge.caller_identity),
-            caller_version: cut(edge.caller_version),
             service: cut(edge.service),
             method: cut(edge.method),
             mtls: edge.mtls,
@@ -595,7 +592,6 @@ impl Store {
             self.dropped += 1;
             // Nothing of the reporter's making: two such edges a workload.
             key.caller = OVERFLOW.to_owned();
-            key.caller_version = String::new();
             key.service = String::new();
             key.method = String::new();
         }
@@ -913,7 +909,6 @@ fn cut_record(record: pb::DecisionRecord) -> pb::DecisionRecord {
     pb::DecisionRecord {
         request_id: cut(record.request_id),
         caller_identity: cut(record.caller_identity),
-        caller_version: cut(record.caller_version),
         service: cut(record.service),
         method: cut(record.method),
         route: cut(record.route),

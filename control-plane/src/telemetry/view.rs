@@ -76,8 +76,6 @@ pub struct OutcomeRow {
 pub struct EdgeRow {
     /// The caller's identity; empty: plaintext.
     pub caller: String,
-    /// The caller's version label.
-    pub caller_version: String,
     /// The called workload's identity.
     pub callee: String,
     /// The called port or service.

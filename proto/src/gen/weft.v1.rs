@@ -1304,8 +1304,6 @@ pub struct RouteDelta {
 pub struct Edge {
     #[prost(string, tag = "1")]
     pub caller_identity: ::prost::alloc::string::String,
-    #[prost(string, tag = "2")]
-    pub caller_version: ::prost::alloc::string::String,
     #[prost(string, tag = "3")]
     pub service: ::prost::alloc::string::String,
     /// gRPC method or route template
@@ -1403,8 +1401,6 @@ pub struct DecisionRecord {
     pub direction: i32,
     #[prost(string, tag = "4")]
     pub caller_identity: ::prost::alloc::string::String,
-    #[prost(string, tag = "5")]
-    pub caller_version: ::prost::alloc::string::String,
     #[prost(string, tag = "6")]
     pub service: ::prost::alloc::string::String,
     #[prost(string, tag = "7")]
@@ -1428,8 +1424,6 @@ pub struct Attempt {
     pub number: u32,
     #[prost(string, tag = "2")]
     pub endpoint: ::prost::alloc::string::String,
-    #[prost(uint64, tag = "3")]
-    pub start_us: u64,
     #[prost(uint64, tag = "4")]
     pub first_byte_us: u64,
     #[prost(string, tag = "5")]

@@ -605,7 +605,6 @@ impl Inner {
     fn edge_to(&self, method: &str) -> Rc<Edge> {
         self.worker.recorder.edge_of(&EdgeKey {
             caller: self.caller.identity.as_ref().map_or_else(|| "".into(), |id| id.as_str().into()),
-            caller_version: "".into(),
             service: self.parent.clone(),
             method: method.into(),
             mtls: self.caller.identity.is_some(),

@@ -143,7 +143,6 @@ async fn open(
     }));
     let edge = EdgeKey {
         caller: caller.identity.as_ref().map_or_else(|| "".into(), |id| id.as_str().into()),
-        caller_version: "".into(),
         service: parent,
         method: "".into(),
         mtls: caller.identity.is_some(),

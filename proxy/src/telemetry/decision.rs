@@ -53,7 +53,6 @@ impl Decision {
         self.attempts.push(pb::Attempt {
             number,
             endpoint: format!("{} {}", endpoint.address, endpoint.uid),
-            start_us: 0,
             first_byte_us: now.saturating_duration_since(lease.started()).as_micros() as u64,
             outcome: detail,
         });

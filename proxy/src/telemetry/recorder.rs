@@ -57,8 +57,6 @@ pub struct SeriesKey {
 pub struct EdgeKey {
     /// The caller's identity; empty: none (plaintext).
     pub caller: Arc<str>,
-    /// The caller's version label; empty if unknown.
-    pub caller_version: Arc<str>,
     /// The called service or port.
     pub service: Arc<str>,
     /// gRPC method or route template; empty for bytes.
@@ -484,7 +482,6 @@ impl EdgeKey {
         let overflow: Arc<str> = OVERFLOW.into();
         Self {
             caller: Arc::clone(&overflow),
-            caller_version: Arc::clone(&overflow),
             service: Arc::clone(&overflow),
             method: overflow,
             mtls: self.mtls,
@@ -568,13 +565,7 @@ pub(super) mod tests {
     }
 
     pub(in crate::telemetry) fn edge(caller: &str) -> EdgeKey {
-        EdgeKey {
-            caller: caller.into(),
-            caller_version: "".into(),
-            service: "80".into(),
-            method: "/".into(),
-            mtls: true,
-        }
+        EdgeKey { caller: caller.into(), service: "80".into(), method: "/".into(), mtls: true }
     }
 
     const MS: Duration = Duration::from_millis(1);

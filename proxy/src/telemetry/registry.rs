@@ -301,7 +301,6 @@ impl Pending {
         }
         let edge = |(key, n): (EdgeKey, EdgeCount)| pb::Edge {
             caller_identity: key.caller.to_string(),
-            caller_version: key.caller_version.to_string(),
             service: key.service.to_string(),
             method: key.method.to_string(),
             count: n.count,
