@@ -8,8 +8,8 @@ use std::{net::SocketAddr, rc::Rc};
 use tokio::net::TcpStream;
 
 use crate::{
+    direction::Direction,
     drain::{ConnectionGuard, LocalDrain},
-    error::Component,
     limits::Slot,
     telemetry::{
         metrics::Gauge,
@@ -36,10 +36,10 @@ pub(crate) struct Open {
 }
 
 impl Open {
-    pub(crate) fn count(slot: Slot, drain: &LocalDrain, recorder: &Recorder, side: Component) -> Rc<Self> {
+    pub(crate) fn count(slot: Slot, drain: &LocalDrain, recorder: &Recorder, side: Direction) -> Rc<Self> {
         let gauge = match side {
-            Component::Outbound => Gauge::OutboundConnections,
-            Component::Inbound => Gauge::InboundConnections,
+            Direction::Outbound => Gauge::OutboundConnections,
+            Direction::Inbound => Gauge::InboundConnections,
         };
         Rc::new(Self { _slot: slot, _guard: drain.connection(side), _level: recorder.raise(gauge) })
     }

@@ -25,7 +25,7 @@ use std::{
 use tokio::sync::{Notify, watch};
 
 use crate::{
-    error::Component,
+    direction::Direction,
     wakers::{Place, Wakers},
 };
 
@@ -203,14 +203,14 @@ impl LocalDrain {
     }
 
     /// Counts a connection until the guard goes.
-    pub(crate) fn connection(&self, side: Component) -> ConnectionGuard {
+    pub(crate) fn connection(&self, side: Direction) -> ConnectionGuard {
         let shared = self.0.shared.0.clone();
         counter(&shared, side).fetch_add(1, Ordering::Relaxed);
         ConnectionGuard { shared, side }
     }
 
     /// Runs an HTTP connection to its end, shutting it down gracefully when the phase asks for it.
-    pub(crate) fn serve<C: Graceful>(&self, connection: C, side: Component) -> Serve<C> {
+    pub(crate) fn serve<C: Graceful>(&self, connection: C, side: Direction) -> Serve<C> {
         // Whoever comes while requests are refused is told so with each; that all ends is told to everybody.
         let told = self.phase().min(Phase::Refusing);
         let place = self.0.changes.place();
@@ -225,10 +225,10 @@ impl LocalDrain {
     }
 }
 
-fn counter(shared: &Shared, side: Component) -> &AtomicUsize {
+fn counter(shared: &Shared, side: Direction) -> &AtomicUsize {
     match side {
-        Component::Inbound => &shared.inbound_connections,
-        Component::Outbound => &shared.outbound_connections,
+        Direction::Inbound => &shared.inbound_connections,
+        Direction::Outbound => &shared.outbound_connections,
     }
 }
 
@@ -246,7 +246,7 @@ impl Drop for RequestGuard {
 /// Counts one connection.
 pub(crate) struct ConnectionGuard {
     shared: Arc<Shared>,
-    side: Component,
+    side: Direction,
 }
 
 impl Drop for ConnectionGuard {
@@ -300,7 +300,7 @@ where
 pub(crate) struct Serve<C> {
     connection: Pin<Box<C>>,
     drain: LocalDrain,
-    side: Component,
+    side: Direction,
     told: Phase,
     place: Place,
 }
@@ -319,9 +319,9 @@ impl<C: Graceful> Future for Serve<C> {
         let this = &mut *self;
         let phase = this.drain.phase();
         let from = match this.side {
-            Component::Inbound if C::TELLS => Phase::LameDuck,
-            Component::Inbound => Phase::Refusing,
-            Component::Outbound => Phase::Stopping,
+            Direction::Inbound if C::TELLS => Phase::LameDuck,
+            Direction::Inbound => Phase::Refusing,
+            Direction::Outbound => Phase::Stopping,
         };
         if phase != this.told && phase >= from {
             // What has arrived is a request: shut down before it was looked at, HTTP/1 would close without having seen
@@ -395,9 +395,9 @@ mod tests {
     async fn whoever_comes_while_all_ends_is_read_once_and_then_told() {
         let drain = Drain::new();
         for (to, side, noted) in [
-            (Phase::Refusing, Component::Inbound, "p"),
-            (Phase::Stopping, Component::Inbound, "psp"),
-            (Phase::Stopping, Component::Outbound, "psp"),
+            (Phase::Refusing, Direction::Inbound, "p"),
+            (Phase::Stopping, Direction::Inbound, "psp"),
+            (Phase::Stopping, Direction::Outbound, "psp"),
         ] {
             drain.advance(to);
             let local = LocalDrain::new(drain.clone());
@@ -415,7 +415,7 @@ mod tests {
             let drain = Drain::new();
             let local = LocalDrain::new(drain.clone());
             let seen = Rc::new(RefCell::new(String::new()));
-            let mut serving = local.serve(Noted::<TELLS>(seen.clone()), Component::Inbound);
+            let mut serving = local.serve(Noted::<TELLS>(seen.clone()), Direction::Inbound);
             for phase in [Phase::Serving, Phase::LameDuck, Phase::Refusing] {
                 drain.advance(phase);
                 local.0.phase.set(phase);

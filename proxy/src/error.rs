@@ -2,13 +2,15 @@
 //!
 //! Why one table: "why 503?" is the most asked question of every mesh. Each variant has one HTTP status,
 //! one gRPC code and one stable code that a reader can search for, and every response that a sidecar makes
-//! carries it as `weft-reason: <component>;<code>`.
+//! carries it as `weft-reason: <direction>;<code>`.
 
 use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode, header};
 use weft_core::{
     classify::{Class, Failure},
     framing::Why,
 };
+
+use crate::direction::Direction;
 
 /// The header that names the sidecar's reason; applications cannot set it.
 pub(crate) const WEFT_REASON: HeaderName = HeaderName::from_static("weft-reason");
@@ -17,22 +19,6 @@ pub(crate) const WEFT_REASON: HeaderName = HeaderName::from_static("weft-reason"
 pub(crate) const WEFT_UNSENT: HeaderName = HeaderName::from_static("weft-unsent");
 /// What an inbound sidecar says in [`WEFT_REASON`] whose app refuses connections.
 pub(crate) const APP_REFUSES: &str = "inbound;connect_refused";
-
-/// Which half of a sidecar speaks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Component {
-    Outbound,
-    Inbound,
-}
-
-impl Component {
-    pub(crate) const fn as_str(self) -> &'static str {
-        match self {
-            Self::Outbound => "outbound",
-            Self::Inbound => "inbound",
-        }
-    }
-}
 
 /// Why a sidecar answered a request itself, or ended a connection.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -198,9 +184,9 @@ impl Error {
     }
 
     /// The response: `grpc-status` in a trailers-only answer without a body for gRPC, else a status with a short text.
-    pub(crate) fn response(&self, component: Component, grpc: bool) -> Response<String> {
+    pub(crate) fn response(&self, direction: Direction, grpc: bool) -> Response<String> {
         let answer = self.answer();
-        let reason = HeaderValue::from_str(&format!("{};{}", component.as_str(), answer.code));
+        let reason = HeaderValue::from_str(&format!("{};{}", direction.as_str(), answer.code));
         let reason = reason.unwrap_or_else(|_| HeaderValue::from_static("proxy"));
         let mut response = if grpc {
             let mut response = Response::new(String::new());
@@ -222,7 +208,7 @@ impl Error {
         if *self == Self::Overloaded {
             response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
         }
-        if answer.unsent && component == Component::Inbound {
+        if answer.unsent && direction == Direction::Inbound {
             response.headers_mut().insert(WEFT_UNSENT, HeaderValue::from_static("1"));
         }
         response
@@ -246,7 +232,7 @@ mod tests {
 
     #[test]
     fn a_plain_error_has_its_status_reason_and_text() {
-        let response = Error::NoEndpoint.response(Component::Outbound, false);
+        let response = Error::NoEndpoint.response(Direction::Outbound, false);
         assert_eq!(response.status(), 503);
         assert_eq!(response.headers()[WEFT_REASON], "outbound;no_endpoint");
         assert!(response.headers().get(WEFT_UNSENT).is_none());
@@ -255,7 +241,7 @@ mod tests {
     #[test]
     fn overload_says_when_to_come_again() {
         let after = |error: Error| {
-            let response = error.response(Component::Outbound, false);
+            let response = error.response(Direction::Outbound, false);
             response
                 .headers()
                 .get(header::RETRY_AFTER)
@@ -267,7 +253,7 @@ mod tests {
 
     #[test]
     fn a_grpc_error_is_a_trailers_only_answer() {
-        let response = Error::Denied.response(Component::Inbound, true);
+        let response = Error::Denied.response(Direction::Inbound, true);
         assert_eq!(response.status(), 200);
         assert_eq!(response.headers()[GRPC_STATUS], "7");
         assert_eq!(response.headers()[header::CONTENT_TYPE], "application/grpc");
@@ -276,9 +262,9 @@ mod tests {
     #[test]
     fn only_what_the_app_never_saw_is_called_unsent() {
         for error in [Error::Reset, Error::Timeout, Error::Denied, Error::PathNotCanonical] {
-            assert!(error.response(Component::Inbound, false).headers().get(WEFT_UNSENT).is_none());
+            assert!(error.response(Direction::Inbound, false).headers().get(WEFT_UNSENT).is_none());
         }
-        let response = Error::Refused.response(Component::Inbound, false);
+        let response = Error::Refused.response(Direction::Inbound, false);
         assert_eq!(response.headers()[WEFT_UNSENT], "1");
         assert_eq!(response.headers()[WEFT_REASON], APP_REFUSES);
     }

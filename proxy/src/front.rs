@@ -37,7 +37,8 @@ pub(crate) use self::requests::{Requests, behind};
 use crate::{
     accepted::Accepted,
     config::{self, Config},
-    error::{Component, Error},
+    direction::Direction,
+    error::Error,
     presence,
     telemetry::recorder::Recorder,
 };
@@ -62,7 +63,7 @@ pub(crate) struct Front<S> {
     prefix: Bytes,
     follow: Follow,
     requests: Requests,
-    component: Component,
+    direction: Direction,
     /// How long a head may take.
     limit: Duration,
     timer: Option<Pin<Box<Sleep>>>,
@@ -117,15 +118,15 @@ enum Over {
 
 impl<S> Front<S> {
     /// A connection that speaks HTTP/1, and what was read of it. The service begins its requests in `requests`.
-    pub(crate) fn h1(inner: S, prefix: Bytes, requests: Requests, component: Component, head: Head) -> Self {
+    pub(crate) fn h1(inner: S, prefix: Bytes, requests: Requests, direction: Direction, head: Head) -> Self {
         let framing = Framing::new(Side::Requests, HeadLimits { bytes: head.bytes, fields: head.fields });
-        Self::new(inner, prefix, Follow::H1(Box::new(framing)), requests, component, head.time)
+        Self::new(inner, prefix, Follow::H1(Box::new(framing)), requests, direction, head.time)
     }
 
     /// A connection that speaks HTTP/2, and what was read of it.
-    pub(crate) fn h2(inner: S, prefix: Bytes, requests: Requests, component: Component, head: Head) -> Self {
+    pub(crate) fn h2(inner: S, prefix: Bytes, requests: Requests, direction: Direction, head: Head) -> Self {
         let follow = Follow::H2 { frames: Frames::of_client(), calm: Calm::default() };
-        Self::new(inner, prefix, follow, requests, component, head.time)
+        Self::new(inner, prefix, follow, requests, direction, head.time)
     }
 
     fn new(
@@ -133,7 +134,7 @@ impl<S> Front<S> {
         prefix: Bytes,
         follow: Follow,
         requests: Requests,
-        component: Component,
+        direction: Direction,
         limit: Duration,
     ) -> Self {
         Self {
@@ -141,7 +142,7 @@ impl<S> Front<S> {
             prefix,
             follow,
             requests,
-            component,
+            direction,
             limit,
             timer: None,
             in_head: false,
@@ -282,7 +283,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Front<S> {
     fn refuse(&mut self, refusal: Refusal) {
         self.requests.refuse(refusal, false);
         self.over = Some(match (&self.follow, Error::from(refusal)) {
-            (Follow::H1(_), error) => Over::Say(said(&error, self.component)),
+            (Follow::H1(_), error) => Over::Say(said(&error, self.direction)),
             (Follow::H2 { frames, .. }, _) => Over::Say(go_away(frames.last_stream())),
         });
     }
@@ -524,18 +525,18 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Front<S> {
 }
 
 /// Answers a client whose first bytes are no HTTP where only HTTP is spoken, and ends.
-pub(crate) async fn not_http(recorder: &Recorder, accepted: Accepted, component: Component) {
+pub(crate) async fn not_http(recorder: &Recorder, accepted: Accepted, direction: Direction) {
     let Accepted { mut stream, client, original: destination, .. } = accepted;
     let error = Error::NotHttp;
     recorder.error(error.answer().code);
-    tracing::warn!(component = component.as_str(), code = error.answer().code, %error, %client, %destination,
+    tracing::warn!(component = direction.as_str(), code = error.answer().code, %error, %client, %destination,
         "answered by the proxy: no request came about");
     // Who has gone reads nothing.
-    if stream.write_all(&said(&error, component)).await.is_err() {
+    if stream.write_all(&said(&error, direction)).await.is_err() {
         return;
     }
     let head = Head { bytes: 0, fields: 0, time: LINGER };
-    let mut front = Front::h1(stream, Bytes::new(), Requests::default(), component, head);
+    let mut front = Front::h1(stream, Bytes::new(), Requests::default(), direction, head);
     front.linger();
     std::future::poll_fn(|cx| front.poll_linger(cx)).await;
 }
@@ -550,8 +551,8 @@ pub(crate) fn http1(limits: &config::GrowthLimits) -> http1::Builder {
 }
 
 /// An answer as it goes over the wire, when there is no request that the library could answer.
-fn said(error: &Error, component: Component) -> Bytes {
-    let (head, body) = error.response(component, false).into_parts();
+fn said(error: &Error, direction: Direction) -> Bytes {
+    let (head, body) = error.response(direction, false).into_parts();
     let status = head.status;
     let mut out =
         format!("HTTP/1.1 {} {}\r\n", status.as_str(), status.canonical_reason().unwrap_or_default());
@@ -592,7 +593,7 @@ mod tests {
     ) -> (DuplexStream, tokio::task::JoinHandle<hyper::Result<()>>) {
         let (client, server) = duplex(way);
         let requests = Requests::default();
-        let io = TokioIo::new(Front::h1(server, Bytes::new(), requests.clone(), Component::Inbound, HEAD));
+        let io = TokioIo::new(Front::h1(server, Bytes::new(), requests.clone(), Direction::Inbound, HEAD));
         let service = service_fn(move |_: Request<Incoming>| {
             let in_progress = requests.begin();
             async move {

@@ -12,6 +12,7 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 pub mod config;
+pub mod direction;
 pub mod drain;
 pub mod harden;
 pub mod identity;
@@ -60,8 +61,8 @@ use tokio::{runtime, sync::broadcast, task::LocalSet};
 
 use crate::{
     config::Config,
+    direction::Direction,
     drain::Drain,
-    error::Component,
     limits::ConnectionLimits,
     memory::Memory,
     pod_wide::{Budgets, Caps},
@@ -165,8 +166,8 @@ fn data(
         tokio::task::spawn_local(recorder.clone().serve(asked));
         let shared = parts.config.workers > 1;
         let sides = [
-            (Component::Outbound, parts.config.outbound_port),
-            (Component::Inbound, parts.config.inbound_port),
+            (Direction::Outbound, parts.config.outbound_port),
+            (Direction::Inbound, parts.config.inbound_port),
         ];
         let worker = Worker::new(parts, recorder);
         for (side, port) in sides {

@@ -22,7 +22,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::{config, error::Component, memory::Memory};
+use crate::{config, direction::Direction, memory::Memory};
 
 /// What is open, and how much may be. Shared by all workers.
 pub(crate) struct ConnectionLimits {
@@ -38,7 +38,7 @@ pub(crate) struct ConnectionLimits {
 /// One open connection, counted until it is dropped.
 pub(crate) struct Slot {
     limits: Arc<ConnectionLimits>,
-    side: Component,
+    side: Direction,
     peer: Option<IpAddr>,
 }
 
@@ -106,7 +106,7 @@ impl ConnectionLimits {
         limits: &Arc<Self>,
         peer: IpAddr,
         descriptor: RawFd,
-        side: Component,
+        side: Direction,
         now: Instant,
     ) -> Option<Slot> {
         let memory_short = limits.memory.as_ref().is_some_and(|memory| memory.is_short(now));
@@ -120,7 +120,7 @@ impl ConnectionLimits {
             return None;
         }
         // Outbound, every client is this pod.
-        if side == Component::Inbound {
+        if side == Direction::Inbound {
             let mut per_peer = limits.per_peer.lock().unwrap_or_else(PoisonError::into_inner);
             let open = per_peer.entry(peer).or_default();
             if *open >= limits.max_per_peer {
@@ -135,10 +135,10 @@ impl ConnectionLimits {
 }
 
 /// The place of one side.
-const fn index(side: Component) -> usize {
+const fn index(side: Direction) -> usize {
     match side {
-        Component::Outbound => 0,
-        Component::Inbound => 1,
+        Direction::Outbound => 0,
+        Direction::Inbound => 1,
     }
 }
 
@@ -229,18 +229,18 @@ mod tests {
             ConnectionLimits::take(limits, peer(n), 10, side, now())
         };
         let by_peer = limits(&[("WEFT_MAX_CONNECTIONS_PER_PEER", "2")], 10_000);
-        let first = take(&by_peer, 1, Component::Inbound);
-        let _second = take(&by_peer, 1, Component::Inbound).unwrap();
-        assert!(take(&by_peer, 1, Component::Inbound).is_none());
-        assert!(take(&by_peer, 1, Component::Outbound).is_some());
-        assert!(take(&by_peer, 2, Component::Inbound).is_some());
+        let first = take(&by_peer, 1, Direction::Inbound);
+        let _second = take(&by_peer, 1, Direction::Inbound).unwrap();
+        assert!(take(&by_peer, 1, Direction::Inbound).is_none());
+        assert!(take(&by_peer, 1, Direction::Outbound).is_some());
+        assert!(take(&by_peer, 2, Direction::Inbound).is_some());
         drop(first);
-        assert!(take(&by_peer, 1, Component::Inbound).is_some());
+        assert!(take(&by_peer, 1, Direction::Inbound).is_some());
 
         let by_side = limits(&[("WEFT_MAX_CONNECTIONS", "1")], 10_000);
-        let _held = take(&by_side, 1, Component::Inbound).unwrap();
-        assert!(take(&by_side, 2, Component::Inbound).is_none());
-        assert!(take(&by_side, 2, Component::Outbound).is_some());
+        let _held = take(&by_side, 1, Direction::Inbound).unwrap();
+        assert!(take(&by_side, 2, Direction::Inbound).is_none());
+        assert!(take(&by_side, 2, Direction::Outbound).is_some());
     }
 
     #[test]
@@ -248,10 +248,10 @@ mod tests {
         let limits = limits(&[], 256);
         let take =
             |descriptor, side| ConnectionLimits::take(&limits, peer(1), descriptor, side, now()).is_some();
-        assert!(take(159, Component::Inbound) && !take(160, Component::Inbound));
-        assert!(take(191, Component::Outbound) && !take(192, Component::Outbound));
+        assert!(take(159, Direction::Inbound) && !take(160, Direction::Inbound));
+        assert!(take(191, Direction::Outbound) && !take(192, Direction::Outbound));
         let held: Vec<_> = (0..81)
-            .map(|_| ConnectionLimits::take(&limits, peer(1), 10, Component::Inbound, now()))
+            .map(|_| ConnectionLimits::take(&limits, peer(1), 10, Direction::Inbound, now()))
             .collect();
         assert_eq!(held.iter().flatten().count(), 80, "one address takes half");
     }

@@ -17,7 +17,7 @@ use tokio::net::{TcpListener, TcpStream};
 
 use crate::{
     accepted::{Accepted, Open},
-    error::Component,
+    direction::Direction,
     inbound,
     limits::ConnectionLimits,
     outbound,
@@ -36,10 +36,10 @@ const EXHAUSTED_PAUSE: Duration = Duration::from_millis(100);
 ///
 /// # Errors
 /// No address family could be bound.
-pub(crate) fn bind(side: Component, port: u16, shared: bool) -> io::Result<Vec<TcpListener>> {
+pub(crate) fn bind(side: Direction, port: u16, shared: bool) -> io::Result<Vec<TcpListener>> {
     let addresses = match side {
-        Component::Outbound => [IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V6(Ipv6Addr::LOCALHOST)],
-        Component::Inbound => [IpAddr::V4(Ipv4Addr::UNSPECIFIED), IpAddr::V6(Ipv6Addr::UNSPECIFIED)],
+        Direction::Outbound => [IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V6(Ipv6Addr::LOCALHOST)],
+        Direction::Inbound => [IpAddr::V4(Ipv4Addr::UNSPECIFIED), IpAddr::V6(Ipv6Addr::UNSPECIFIED)],
     };
     let mut bound = Vec::new();
     for ip in addresses {
@@ -75,10 +75,10 @@ fn listen(address: SocketAddr, shared: bool) -> io::Result<TcpListener> {
 }
 
 /// Accepts until the process ends.
-pub(crate) async fn run(worker: Rc<Worker>, listener: TcpListener, side: Component) {
+pub(crate) async fn run(worker: Rc<Worker>, listener: TcpListener, side: Direction) {
     let (accepted, shed) = match side {
-        Component::Outbound => (Counter::OutboundAccepted, Counter::OutboundShed),
-        Component::Inbound => (Counter::InboundAccepted, Counter::InboundShed),
+        Direction::Outbound => (Counter::OutboundAccepted, Counter::OutboundShed),
+        Direction::Inbound => (Counter::InboundAccepted, Counter::InboundShed),
     };
     loop {
         let (stream, client) = match listener.accept().await {
@@ -112,7 +112,7 @@ async fn connection(
     worker: &Rc<Worker>,
     stream: TcpStream,
     client: SocketAddr,
-    side: Component,
+    side: Direction,
     open: Rc<Open>,
 ) {
     // Urgent bytes stay in the stream: otherwise a read skips them, and the app gets a stream with a hole.
@@ -134,8 +134,8 @@ async fn connection(
     }
     let accepted = Accepted { stream, client, original, open };
     match side {
-        Component::Outbound => outbound::serve(worker.clone(), accepted).await,
-        Component::Inbound => inbound::serve(worker.clone(), accepted).await,
+        Direction::Outbound => outbound::serve(worker.clone(), accepted).await,
+        Direction::Inbound => inbound::serve(worker.clone(), accepted).await,
     }
 }
 

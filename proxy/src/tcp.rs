@@ -164,8 +164,8 @@ pub(crate) async fn splice<A: Stream, B: Stream>(
     server: &mut B,
     moved: &Moved,
 ) -> Result<(), Broken> {
-    let mut up = Direction { moved: Some(&moved.up), ..Direction::default() };
-    let mut down = Direction { moved: Some(&moved.down), ..Direction::default() };
+    let mut up = Way { moved: Some(&moved.up), ..Way::default() };
+    let mut down = Way { moved: Some(&moved.down), ..Way::default() };
     let result = both(&mut up, &mut down, client, server).await;
     if result.is_err() {
         reset(client.tcp());
@@ -176,8 +176,8 @@ pub(crate) async fn splice<A: Stream, B: Stream>(
 
 /// Both directions until they have ended or a side has broken off and said its last words.
 async fn both<A, B>(
-    up: &mut Direction<'_>,
-    down: &mut Direction<'_>,
+    up: &mut Way<'_>,
+    down: &mut Way<'_>,
     client: &mut A,
     server: &mut B,
 ) -> Result<(), Broken>
@@ -211,8 +211,8 @@ struct Cut {
 /// Both directions once.
 fn carry<A, B>(
     cx: &mut Context<'_>,
-    up: &mut Direction<'_>,
-    down: &mut Direction<'_>,
+    up: &mut Way<'_>,
+    down: &mut Way<'_>,
     client: &mut A,
     server: &mut B,
 ) -> Poll<Result<(), Cut>>
@@ -270,8 +270,8 @@ where
     A: AsyncRead + AsyncWrite + Unpin,
     B: AsyncRead + AsyncWrite + Unpin,
 {
-    let mut up = Direction { doubts: true, ..Direction::default() };
-    let mut down = Direction { doubts: true, ..Direction::default() };
+    let mut up = Way { doubts: true, ..Way::default() };
+    let mut down = Way { doubts: true, ..Way::default() };
     match both(&mut up, &mut down, client, server).await {
         Err(Broken::Server) if down.done => Err(Broken::Client),
         ended => ended,
@@ -285,7 +285,7 @@ enum Side {
 }
 
 #[derive(Default)]
-struct Direction<'a> {
+struct Way<'a> {
     moved: Option<&'a Cell<u64>>,
     buffer: Vec<u8>,
     from: usize,
@@ -300,7 +300,7 @@ struct Direction<'a> {
     done: bool,
 }
 
-impl Direction<'_> {
+impl Way<'_> {
     fn poll<R, W>(&mut self, cx: &mut Context<'_>, reader: &mut R, writer: &mut W) -> Poll<Result<(), Side>>
     where
         R: AsyncRead + AsyncWrite + Unpin,

@@ -24,6 +24,7 @@ use weft_core::{
 use crate::{
     config::Config,
     connect::Connector,
+    direction::Direction,
     discovery::{Discovery, Watched},
     drain::{Drain, LocalDrain},
     limits::ConnectionLimits,
@@ -32,7 +33,7 @@ use crate::{
     pool::Pool,
     telemetry::{
         exchange::{Exchange, now},
-        recorder::{Direction, EndpointReport, Recorder, Series, SeriesKey, endpoint_report},
+        recorder::{EndpointReport, Recorder, Series, SeriesKey, endpoint_report},
     },
     tls::{self, Material},
     wakers::Wakers,

@@ -18,12 +18,7 @@ use http::{Response, StatusCode};
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use weft_core::framing::Why;
 
-use crate::{
-    error::{Component, Error},
-    head,
-    telemetry::recorder::Recorder,
-    upload::Replay,
-};
+use crate::{direction::Direction, error::Error, head, telemetry::recorder::Recorder, upload::Replay};
 
 /// The requests of one HTTP/1 connection, as its service and its IO both see them. Atomic only because the library wants
 /// IO to be `Send`.
@@ -114,7 +109,7 @@ impl Requests {
         &self,
         recorder: &Recorder,
         ended: &hyper::Result<()>,
-        component: Component,
+        direction: Direction,
         client: SocketAddr,
         destination: SocketAddr,
     ) {
@@ -126,7 +121,7 @@ impl Requests {
         };
         let answer = error.answer();
         recorder.error(answer.code);
-        tracing::warn!(component = component.as_str(), code = answer.code, status = answer.status.as_u16(), %error,
+        tracing::warn!(component = direction.as_str(), code = answer.code, status = answer.status.as_u16(), %error,
             %client, %destination, "answered by the proxy: no request came about");
     }
 

@@ -30,8 +30,9 @@ use super::{
 use crate::{
     accepted::{Accepted, Open},
     answer::{Body, Held, Tail},
+    direction::Direction,
     drain::{Graceful, Phase, RequestGuard},
-    error::{Component, Error, is_grpc},
+    error::{Error, is_grpc},
     expect::{self, Gate},
     front::{self, Front, Head, Requests},
     head::{self, Outgoing, Provenance, WEFT_ATTEMPT},
@@ -42,7 +43,7 @@ use crate::{
         decision::Decision,
         exchange::{Exchange, now},
         metrics::Counter,
-        recorder::{Direction, Edge, EdgeKey, Series, SeriesKey},
+        recorder::{Edge, EdgeKey, Series, SeriesKey},
     },
     upgraded::{self, Ended},
     upload::{Replay, Upload},
@@ -67,13 +68,13 @@ pub(super) async fn serve_mesh(
     let limits = &worker.config.limits;
     let server = Server::new(worker.clone(), original, port, caller.clone(), client, open);
     let requests = Requests::default();
-    let io = Front::h2(tls, Bytes::new(), requests.clone(), Component::Inbound, Head::of(&worker.config));
+    let io = Front::h2(tls, Bytes::new(), requests.clone(), Direction::Inbound, Head::of(&worker.config));
     // Boxed: the library moves a stream's future eight times on the way to its task.
     let service = service_fn(move |request| Box::pin(server.clone().handle_mesh(request)));
     let connection = h2_builder(&worker, limits.streams_mesh, limits.header_list())
         .serve_connection(TokioIo::new(io), service);
     let ended = run(&worker, connection, &caller).await;
-    requests.report(&worker.recorder, &ended, Component::Inbound, client, original);
+    requests.report(&worker.recorder, &ended, Direction::Inbound, client, original);
 }
 
 /// Serves a caller outside the mesh.
@@ -90,7 +91,7 @@ pub(super) async fn serve_plain(
     let limits = &worker.config.limits;
     let (requests, head) = (Requests::default(), Head::of(&worker.config));
     let ended = if h2 {
-        let io = Front::h2(stream, first, requests.clone(), Component::Inbound, head);
+        let io = Front::h2(stream, first, requests.clone(), Direction::Inbound, head);
         let service = service_fn(move |request| {
             let server = server.clone();
             Box::pin(async move { server.handle(request, None).await })
@@ -100,7 +101,7 @@ pub(super) async fn serve_plain(
             .serve_connection(TokioIo::new(io), service);
         run(&worker, connection, &caller).await
     } else {
-        let io = Front::h1(stream, first, requests.clone(), Component::Inbound, head);
+        let io = Front::h1(stream, first, requests.clone(), Direction::Inbound, head);
         let of_service = requests.clone();
         let service = service_fn(move |request| {
             let (server, requests, in_progress) = (server.clone(), of_service.clone(), of_service.begin());
@@ -114,7 +115,7 @@ pub(super) async fn serve_plain(
         let connection = builder.serve_connection(TokioIo::new(io), service).with_upgrades();
         run(&worker, connection, &caller).await
     };
-    requests.report(&worker.recorder, &ended, Component::Inbound, client, original);
+    requests.report(&worker.recorder, &ended, Direction::Inbound, client, original);
 }
 
 fn h2_builder(
@@ -141,7 +142,7 @@ fn h2_builder(
 
 /// Runs a connection until it ends, its caller is believed no more, or time is up.
 async fn run<C: Graceful>(worker: &Rc<Worker>, connection: C, caller: &Caller) -> hyper::Result<()> {
-    let mut serving = worker.drain.serve(connection, Component::Inbound);
+    let mut serving = worker.drain.serve(connection, Direction::Inbound);
     // Behind a waker of its own: it is looked at when it has something to say, not at each read of the connection.
     let over = async {
         tokio::select! {
@@ -298,7 +299,7 @@ impl Inner {
         if error.is_the_clients() {
             tracing::debug!(%error, destination = %self.original, client = %self.client, "nobody reads the answer");
             exchange.finish(error.class(), now());
-            return error.response(Component::Inbound, grpc).map(Body::full);
+            return error.response(Direction::Inbound, grpc).map(Body::full);
         }
         self.worker.recorder.error(answer.code);
         if *error == Error::Overloaded {
@@ -308,9 +309,9 @@ impl Inner {
             destination = %self.original, client = %self.client,
             caller = self.caller.identity.as_ref().map(|id| id.as_str()),
             request_id = decision.request_id(), last = decision.last(), "answered by the proxy");
-        decision.keep(&self.worker.recorder, Component::Inbound, &self.parent, error);
+        decision.keep(&self.worker.recorder, Direction::Inbound, &self.parent, error);
         exchange.finish(error.class(), now());
-        error.response(Component::Inbound, grpc).map(Body::full)
+        error.response(Direction::Inbound, grpc).map(Body::full)
     }
 
     #[expect(clippy::too_many_arguments, reason = "what a request is, and what becomes known of it")]

@@ -21,7 +21,8 @@ use crate::{
     accepted::Accepted,
     belief::{Belief, Lost},
     detect::{self, Begun, First},
-    error::{Component, Error},
+    direction::Direction,
+    error::Error,
     front,
     tcp::{Prefixed, Stream, reset},
     telemetry::metrics::Counter,
@@ -182,7 +183,7 @@ async fn plaintext(worker: Rc<Worker>, accepted: Accepted, port: Arc<PortPolicy>
         _ if worker.drain.is_refusing() => reset(&accepted.stream),
         // Handed on as bytes, it would be a request that nobody has looked at.
         _ if declared && first.detected == Detected::Opaque && !first.bytes.is_empty() => {
-            front::not_http(&worker.recorder, accepted, Component::Inbound).await;
+            front::not_http(&worker.recorder, accepted, Direction::Inbound).await;
         }
         _ => {
             let Accepted { stream, original, open, .. } = accepted;
@@ -196,7 +197,7 @@ async fn plaintext(worker: Rc<Worker>, accepted: Accepted, port: Arc<PortPolicy>
 fn refuse(worker: &Worker, accepted: &Accepted, error: &Error) {
     let answer = error.answer();
     worker.recorder.error(answer.code);
-    tracing::warn!(component = Component::Inbound.as_str(), code = answer.code, %error,
+    tracing::warn!(component = Direction::Inbound.as_str(), code = answer.code, %error,
         client = %accepted.client, destination = %accepted.original, "connection refused");
     reset(&accepted.stream);
 }

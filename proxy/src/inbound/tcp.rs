@@ -15,12 +15,13 @@ use super::Caller;
 use crate::{
     accepted::Accepted,
     detect::{self, Begun, First, FirstWord},
+    direction::Direction,
     error::Error,
     tcp::{Broken, Moved, Prefixed, Stream, reset, splice_until},
     telemetry::{
         exchange::{Exchange, now},
         metrics::Counter,
-        recorder::{Direction, EdgeKey, SeriesKey},
+        recorder::{EdgeKey, SeriesKey},
     },
     worker::{Spoken, Worker, port_policy},
 };

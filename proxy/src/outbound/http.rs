@@ -17,7 +17,8 @@ use weft_core::{
 use crate::{
     accepted::{Accepted, Open},
     answer::{Body, Held, Tail},
-    error::{APP_REFUSES, Component, Error, WEFT_REASON, WEFT_UNSENT, is_grpc},
+    direction::Direction,
+    error::{APP_REFUSES, Error, WEFT_REASON, WEFT_UNSENT, is_grpc},
     expect::{self, Gate},
     front::{self, Front, Head, Requests},
     head::{self, Outgoing, Upgrade},
@@ -51,7 +52,7 @@ pub(super) async fn serve(
     let (requests, head) = (Requests::default(), Head::of(&worker.config));
     let limits = &worker.config.limits;
     let ended = if h2 {
-        let io = Front::h2(stream, first, requests.clone(), Component::Outbound, head);
+        let io = Front::h2(stream, first, requests.clone(), Direction::Outbound, head);
         let service = service_fn(move |request| {
             let client = client.clone();
             // Boxed: the library moves it eight times on the way to its task.
@@ -68,9 +69,9 @@ pub(super) async fn serve(
             .initial_connection_window_size(pool::CONNECTION_WINDOW)
             .max_send_buf_size(pool::SEND_BUFFER);
         let connection = builder.serve_connection(TokioIo::new(io), service);
-        worker.drain.serve(connection, Component::Outbound).await
+        worker.drain.serve(connection, Direction::Outbound).await
     } else {
-        let io = Front::h1(stream, first, requests.clone(), Component::Outbound, head)
+        let io = Front::h1(stream, first, requests.clone(), Direction::Outbound, head)
             .of_this_pod(address, original);
         let of_service = requests.clone();
         let service = service_fn(move |request| {
@@ -83,9 +84,9 @@ pub(super) async fn serve(
         let mut builder = front::http1(limits);
         builder.header_read_timeout(None);
         let connection = builder.serve_connection(TokioIo::new(io), service).with_upgrades();
-        worker.drain.serve(connection, Component::Outbound).await
+        worker.drain.serve(connection, Direction::Outbound).await
     };
-    requests.report(&worker.recorder, &ended, Component::Outbound, address, original);
+    requests.report(&worker.recorder, &ended, Direction::Outbound, address, original);
     if let Err(error) = ended {
         tracing::debug!(%error, client = %address, "connection from the app ended");
     }
@@ -152,7 +153,7 @@ impl Client {
         if error.is_the_clients() {
             tracing::debug!(%error, client = %self.address, "nobody reads the answer");
             exchange.finish(error.class(), now());
-            return error.response(Component::Outbound, grpc).map(Body::full);
+            return error.response(Direction::Outbound, grpc).map(Body::full);
         }
         self.worker.recorder.error(answer.code);
         if *error == Error::Overloaded {
@@ -163,9 +164,9 @@ impl Client {
             %service, destination = %self.destination.original, client = %self.address,
             request_id = decision.request_id(), attempts = decision.attempts(), last = decision.last(),
             "answered by the proxy");
-        decision.keep(&self.worker.recorder, Component::Outbound, &service.to_string(), error);
+        decision.keep(&self.worker.recorder, Direction::Outbound, &service.to_string(), error);
         exchange.finish(error.class(), now());
-        error.response(Component::Outbound, grpc).map(Body::full)
+        error.response(Direction::Outbound, grpc).map(Body::full)
     }
 
     #[expect(clippy::too_many_arguments, reason = "what a request is, and what becomes known of it")]

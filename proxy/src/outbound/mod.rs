@@ -14,8 +14,9 @@ use weft_core::{detect::Detected, policy::Protocol};
 use crate::{
     accepted::Accepted,
     detect::{self, Begun, First},
+    direction::Direction,
     discovery::{DiscoveryError, Target},
-    error::{Component, Error},
+    error::Error,
     front,
     tcp::reset,
     telemetry::metrics::Counter,
@@ -73,7 +74,7 @@ async fn spoken(worker: Rc<Worker>, accepted: Accepted, destination: Rc<Destinat
         Detected::Http2 => http::serve(worker, accepted, destination, first.bytes, true).await,
         // Handed on as bytes, it would be a request that nobody has looked at.
         Detected::Opaque if declared && !first.bytes.is_empty() => {
-            front::not_http(&worker.recorder, accepted, Component::Outbound).await;
+            front::not_http(&worker.recorder, accepted, Direction::Outbound).await;
         }
         Detected::Tls { .. } | Detected::Opaque | Detected::NeedMore => {
             tcp::to_service(&worker, accepted, &destination, first).await;
@@ -85,7 +86,7 @@ async fn spoken(worker: Rc<Worker>, accepted: Accepted, destination: Rc<Destinat
 fn refuse(worker: &Worker, accepted: &Accepted, error: &Error) {
     let answer = error.answer();
     worker.recorder.error(answer.code);
-    tracing::warn!(component = Component::Outbound.as_str(), code = answer.code, %error,
+    tracing::warn!(component = Direction::Outbound.as_str(), code = answer.code, %error,
         destination = %accepted.original, "connection refused");
     reset(&accepted.stream);
 }

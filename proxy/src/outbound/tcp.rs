@@ -17,14 +17,15 @@ use crate::{
     belief::Belief,
     connect::{ConnectError, Meshed},
     detect::{self, Begun, First, FirstWord},
-    error::{Component, Error},
+    direction::Direction,
+    error::Error,
     peer::{NOT_ACCEPTED, Peer},
     pod_wide::Permit,
     tcp::{Broken, Moved, Prefixed, Stream, reset, splice_until},
     telemetry::{
         exchange::{Exchange, now},
         metrics::Counter,
-        recorder::{Direction, SeriesKey},
+        recorder::SeriesKey,
     },
     tls::Alpn,
     worker::{Destination, Resolved, Spoken, Worker},
@@ -301,7 +302,7 @@ fn refuse(worker: &Worker, accepted: Accepted, exchange: Exchange, error: impl I
     let error = error.into();
     let answer = error.answer();
     worker.recorder.error(answer.code);
-    tracing::warn!(component = Component::Outbound.as_str(), code = answer.code, %error,
+    tracing::warn!(component = Direction::Outbound.as_str(), code = answer.code, %error,
         destination = %accepted.original, client = %accepted.client, "connection refused");
     reset(&accepted.stream);
     exchange.finish(Class::Proxy, now());

@@ -12,10 +12,7 @@ use weft_core::{balance::Lease, classify::Outcome};
 use weft_proto::pb::v1 as pb;
 
 use super::recorder::Recorder;
-use crate::{
-    error::{Component, Error},
-    head::X_REQUEST_ID,
-};
+use crate::{direction::Direction, error::Error, head::X_REQUEST_ID};
 
 /// The record in the making.
 #[derive(Default)]
@@ -72,22 +69,19 @@ impl Decision {
     }
 
     /// Keeps the record of a request that a sidecar answered itself.
-    pub(crate) fn keep(self, recorder: &Recorder, component: Component, service: &str, error: &Error) {
+    pub(crate) fn keep(self, recorder: &Recorder, direction: Direction, service: &str, error: &Error) {
         let answer = error.answer();
         recorder.decision(pb::DecisionRecord {
             request_id: self.request_id().to_owned(),
             at_ms: SystemTime::now()
                 .duration_since(UNIX_EPOCH)
                 .map_or(0, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX)),
-            direction: match component {
-                Component::Outbound => pb::Direction::Outbound,
-                Component::Inbound => pb::Direction::Inbound,
-            } as i32,
+            direction: pb::Direction::from(direction).into(),
             service: service.to_owned(),
             method: self.path.as_ref().map_or_else(String::new, |p| p.path().to_owned()),
             route: self.rule.as_deref().unwrap_or_default().to_owned(),
             attempts: self.attempts,
-            reason: format!("{};{}", component.as_str(), answer.code),
+            reason: format!("{};{}", direction.as_str(), answer.code),
             status: u32::from(answer.status.as_u16()),
             ..Default::default()
         });

@@ -26,15 +26,7 @@ use weft_core::{
 use weft_proto::pb::v1 as pb;
 
 use super::metrics::{Counter, Gauge};
-
-/// Which way a connection goes, seen from the app.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Direction {
-    /// The app calls.
-    Outbound,
-    /// The app is called.
-    Inbound,
-}
+use crate::direction::Direction;
 
 /// What one time series is about. `parent` is `<ns>/<name>:<port>` outbound and the pod's port inbound;
 /// `route` is the rule's label.
@@ -485,16 +477,6 @@ impl EdgeKey {
             service: Arc::clone(&overflow),
             method: overflow,
             mtls: self.mtls,
-        }
-    }
-}
-
-impl Direction {
-    /// Its label.
-    pub fn label(self) -> &'static str {
-        match self {
-            Self::Outbound => "outbound",
-            Self::Inbound => "inbound",
         }
     }
 }

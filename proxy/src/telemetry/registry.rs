@@ -23,8 +23,8 @@ use super::{
     },
     process::{Process, local_port_range, local_ports_used},
     recorder::{
-        CLASSES, Delta, Direction, EdgeCount, EdgeKey, EndpointName, EndpointReport, MAX_DECISIONS,
-        MAX_EDGES, Sample, SeriesKey, Take, class_index, micros,
+        CLASSES, Delta, EdgeCount, EdgeKey, EndpointName, EndpointReport, MAX_DECISIONS, MAX_EDGES, Sample,
+        SeriesKey, Take, class_index, micros,
     },
 };
 
@@ -276,11 +276,7 @@ impl Pending {
             for (class, sample) in CLASSES.iter().zip(classes) {
                 let Some(sample) = sample else { continue };
                 routes.push(pb::RouteDelta {
-                    direction: match key.direction {
-                        Direction::Outbound => pb::Direction::Outbound,
-                        Direction::Inbound => pb::Direction::Inbound,
-                    }
-                    .into(),
+                    direction: pb::Direction::from(key.direction).into(),
                     parent: key.parent.to_string(),
                     route: key.route.to_string(),
                     backend: key.backend.to_string(),
@@ -372,7 +368,7 @@ impl SeriesKey {
     fn labels(&self, class: Class) -> String {
         format!(
             "direction=\"{}\",parent=\"{}\",route=\"{}\",backend=\"{}\",protocol=\"{}\",class=\"{}\"",
-            self.direction.label(),
+            self.direction.as_str(),
             escape(&self.parent),
             escape(&self.route),
             escape(&self.backend),
