@@ -10,7 +10,9 @@ use tokio::net::TcpStream;
 use crate::{
     direction::Direction,
     drain::{ConnectionGuard, LocalDrain},
+    error::Error,
     limits::Slot,
+    tcp::reset,
     telemetry::{
         metrics::Gauge,
         recorder::{Level, Recorder},
@@ -33,6 +35,18 @@ pub(crate) struct Open {
     _slot: Slot,
     _guard: ConnectionGuard,
     _level: Level,
+}
+
+impl Accepted {
+    /// Ends a connection that cannot be answered in its own protocol: its client sees a refusal, not a hang and not a
+    /// clean end.
+    pub(crate) fn refuse(&self, recorder: &Recorder, direction: Direction, error: &Error) {
+        let code = error.answer().code;
+        recorder.error(code);
+        tracing::warn!(component = direction.as_str(), code, %error, client = %self.client,
+            destination = %self.original, "connection refused");
+        reset(&self.stream);
+    }
 }
 
 impl Open {

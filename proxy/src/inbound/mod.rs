@@ -42,7 +42,7 @@ pub(crate) struct Caller {
 /// Serves one connection to the pod.
 pub(crate) async fn serve(worker: Rc<Worker>, mut accepted: Accepted) {
     let Some(policy) = worker.inbound_policy() else {
-        return refuse(&worker, &accepted, &Error::NotReady);
+        return accepted.refuse(&worker.recorder, Direction::Inbound, &Error::NotReady);
     };
     let port = port_policy(&policy, accepted.original.port());
     let http = port.protocol.is_http();
@@ -71,7 +71,7 @@ pub(crate) async fn serve(worker: Rc<Worker>, mut accepted: Accepted) {
 /// Serves a connection of which it is known how it begins, under the policy of now.
 async fn spoken(worker: Rc<Worker>, accepted: Accepted, first: First) {
     let Some(policy) = worker.inbound_policy() else {
-        return refuse(&worker, &accepted, &Error::NotReady);
+        return accepted.refuse(&worker.recorder, Direction::Inbound, &Error::NotReady);
     };
     let port = port_policy(&policy, accepted.original.port()).clone();
     if let Detected::Tls { sni, alpn, .. } = &first.detected {
@@ -106,7 +106,7 @@ async fn mesh(
     // Before the configuration is taken: should trust change in between, the caller is looked at again.
     let own = worker.material.borrow().clone();
     let Some(config) = worker.server_config(&policy) else {
-        return refuse(&worker, &accepted, &Error::NotReady);
+        return accepted.refuse(&worker.recorder, Direction::Inbound, &Error::NotReady);
     };
     let Accepted { stream, client, original, open } = accepted;
     let accepting = TlsAcceptor::from(config).accept(Prefixed::new(first.bytes, stream));
@@ -178,7 +178,7 @@ async fn plaintext(worker: Rc<Worker>, accepted: Accepted, port: Arc<PortPolicy>
         }
         _ if strict => {
             worker.recorder.count(Counter::PlaintextRefused);
-            refuse(&worker, &accepted, &Error::PlaintextRefused);
+            accepted.refuse(&worker.recorder, Direction::Inbound, &Error::PlaintextRefused);
         }
         _ if worker.drain.is_refusing() => reset(&accepted.stream),
         // Handed on as bytes, it would be a request that nobody has looked at.
@@ -191,15 +191,6 @@ async fn plaintext(worker: Rc<Worker>, accepted: Accepted, port: Arc<PortPolicy>
             drop(open);
         }
     }
-}
-
-/// Ends a connection that cannot be answered in its own protocol.
-fn refuse(worker: &Worker, accepted: &Accepted, error: &Error) {
-    let answer = error.answer();
-    worker.recorder.error(answer.code);
-    tracing::warn!(component = Direction::Inbound.as_str(), code = answer.code, %error,
-        client = %accepted.client, destination = %accepted.original, "connection refused");
-    reset(&accepted.stream);
 }
 
 impl Caller {

@@ -26,15 +26,16 @@ use crate::{
 /// Serves one captured connection of the app.
 pub(crate) async fn serve(worker: Rc<Worker>, accepted: Accepted) {
     let original = accepted.original;
+    let refuse = |error: &Error| accepted.refuse(&worker.recorder, Direction::Outbound, error);
     let destination = match worker.known_destination(original) {
         Some(known) => known,
         None => match worker.discovery.resolve(original).await {
             Ok(Target::Service(watched)) => worker.destination(original, watched),
             Ok(Target::Outside) => return tcp::outside(&worker, accepted).await,
-            Ok(Target::Denied) => return refuse(&worker, &accepted, &Error::EgressDenied),
-            Err(DiscoveryError::NotReady) => return refuse(&worker, &accepted, &Error::NotReady),
-            Err(DiscoveryError::Timeout) => return refuse(&worker, &accepted, &Error::DiscoveryTimeout),
-            Err(DiscoveryError::Overloaded) => return refuse(&worker, &accepted, &Error::Overloaded),
+            Ok(Target::Denied) => return refuse(&Error::EgressDenied),
+            Err(DiscoveryError::NotReady) => return refuse(&Error::NotReady),
+            Err(DiscoveryError::Timeout) => return refuse(&Error::DiscoveryTimeout),
+            Err(DiscoveryError::Overloaded) => return refuse(&Error::Overloaded),
         },
     };
     destined(worker, accepted, destination).await;
@@ -80,13 +81,4 @@ async fn spoken(worker: Rc<Worker>, accepted: Accepted, destination: Rc<Destinat
             tcp::to_service(&worker, accepted, &destination, first).await;
         }
     }
-}
-
-/// Ends a connection of which nothing is known but where it wanted to go.
-fn refuse(worker: &Worker, accepted: &Accepted, error: &Error) {
-    let answer = error.answer();
-    worker.recorder.error(answer.code);
-    tracing::warn!(component = Direction::Outbound.as_str(), code = answer.code, %error,
-        destination = %accepted.original, "connection refused");
-    reset(&accepted.stream);
 }

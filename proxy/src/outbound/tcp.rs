@@ -299,12 +299,7 @@ async fn carry<C: Stream, S: Stream>(
 
 /// The client sees a refusal, not a hang and not a clean end.
 fn refuse(worker: &Worker, accepted: Accepted, exchange: Exchange, error: impl Into<Error>) {
-    let error = error.into();
-    let answer = error.answer();
-    worker.recorder.error(answer.code);
-    tracing::warn!(component = Direction::Outbound.as_str(), code = answer.code, %error,
-        destination = %accepted.original, client = %accepted.client, "connection refused");
-    reset(&accepted.stream);
+    accepted.refuse(&worker.recorder, Direction::Outbound, &error.into());
     exchange.finish(Class::Proxy, now());
 }
 
