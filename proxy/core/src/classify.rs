@@ -73,20 +73,6 @@ impl Failure {
         }
     }
 
-    /// Whether no connection came about.
-    pub fn is_connect(&self) -> bool {
-        match self {
-            Self::ConnectTimeout | Self::Refused | Self::Identity | Self::Unreachable => true,
-            Self::Status(_)
-            | Self::Grpc(_)
-            | Self::Reset
-            | Self::Malformed
-            | Self::Timeout
-            | Self::AppRefused
-            | Self::NotProcessed => false,
-        }
-    }
-
     /// A short name, for labels and logs.
     pub fn name(&self) -> &'static str {
         match self {
@@ -238,7 +224,8 @@ mod tests {
         assert_eq!(Outcome::Failure(Failure::Status(503)).class(), Class::ServerError);
         assert_eq!(Outcome::Failure(Failure::Refused).class(), Class::Proxy);
         assert_eq!(Outcome::Cancelled.class(), Class::ClientError);
-        assert!(!Failure::NotProcessed.was_sent() && !Failure::NotProcessed.is_connect());
-        assert!(Failure::Reset.was_sent() && !Failure::Identity.was_sent());
+        assert!(
+            !Failure::NotProcessed.was_sent() && Failure::Reset.was_sent() && !Failure::Identity.was_sent()
+        );
     }
 }

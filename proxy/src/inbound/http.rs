@@ -193,8 +193,8 @@ pub(super) struct Inner {
     /// The caller's, for `x-forwarded-for`.
     address: HeaderValue,
     parent: Arc<str>,
-    /// The policy that `authorization` was taken from, so that a change is seen by one comparison.
-    seen: RefCell<(Option<Arc<weft_core::policy::InboundPolicy>>, Arc<PortPolicy>)>,
+    /// The port's policy, and the generation of the one that it was taken from.
+    seen: RefCell<(Option<u64>, Arc<PortPolicy>)>,
     series: RefCell<[Option<Rc<Series>>; 3]>,
     edge: OnceCell<Rc<Edge>>,
     /// Of gRPC methods.
@@ -546,20 +546,15 @@ impl Inner {
         Permitted::held(Response::from_parts(head, Body::watched(body, h2, tail)), permission, outgoing)
     }
 
-    /// The port's policy: one pointer comparison while nothing changes.
+    /// The port's policy: one comparison while nothing changes.
     fn port(&self) -> Arc<PortPolicy> {
-        let current = self.worker.inbound_policy();
+        let generation = self.worker.policy_generation();
         let mut seen = self.seen.borrow_mut();
-        let same = match (&seen.0, &current) {
-            (Some(a), Some(b)) => Arc::ptr_eq(a, b),
-            (None, None) => true,
-            _ => false,
-        };
-        if !same {
-            if let Some(policy) = &current {
-                seen.1 = port_policy(policy, self.original.port()).clone();
+        if seen.0 != Some(generation) {
+            if let Some(policy) = self.worker.inbound_policy() {
+                seen.1 = port_policy(&policy, self.original.port()).clone();
             }
-            seen.0 = current;
+            seen.0 = Some(generation);
         }
         seen.1.clone()
     }

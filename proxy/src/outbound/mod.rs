@@ -18,7 +18,6 @@ use crate::{
     discovery::{DiscoveryError, Target},
     error::Error,
     front,
-    tcp::reset,
     telemetry::metrics::Counter,
     worker::{Destination, Worker},
 };
