@@ -19,7 +19,7 @@ use weft_core::{
 };
 
 use crate::{
-    body::{BodyError, Next, end_of, gather},
+    body::{Behind, BodyError, end_of, gather},
     drain::RequestGuard,
     head,
     pod_wide::Permit,
@@ -120,7 +120,7 @@ struct Watched {
     inner: Incoming,
     /// It comes by HTTP/2.
     h2: bool,
-    next: Option<Next>,
+    next: Option<Behind>,
     tail: Option<Tail>,
 }
 
@@ -131,22 +131,22 @@ impl Watched {
                 Some(next) => next,
                 None => match ready!(Pin::new(&mut self.inner).poll_frame(cx)) {
                     None => end_of(&self.inner, self.h2),
-                    Some(Err(error)) => Next::Failed(BodyError::Hyper(error)),
-                    Some(Ok(frame)) => Next::Frame(frame),
+                    Some(Err(error)) => Behind::Failed(BodyError::Hyper(error)),
+                    Some(Ok(frame)) => Behind::Frame(frame),
                 },
             };
             let frame = match next {
-                Next::End => {
+                Behind::End => {
                     self.end(None);
                     return Poll::Ready(None);
                 }
-                Next::Failed(error) => {
+                Behind::Failed(error) => {
                     if let Some(tail) = self.tail.take() {
                         tail.settle(Outcome::Failure(Failure::Reset), Class::ServerError, false);
                     }
                     return Poll::Ready(Some(Err(error)));
                 }
-                Next::Frame(frame) => frame,
+                Behind::Frame(frame) => frame,
             };
             if let Some(tail) = &mut self.tail
                 && !tail.seen_data

@@ -57,7 +57,7 @@ impl StdError for BodyError {
 }
 
 /// What came behind crumbs.
-pub(crate) enum Next {
+pub(crate) enum Behind {
     End,
     Frame(Frame<Bytes>),
     Failed(BodyError),
@@ -65,8 +65,8 @@ pub(crate) enum Next {
 
 /// What it means that nothing more comes. The library tells a stream that was reset without an error (RFC 9113 §8.1) as if
 /// it had come to its end, and half of a body would pass for all of it.
-pub(crate) fn end_of(source: &Incoming, h2: bool) -> Next {
-    if h2 && !source.is_end_stream() { Next::Failed(BodyError::Cut) } else { Next::End }
+pub(crate) fn end_of(source: &Incoming, h2: bool) -> Behind {
+    if h2 && !source.is_end_stream() { Behind::Failed(BodyError::Cut) } else { Behind::End }
 }
 
 /// Data, and if it is a crumb whatever of the same body is there already; and what ended the gathering.
@@ -75,7 +75,7 @@ pub(crate) fn gather(
     source: &mut Incoming,
     h2: bool,
     cx: &mut Context<'_>,
-) -> (Bytes, Option<Next>) {
+) -> (Bytes, Option<Behind>) {
     if first.len() >= CRUMB || source.is_end_stream() {
         return (first, None);
     }
@@ -85,7 +85,7 @@ pub(crate) fn gather(
         let next = match Pin::new(&mut *source).poll_frame(cx) {
             Poll::Pending => break,
             Poll::Ready(None) => end_of(source, h2),
-            Poll::Ready(Some(Err(error))) => Next::Failed(BodyError::Hyper(error)),
+            Poll::Ready(Some(Err(error))) => Behind::Failed(BodyError::Hyper(error)),
             Poll::Ready(Some(Ok(frame))) => match frame.data_ref() {
                 Some(data) if data.len() < PIECE => {
                     if second.is_empty() {
@@ -94,7 +94,7 @@ pub(crate) fn gather(
                     second.extend_from_slice(data);
                     continue;
                 }
-                Some(_) | None => Next::Frame(frame),
+                Some(_) | None => Behind::Frame(frame),
             },
         };
         return (joined(second, first), Some(next));

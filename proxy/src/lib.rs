@@ -11,45 +11,52 @@
 #![forbid(unsafe_code)]
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+// From start to end: settings, what is given up, what may be used, the way out.
 pub mod config;
-pub mod direction;
 pub mod drain;
 pub mod harden;
+mod limits;
+mod memory;
+
+// The control half: who this workload is, and where its requests may go.
+pub mod admin;
+mod clock;
+pub mod control;
+mod dial;
+pub mod discovery;
 pub mod identity;
-pub mod telemetry;
 pub mod tls;
 
-pub mod admin;
-pub mod control;
-pub mod discovery;
+// What is said about the work.
+pub mod direction;
+mod error;
+pub mod telemetry;
 
+// The data half: a captured connection, and what it speaks.
 mod accepted;
+mod belief;
+mod detect;
+mod front;
+mod inbound;
+mod listener;
+mod outbound;
+mod presence;
+mod tcp;
+mod wakers;
+mod worker;
+
+// And its requests, on their way to an endpoint and back.
 mod answer;
 mod back;
-mod belief;
 mod body;
-mod clock;
 mod connect;
-mod detect;
-mod dial;
-mod error;
 mod expect;
-mod front;
 mod head;
-mod inbound;
-mod limits;
-mod listener;
-mod memory;
-mod outbound;
 mod peer;
 mod pod_wide;
 mod pool;
-mod presence;
-mod tcp;
 mod upgraded;
 mod upload;
-mod wakers;
-mod worker;
 
 use std::{
     io,

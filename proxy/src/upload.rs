@@ -21,7 +21,7 @@ use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 
 use crate::{
-    body::{BodyError, Next, PIECE, end_of, gather},
+    body::{Behind, BodyError, PIECE, end_of, gather},
     expect::{Gate, Passage},
     head,
 };
@@ -86,7 +86,7 @@ struct Kept {
     /// Read from the source but not yet handed on.
     rest: Bytes,
     /// And what came behind it.
-    next: Option<Next>,
+    next: Option<Behind>,
     /// The attempt that may read; older ones have lost.
     attempt: u32,
     /// It is there still.
@@ -178,7 +178,7 @@ impl Replay {
     /// Whether nothing of it is left in its connection.
     pub(crate) fn is_read(&self) -> bool {
         let kept = self.0.borrow();
-        !kept.failed && (kept.ended || matches!(kept.next, Some(Next::End)))
+        !kept.failed && (kept.ended || matches!(kept.next, Some(Behind::End)))
     }
 
     /// Whether nobody reads it.
@@ -318,18 +318,18 @@ impl Attempt {
                         return Poll::Pending;
                     }
                     Poll::Ready(None) => end_of(&kept.source, kept.h2),
-                    Poll::Ready(Some(Err(error))) => Next::Failed(BodyError::Hyper(error)),
-                    Poll::Ready(Some(Ok(frame))) => Next::Frame(frame),
+                    Poll::Ready(Some(Err(error))) => Behind::Failed(BodyError::Hyper(error)),
+                    Poll::Ready(Some(Ok(frame))) => Behind::Frame(frame),
                 },
             };
             match next {
-                Next::End => kept.ended = true,
-                Next::Failed(error) => {
+                Behind::End => kept.ended = true,
+                Behind::Failed(error) => {
                     kept.failed = true;
                     kept.ended = true;
                     return Poll::Ready(Some(Err(error)));
                 }
-                Next::Frame(frame) => match frame.into_data() {
+                Behind::Frame(frame) => match frame.into_data() {
                     Ok(data) => {
                         (kept.rest, kept.next) = gather(data, &mut kept.source, kept.h2, cx);
                         kept.ended = kept.next.is_none() && kept.source.is_end_stream();
@@ -357,8 +357,8 @@ impl Attempt {
     fn size_hint(&self) -> SizeHint {
         let kept = self.kept.borrow();
         let next = match &kept.next {
-            Some(Next::Frame(frame)) => frame.data_ref().map_or(0, Bytes::len),
-            Some(Next::End | Next::Failed(_)) | None => 0,
+            Some(Behind::Frame(frame)) => frame.data_ref().map_or(0, Bytes::len),
+            Some(Behind::End | Behind::Failed(_)) | None => 0,
         };
         let ahead: usize =
             kept.pieces.get(self.next..).unwrap_or_default().iter().map(Bytes::len).sum::<usize>()

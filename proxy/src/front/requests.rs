@@ -72,7 +72,7 @@ impl Requests {
     }
 
     /// An answer that holds its request.
-    pub(crate) fn answered<B>(in_progress: InProgress, response: Response<B>) -> Response<Answer<B>> {
+    pub(crate) fn answered<B>(in_progress: InProgress, response: Response<B>) -> Response<AnswerBody<B>> {
         in_progress.0.0.answered.fetch_add(1, Ordering::Relaxed);
         let in_progress = if response.status() == StatusCode::SWITCHING_PROTOCOLS {
             in_progress.for_ever();
@@ -80,7 +80,7 @@ impl Requests {
         } else {
             Some(in_progress)
         };
-        response.map(|body| Answer { body, in_progress })
+        response.map(|body| AnswerBody { body, in_progress })
     }
 
     /// Says in an answer's head that the connection ends with it, if something of its request's body is left in the
@@ -196,13 +196,13 @@ impl Drop for InProgress {
 }
 
 /// An answer's body that holds its request.
-pub(crate) struct Answer<B> {
+pub(crate) struct AnswerBody<B> {
     body: B,
     #[expect(dead_code, reason = "in progress until this is dropped")]
     in_progress: Option<InProgress>,
 }
 
-impl<B: HttpBody + Unpin> HttpBody for Answer<B> {
+impl<B: HttpBody + Unpin> HttpBody for AnswerBody<B> {
     type Data = B::Data;
     type Error = B::Error;
 
