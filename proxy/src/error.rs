@@ -2,7 +2,7 @@
 //!
 //! Why one table: "why 503?" is the most asked question of every mesh. Each variant has one HTTP status,
 //! one gRPC code and one stable code that a reader can search for, and every response that a sidecar makes
-//! carries it as `weft-reason: <direction>;<code>`.
+//! carries it as `weft-reason: <component>;<code>`.
 
 use http::{HeaderMap, HeaderName, HeaderValue, Response, StatusCode, header};
 use weft_core::{

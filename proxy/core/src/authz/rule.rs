@@ -143,4 +143,12 @@ mod tests {
             assert!(no.iter().all(|t| !m.is_match(t) && !m.is_match_bytes(t.as_bytes())), "{m:?}");
         }
     }
+
+    #[test]
+    fn a_probe_asks_for_a_path_that_a_request_could_have() {
+        let longest = format!("/{}", "x".repeat(2_047));
+        assert!(["/", "/ready?deep=1", &longest].into_iter().all(Probe::is_path));
+        let too_long = format!("{longest}x");
+        assert!(!["", "ready", "/a b", "/a#b", "/\n", "/é", &too_long].into_iter().any(Probe::is_path));
+    }
 }
