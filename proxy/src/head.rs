@@ -200,11 +200,7 @@ impl Outgoing {
     pub(crate) fn request<B: Body>(&self, peer: &Peer, body: B, attempt: u32) -> Result<Request<B>, Error> {
         let mut request = Request::new(body);
         let mut headers = self.headers.clone();
-        let (h2, mesh) = match peer {
-            Peer::Mesh { .. } => (true, true),
-            Peer::Plain { h2, .. } | Peer::App { h2, .. } => (*h2, false),
-        };
-        if mesh {
+        if matches!(peer, Peer::Mesh { .. }) {
             let form = match (self.version, &self.absolute) {
                 (Version::HTTP_2, _) => None,
                 (Version::HTTP_10, None) => Some("1.0"),
@@ -228,7 +224,7 @@ impl Outgoing {
         if attempt > 1 {
             headers.insert(WEFT_ATTEMPT, HeaderValue::from(attempt));
         }
-        if h2 {
+        if peer.is_h2() {
             let mut uri = http::uri::Parts::default();
             uri.scheme = Some(self.absolute.clone().unwrap_or(Scheme::HTTP));
             uri.path_and_query = Some(self.path.clone());

@@ -46,6 +46,11 @@ impl Peer {
         }
     }
 
+    /// Whether it is this pod's own app.
+    pub(crate) fn is_app(&self) -> bool {
+        matches!(self, Self::App { .. })
+    }
+
     pub(crate) fn is_h2(&self) -> bool {
         match self {
             Self::Mesh { .. } => true,

@@ -179,30 +179,20 @@ impl Pool {
         request: Request<Upload>,
         options: SendOptions<'_>,
     ) -> Result<Sent, SendError> {
-        match peer {
-            Peer::Mesh { .. } | Peer::Plain { h2: true, .. } | Peer::App { h2: true, .. } => {
-                self.send_h2(peer, request, options).await
-            }
-            Peer::Plain { h2: false, .. } | Peer::App { h2: false, .. } => {
-                self.send_h1(peer, request, options).await
-            }
+        if peer.is_h2() {
+            self.send_h2(peer, request, options).await
+        } else {
+            self.send_h1(peer, request, options).await
         }
     }
 
     /// Whether a peer lets itself be connected to. Between sidecars, and where HTTP/2 is spoken, the connection stays
     /// for whoever comes next.
     pub(crate) async fn knock(&self, peer: &Peer, timeout: Duration) -> Result<(), ConnectError> {
-        match peer {
-            Peer::Mesh { .. } | Peer::Plain { h2: true, .. } | Peer::App { h2: true, .. } => {
-                self.h2(peer, None, timeout).await.map(drop)
-            }
-            Peer::Plain { address, h2: false } => {
-                self.0.connector.connect(*address, false, timeout).await.map(drop)
-            }
-            Peer::App { address, h2: false } => {
-                self.0.connector.connect(*address, true, timeout).await.map(drop)
-            }
+        if peer.is_h2() {
+            return self.h2(peer, None, timeout).await.map(drop);
         }
+        self.0.connector.connect(peer.address(), peer.is_app(), timeout).await.map(drop)
     }
 
     /// Closes what has been idle for too long; called about once a second.

@@ -18,7 +18,7 @@ use weft_core::{
     balance::{Balancer, Lease},
     budget::Budget,
     classify::{Failure, Outcome},
-    policy::{BackendKey, InboundPolicy, OutboundPolicy, PortPolicy},
+    policy::{BackendKey, InboundPolicy, OutboundPolicy, PortPolicy, Rule},
 };
 
 use crate::{
@@ -208,6 +208,11 @@ impl Worker {
     /// This workload's own policy.
     pub(crate) fn inbound_policy(&self) -> Option<Arc<InboundPolicy>> {
         self.inbound.borrow().clone()
+    }
+
+    /// How long a connection for a request under `rule` may take.
+    pub(crate) fn connect_timeout(&self, rule: &Rule) -> Duration {
+        rule.timeouts.connect.unwrap_or(self.config.times.connect)
     }
 
     /// In `0.0..1.0`: so that what belongs together does not all happen at once.

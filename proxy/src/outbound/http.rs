@@ -286,7 +286,7 @@ impl Client {
             if lease.only_connects() {
                 let h2 = sending.outgoing.version == Version::HTTP_2;
                 let peer = Peer::of(lease.endpoint(), h2, &policy.service);
-                self.worker.knock(lease, peer, self.connect_timeout(rule));
+                self.worker.knock(lease, peer, self.worker.connect_timeout(rule));
                 continue;
             }
             let address = lease.endpoint().address;
@@ -431,10 +431,6 @@ impl Client {
         }
     }
 
-    fn connect_timeout(&self, rule: &Rule) -> std::time::Duration {
-        rule.timeouts.connect.unwrap_or(self.worker.config.times.connect)
-    }
-
     async fn send(
         &self,
         sending: &Sending<'_>,
@@ -458,7 +454,7 @@ impl Client {
         let cap = sending.resolved.backends.get(chosen.backend);
         let cap = cap.map(|backend| Cap { in_use: &backend.in_use, max: service.limits.max_connections });
         let options = SendOptions {
-            connect_timeout: self.connect_timeout(sending.rule),
+            connect_timeout: self.worker.connect_timeout(sending.rule),
             idempotent: sending.idempotent,
             upload: sending.replay.as_ref(),
             fresh: number > 1,
@@ -546,11 +542,8 @@ impl Client {
         if let Some(reason) = reason {
             head.headers.insert(WEFT_REASON, reason);
         }
-        for filter in sending.rule.filters.iter().chain(&chosen.filters) {
-            if let Filter::ResponseHeaders(edit) = filter {
-                route::edit_headers(edit, &mut head.headers);
-            }
-        }
+        edit_response(&sending.rule.filters, &mut head.headers);
+        edit_response(&chosen.filters, &mut head.headers);
         let h2 = head.version == Version::HTTP_2;
         let trailers_only = classify::grpc_status(&head.headers).is_some();
         let tail = Tail {

@@ -192,7 +192,7 @@ async fn connect(
             }
             continue;
         };
-        let timeout = rule.timeouts.connect.unwrap_or(worker.config.times.connect);
+        let timeout = worker.connect_timeout(rule);
         let endpoint = lease.endpoint().clone();
         if lease.only_connects() {
             let peer = Peer::of(&endpoint, false, &policy.service);

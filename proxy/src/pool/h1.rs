@@ -131,7 +131,7 @@ impl Pool {
     }
 
     async fn open_h1(&self, peer: &Peer, timeout: Duration) -> Result<H1, ConnectError> {
-        let tcp = self.0.connector.connect(peer.address(), matches!(peer, Peer::App { .. }), timeout).await?;
+        let tcp = self.0.connector.connect(peer.address(), peer.is_app(), timeout).await?;
         let due = Due::default();
         let limits = HeadLimits { bytes: READ_BUFFER, fields: self.0.config.limits.headers };
         let io = TokioIo::new(Back::new(tcp, due.clone(), limits));

@@ -254,8 +254,7 @@ impl Pool {
                 Ok(h2)
             }
             Peer::Plain { address, .. } | Peer::App { address, .. } => {
-                let source = matches!(peer, Peer::App { .. });
-                let tcp = self.0.connector.connect(*address, source, timeout).await?;
+                let tcp = self.0.connector.connect(*address, peer.is_app(), timeout).await?;
                 let heard = Rc::new(Heard::default());
                 let io = Hears { inner: Sifted::new(tcp), heard: heard.clone() };
                 let handshake = builder.handshake(TokioIo::new(io)).await;
