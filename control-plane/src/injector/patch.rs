@@ -90,7 +90,8 @@ pub fn inject(pod: &Pod, by_default: bool, values: &Values) -> Result<Outcome, R
     if !asked.unwrap_or(by_default) {
         return Ok(Outcome::Leave("it asks for no sidecar"));
     }
-    if spec.init_containers.iter().flatten().any(|container| container.name == PROXY) {
+    let init_containers = spec.init_containers.iter().flatten();
+    if init_containers.clone().any(|container| container.name == PROXY && is_ours(container, values)) {
         return again(pod, spec, values);
     }
     if let Some(reason) = cannot_be_captured(pod, spec) {
@@ -102,7 +103,7 @@ pub fn inject(pod: &Pod, by_default: bool, values: &Values) -> Result<Outcome, R
         return Ok(Outcome::Skip(reason, Patch(annotate(pod, &says))));
     }
     let asks = asks?;
-    let wrong = conflicts(spec, false);
+    let wrong = conflicts(spec, None);
     if !wrong.is_empty() {
         return Err(Refused(wrong));
     }
@@ -121,7 +122,7 @@ pub fn inject(pod: &Pod, by_default: bool, values: &Values) -> Result<Outcome, R
 
 /// A pod that has a sidecar, and may have more containers than when it got it.
 fn again(pod: &Pod, spec: &PodSpec, values: &Values) -> Result<Outcome, Refused> {
-    let wrong = conflicts(spec, true);
+    let wrong = conflicts(spec, Some(values));
     if !wrong.is_empty() {
         return Err(Refused(wrong));
     }
@@ -171,8 +172,31 @@ fn cannot_be_captured(pod: &Pod, spec: &PodSpec) -> Option<&'static str> {
     None
 }
 
-/// What would leave the pod half in the mesh. `injected`: what is ours is there already.
-fn conflicts(spec: &PodSpec, injected: bool) -> Vec<String> {
+/// Whether that is an init container as we write it, and not one that only has the name of ours: under that name it
+/// would run as the user whose connections are not captured.
+///
+/// Why its image is known by its last name alone: what an older Weft wrote into a manifest has another version, and
+/// there are webhooks that put a mirror's name before it, or a digest behind it. Whoever can write an image of that name
+/// can also write one whose own user is the sidecar's: SECURITY.md says what helps against that.
+fn is_ours(container: &Container, values: &Values) -> bool {
+    let image = |image: &str| {
+        let last = image.rsplit('/').next().unwrap_or_default();
+        last.split(['@', ':']).next().unwrap_or_default().to_owned()
+    };
+    let (user, written, restarts) = match container.name.as_str() {
+        PROXY => (ports::PROXY_UID, &values.proxy_image, Some("Always")),
+        INIT => (0, &values.init_image, None),
+        CHECK => (CHECK_UID, &values.init_image, None),
+        _ => return false,
+    };
+    let runs_as = container.security_context.as_ref().and_then(|context| context.run_as_user);
+    runs_as == Some(user.into())
+        && container.restart_policy.as_deref() == restarts
+        && container.image.as_deref().map(image) == Some(image(written))
+}
+
+/// What would leave the pod half in the mesh. `injected`: what is ours is there already, as that says.
+fn conflicts(spec: &PodSpec, injected: Option<&Values>) -> Vec<String> {
     let mut wrong = Vec::new();
     let uid = i64::from(ports::PROXY_UID);
     let bypasses = "the sidecar's own user, whose connections are not captured: use another runAsUser";
@@ -180,7 +204,10 @@ fn conflicts(spec: &PodSpec, injected: bool) -> Vec<String> {
         wrong.push(format!("spec.securityContext.runAsUser: {uid} is {bypasses}"));
     }
     let ours = |name: &str| [INIT, CHECK, PROXY].contains(&name);
-    for (path, container) in containers(spec).filter(|(_, container)| !injected || !ours(&container.name)) {
+    let is_there = |path: &str, container: &Container| {
+        path.starts_with(INIT_CONTAINERS) && injected.is_some_and(|values| is_ours(container, values))
+    };
+    for (path, container) in containers(spec).filter(|(path, container)| !is_there(path, container)) {
         if container.security_context.as_ref().is_some_and(|context| context.run_as_user == Some(uid)) {
             wrong.push(format!("{path}.securityContext.runAsUser ({}): {uid} is {bypasses}", container.name));
         }
@@ -197,7 +224,7 @@ fn conflicts(spec: &PodSpec, injected: bool) -> Vec<String> {
             }
         }
     }
-    for (position, volume) in spec.volumes.iter().flatten().enumerate().filter(|_| !injected) {
+    for (position, volume) in spec.volumes.iter().flatten().enumerate().filter(|_| injected.is_none()) {
         if [IDENTITY, SOCKET].contains(&volume.name.as_str()) {
             wrong.push(format!(
                 "spec.volumes[{position}].name: {:?} is the name of a volume that is added",
@@ -212,7 +239,7 @@ fn conflicts(spec: &PodSpec, injected: bool) -> Vec<String> {
 fn containers(spec: &PodSpec) -> impl Iterator<Item = (String, &Container)> {
     let init = spec.init_containers.iter().flatten().enumerate();
     let app = spec.containers.iter().enumerate();
-    init.map(|(i, c)| (format!("spec.initContainers[{i}]"), c))
+    init.map(|(i, c)| (format!("{INIT_CONTAINERS}[{i}]"), c))
         .chain(app.map(|(i, c)| (format!("spec.containers[{i}]"), c)))
 }
 
@@ -312,8 +339,7 @@ fn check(asks: &Annotations, values: &Values) -> Value {
         "imagePullPolicy": values.image_pull_policy,
         "args": ["check"],
         "resources": { "requests": { "cpu": "1m", "memory": "8Mi" }, "limits": { "memory": "64Mi" } },
-        // Anybody but the sidecar's user, whose connections are not captured.
-        "securityContext": unprivileged(65_532),
+        "securityContext": unprivileged(CHECK_UID),
         // What it says is the pod's message.
         "terminationMessagePolicy": "FallbackToLogsOnError",
     });
@@ -531,10 +557,13 @@ fn pointer(path: &str) -> PointerBuf {
     PointerBuf::parse(path).unwrap_or_default()
 }
 
+const INIT_CONTAINERS: &str = "spec.initContainers";
 /// The init container that captures.
 pub const INIT: &str = "weft-init";
 /// The init container that looks whether a CNI plugin did.
 pub const CHECK: &str = "weft-check";
+/// The user of [`CHECK`]: anybody but the sidecar's, whose connections are not captured.
+const CHECK_UID: u32 = 65_532;
 /// The sidecar.
 pub const PROXY: &str = "weft-proxy";
 /// Ports that the sidecar tries in a kubelet's place.

@@ -9,6 +9,9 @@
 //!
 //! Why most tokens are never judged: the API server's work is for whoever could be right. A token that names no pod that
 //! is there, or another account than the pod's, is refused for what it says itself, and one address has few tries.
+//!
+//! Why refusals are not all told: whoever reaches this port can ask in a loop, with tokens that it makes up. Of one
+//! address some are told, and all are counted: the log is for those who look for one sidecar's trouble.
 
 use std::{
     collections::HashMap,
@@ -50,6 +53,8 @@ struct Limits {
     by_pod: HashMap<PodUid, Bucket>,
     /// Questions about tokens.
     by_address: HashMap<IpAddr, Bucket>,
+    /// Lines about refusals.
+    lines: HashMap<IpAddr, Bucket>,
 }
 
 impl Limits {
@@ -59,7 +64,18 @@ impl Limits {
             by_identity: HashMap::new(),
             by_pod: HashMap::new(),
             by_address: HashMap::new(),
+            lines: HashMap::new(),
         }
+    }
+
+    /// Whether one more refusal of that address is told.
+    fn tells(&mut self, from: Option<IpAddr>, now: Instant) -> bool {
+        let Some(from) = from else { return true };
+        if self.lines.len() >= MAX_PODS {
+            self.lines.retain(|_, bucket| !bucket.is_full(now));
+        }
+        let bucket = || Bucket::new(LINES_RATE, LINES_BURST);
+        self.lines.entry(from.to_canonical()).or_insert_with(bucket).take(now).is_none()
     }
 
     /// `Some`: no token of that address is judged before so long.
@@ -119,7 +135,8 @@ impl Certify {
         let now = SystemTime::now();
         let checked = match &self.tokens {
             Some(tokens) => {
-                self.subject(&tokens.claimed(&request.token).map_err(judged)?)?;
+                let claims = tokens.claimed(&request.token).map_err(|error| self.judged(from, error))?;
+                self.subject(from, &claims)?;
                 if let Some(wait) = from.and_then(|from| self.limits().ask(from, Instant::now())) {
                     return Err(too_often(wait));
                 }
@@ -127,8 +144,8 @@ impl Certify {
             }
             None => self.ca.check_token(&request.token, now),
         };
-        let claims = checked.map_err(judged)?;
-        let (subject, uid) = self.subject(&claims)?;
+        let claims = checked.map_err(|error| self.judged(from, error))?;
+        let (subject, uid) = self.subject(from, &claims)?;
         self.admit(&subject.identity, &uid)?;
         let issued = self.ca.issue(&request.csr_der, &subject).map_err(|error| {
             tracing::warn!(%uid, %error, "not certified");
@@ -157,7 +174,7 @@ impl Certify {
     }
 
     /// Whom claims are about, if that pod is there.
-    fn subject(&self, claims: &Claims) -> Result<(Subject, PodUid), Status> {
+    fn subject(&self, from: Option<IpAddr>, claims: &Claims) -> Result<(Subject, PodUid), Status> {
         let subject = workload_subject(self.ca.trust_domain(), claims).map_err(|_| refused())?;
         let uid = PodUid::new(&claims.uid).map_err(|_| refused())?;
         // A token says who, and outlives its pod: the pod must be there, and both must agree. A sidecar that starts
@@ -168,13 +185,17 @@ impl Certify {
         match self.published.workload(&uid) {
             Some(known) if known == subject.identity => {}
             Some(known) => {
-                tracing::warn!(%uid, token = %subject.identity, pod = %known, "token and pod disagree");
+                if self.tells(from) {
+                    tracing::warn!(%uid, token = %subject.identity, pod = %known, "token and pod disagree");
+                }
                 return Err(Status::permission_denied(
                     "the token is for another service account than the pod's",
                 ));
             }
             None => {
-                tracing::warn!(%uid, token = %subject.identity, "a token for a pod that is not there");
+                if self.tells(from) {
+                    tracing::warn!(%uid, token = %subject.identity, "a token for a pod that is not there");
+                }
                 return Err(Status::permission_denied(NO_POD));
             }
         }
@@ -183,6 +204,24 @@ impl Certify {
 
     fn admit(&self, identity: &SpiffeId, uid: &PodUid) -> Result<(), Status> {
         self.limits().take(identity, uid, Instant::now()).map_or(Ok(()), |wait| Err(too_often(wait)))
+    }
+
+    fn judged(&self, from: Option<IpAddr>, error: TokenError) -> Status {
+        if self.tells(from) {
+            tracing::warn!(%error, "token refused");
+        }
+        match error {
+            TokenError::Unavailable => Status::unavailable("tokens cannot be checked now: ask again"),
+            TokenError::Syntax
+            | TokenError::Signature
+            | TokenError::Expired
+            | TokenError::Claims
+            | TokenError::Unknown => refused(),
+        }
+    }
+
+    fn tells(&self, from: Option<IpAddr>) -> bool {
+        self.limits().tells(from, Instant::now())
     }
 
     fn limits(&self) -> MutexGuard<'_, Limits> {
@@ -220,18 +259,6 @@ fn refused() -> Status {
     Status::unauthenticated("the token is refused")
 }
 
-fn judged(error: TokenError) -> Status {
-    tracing::warn!(%error, "token refused");
-    match error {
-        TokenError::Unavailable => Status::unavailable("tokens cannot be checked now: ask again"),
-        TokenError::Syntax
-        | TokenError::Signature
-        | TokenError::Expired
-        | TokenError::Claims
-        | TokenError::Unknown => refused(),
-    }
-}
-
 fn too_often(wait: Duration) -> Status {
     Status::resource_exhausted(format!("too many requests: try again in {wait:?}"))
 }
@@ -252,6 +279,9 @@ const POD_BURST: f64 = 20.0;
 /// Tokens a second of one address that are judged, and at once: a node's pods may share one.
 const ADDRESS_RATE: f64 = 10.0;
 const ADDRESS_BURST: f64 = 128.0;
+/// Lines a second about refusals of one address, and at once.
+const LINES_RATE: f64 = 0.1;
+const LINES_BURST: f64 = 10.0;
 /// Pods that are remembered.
 const MAX_PODS: usize = 100_000;
 
@@ -328,5 +358,22 @@ mod tests {
         assert_eq!(code, tonic::Code::ResourceExhausted);
         assert!(asked < 900, "{asked}");
         assert_eq!(ask("cart/pod-1", two).await.1, asked + 1, "others are heard");
+    }
+
+    #[test]
+    fn refusals_of_a_stranger_who_asks_in_a_loop_do_not_fill_the_log() {
+        let mut limits = Limits::new();
+        let now = Instant::now();
+        let mut told = |from: [u8; 4], tries: u32, now: Instant| {
+            (0..tries).filter(|_| limits.tells(Some(from.into()), now)).count()
+        };
+        let (stranger, other) = ([10, 0, 0, 1], [10, 0, 0, 2]);
+        assert_eq!(told(stranger, 10_000, now), LINES_BURST as usize);
+        assert_eq!(told(other, 3, now), 3, "somebody else's trouble is told");
+        assert_eq!(
+            told(stranger, 10_000, now + Duration::from_secs(60)),
+            6,
+            "and the stranger's again, later"
+        );
     }
 }

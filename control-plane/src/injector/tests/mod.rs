@@ -223,6 +223,39 @@ fn a_container_that_runs_as_the_proxys_user_is_refused() {
 }
 
 #[test]
+fn a_container_that_only_has_the_name_of_ours_is_refused() {
+    let bypasses = json!({ "runAsUser": 2102 });
+    // No sidecar, but its name: the pod would be taken for one that has it.
+    let fake = json!({ "name": "weft-proxy", "image": "anything", "restartPolicy": "Always", "securityContext": bypasses });
+    let mut value = plain();
+    value["spec"]["initContainers"] = json!([fake]);
+    let text = refused(&value);
+    assert!(
+        text.contains("spec.initContainers[0].name: \"weft-proxy\" is the name of a container"),
+        "{text}"
+    );
+    assert!(text.contains("spec.initContainers[0].securityContext.runAsUser (weft-proxy): 2102"), "{text}");
+    // Beside a sidecar that is one, under the name of what captures.
+    for (list, position) in [("containers", 1), ("initContainers", 2)] {
+        let mut value = injected(&plain(), &Values::default());
+        let late = json!({ "name": "weft-check", "image": "weft-iptables", "securityContext": bypasses });
+        value["spec"][list].as_array_mut().unwrap().push(late);
+        let text = refused(&value);
+        assert!(text.contains(&format!("spec.{list}[{position}].name: \"weft-check\"")), "{text}");
+        assert!(text.contains("sidecar's own user"), "{text}");
+    }
+    // Ours, from a mirror, pinned, and of another version.
+    for image in
+        ["mirror.local/a/weft-proxy:0.0.1", "weft.dev/weft-proxy@sha256:00ff", "host:5000/weft-proxy"]
+    {
+        let mut value = injected(&plain(), &Values::default());
+        value["spec"]["initContainers"][1]["image"] = json!(image);
+        let twice = inject(&pod(&value), true, &Values::default());
+        assert!(matches!(twice, Ok(Outcome::Leave(_))), "{twice:?}");
+    }
+}
+
+#[test]
 fn everything_that_is_wrong_with_a_pod_is_said_at_once_with_the_fix() {
     let mut value = plain();
     value["metadata"]["annotations"] = json!({
