@@ -20,11 +20,12 @@ use weft_core::{
 
 use crate::{
     body::{Behind, BodyError, end_of, gather},
+    clock::now,
     drain::RequestGuard,
     head,
     pod_wide::Permit,
     pool::Checkout,
-    telemetry::exchange::{Exchange, now},
+    telemetry::exchange::Exchange,
 };
 
 /// An answer's body on its way to whoever asked.

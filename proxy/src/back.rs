@@ -2,8 +2,9 @@
 //! the library sees it, as [`front`](crate::front) follows clients.
 //!
 //! Why an app is not believed either: an answer that has two readings (`weft_core::framing`) lets whoever can shape it put
-//! words into the answer to the next request on that connection. And HTTP/2 frames that mean nothing make the library
-//! count them against a connection that all requests share, and those that bring nothing forward cost us and not it.
+//! words into the answer to the next request on that connection. And empty HTTP/2 frames, which mean nothing, make the
+//! library end a connection that other requests are on (`weft_core::frames`); those that bring nothing forward cost us and
+//! not their sender.
 
 use std::{
     io,
@@ -15,14 +16,13 @@ use std::{
     task::{Context, Poll, ready},
 };
 
-use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
-    time::Instant,
-};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use weft_core::{
     frames::{Calm, Frames},
     framing::{Framing, HeadLimits, Side, To, Why},
 };
+
+use crate::clock::now;
 
 /// An HTTP/2 connection to a server, without the frames that mean nothing, and ended when too many bring nothing forward.
 pub(crate) struct Sifted<S> {
@@ -52,7 +52,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Sifted<S> {
             }
             let (kept, idle) = this.frames.sift(&mut buf.filled_mut()[before..]);
             buf.set_filled(before + kept);
-            if idle > 0 && !this.calm.bears(idle, || Instant::now().into_std()) {
+            if idle > 0 && !this.calm.bears(idle, now) {
                 return Poll::Ready(Err(io::Error::other(
                     "the server sends too many frames that bring nothing",
                 )));

@@ -1,6 +1,6 @@
-//! What time it is, where certificates are judged.
+//! What time it is: on the data path, and where certificates are judged.
 //!
-//! Why not the wall clock alone: a node whose clock is set back by an hour finds every fresh certificate "not yet
+//! Why certificates are not judged by the wall clock alone: a node whose clock is set back by an hour finds every fresh certificate "not yet
 //! valid", its own included, and is cut off until somebody looks. But the issuer has said what time it was when it
 //! issued ours, and since then the machine has counted. Why the later of the two and not the issuer's time alone: a
 //! machine that slept has counted too little, and nothing may live longer than its wall clock allows.
@@ -8,6 +8,11 @@
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use rustls_pki_types::UnixTime;
+
+/// The clock of the data path: tokio's, so that a paused test clock also moves the core.
+pub(crate) fn now() -> Instant {
+    tokio::time::Instant::now().into_std()
+}
 
 /// What the issuer's clock said, and when it said so.
 #[derive(Clone, Copy, Debug)]
@@ -19,7 +24,7 @@ pub(crate) struct Clock {
 impl Clock {
     /// The issuer has just said what time it is.
     pub(crate) fn heard(issuer: UnixTime) -> Self {
-        Self { issuer, heard: tokio::time::Instant::now().into_std() }
+        Self { issuer, heard: now() }
     }
 
     /// Now.

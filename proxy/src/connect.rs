@@ -1,6 +1,6 @@
 //! Connections to endpoints and to the app: made, and counted as they fail.
 //!
-//! Why every failure up to the end of this module is "not sent": nothing of a request goes out before a connection is
+//! Why every failure here is "not sent": nothing of a request goes out before a connection is
 //! whole, so whoever asked may go elsewhere, whatever the method. What it says of the endpoint is a second question: a
 //! workload without a certificate, or without descriptors, holds nothing against anybody.
 

@@ -36,6 +36,7 @@ use self::requests::Refusal;
 pub(crate) use self::requests::{Requests, behind};
 use crate::{
     accepted::Accepted,
+    clock::now,
     config::{self, Config},
     direction::Direction,
     error::Error,
@@ -405,7 +406,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Front<S> {
             Follow::H2 { frames, calm } => {
                 let (kept, idle) = frames.sift(read);
                 buf.set_filled(before + kept);
-                if idle > 0 && !calm.bears(idle, || Instant::now().into_std()) {
+                if idle > 0 && !calm.bears(idle, now) {
                     buf.set_filled(before);
                     self.refuse(Refusal::Flood);
                 }

@@ -123,8 +123,7 @@ pub async fn start(
     let descriptors = raise_descriptor_limit();
     let memory = Memory::find();
     tracing::info!(descriptors, memory = memory.as_ref().map(Memory::limit), "limits of this process");
-    let now = tokio::time::Instant::now().into_std();
-    let limits = ConnectionLimits::new(&config.limits, descriptors, memory, now);
+    let limits = ConnectionLimits::new(&config.limits, descriptors, memory, clock::now());
     tokio::spawn(limits.clone().watch_memory());
     count_panics(&shared);
     let drain = Drain::new();

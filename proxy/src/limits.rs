@@ -209,14 +209,10 @@ const SAMPLE_AGE: Duration = Duration::from_millis(20);
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::Config;
+    use crate::{clock::now, config::Config};
 
     fn limits(settings: &[(&str, &str)], descriptors: u64) -> Arc<ConnectionLimits> {
         ConnectionLimits::new(&Config::for_tests(settings).limits, Some(descriptors), None, now())
-    }
-
-    fn now() -> Instant {
-        tokio::time::Instant::now().into_std()
     }
 
     fn peer(n: u8) -> IpAddr {

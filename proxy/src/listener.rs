@@ -17,12 +17,13 @@ use tokio::net::{TcpListener, TcpStream};
 
 use crate::{
     accepted::{Accepted, Open},
+    clock::now,
     direction::Direction,
     inbound,
     limits::ConnectionLimits,
     outbound,
     tcp::{self, reset},
-    telemetry::{exchange::now, metrics::Counter},
+    telemetry::metrics::Counter,
     worker::Worker,
 };
 

@@ -22,6 +22,7 @@ use weft_core::{
 };
 
 use crate::{
+    clock::now,
     config::Config,
     connect::Connector,
     direction::Direction,
@@ -32,7 +33,7 @@ use crate::{
     pod_wide::{Budgets, Caps, InUse},
     pool::Pool,
     telemetry::{
-        exchange::{Exchange, now},
+        exchange::Exchange,
         recorder::{EndpointReport, Recorder, Series, SeriesKey, endpoint_report},
     },
     tls::{self, Material},

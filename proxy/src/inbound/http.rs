@@ -30,6 +30,7 @@ use super::{
 use crate::{
     accepted::{Accepted, Open},
     answer::{Body, Held, Tail},
+    clock::now,
     direction::Direction,
     drain::{Graceful, Phase, RequestGuard},
     error::{Error, is_grpc},
@@ -41,7 +42,7 @@ use crate::{
     tcp::Prefixed,
     telemetry::{
         decision::Decision,
-        exchange::{Exchange, now},
+        exchange::Exchange,
         metrics::Counter,
         recorder::{Edge, EdgeKey, Series, SeriesKey},
     },

@@ -14,12 +14,13 @@ use weft_core::{
 use super::Caller;
 use crate::{
     accepted::Accepted,
+    clock::now,
     detect::{self, Begun, First, FirstWord},
     direction::Direction,
     error::Error,
     tcp::{Broken, Moved, Prefixed, Stream, reset, splice_until},
     telemetry::{
-        exchange::{Exchange, now},
+        exchange::Exchange,
         metrics::Counter,
         recorder::{EdgeKey, SeriesKey},
     },

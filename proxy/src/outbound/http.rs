@@ -17,6 +17,7 @@ use weft_core::{
 use crate::{
     accepted::{Accepted, Open},
     answer::{Body, Held, Tail},
+    clock::now,
     direction::Direction,
     error::{APP_REFUSES, Error, WEFT_REASON, WEFT_UNSENT, is_grpc},
     expect::{self, Gate},
@@ -25,11 +26,7 @@ use crate::{
     peer::{NOT_ACCEPTED, Peer},
     pod_wide::Permit,
     pool::{self, Cap, LocalExec, SendError, SendOptions, Sent},
-    telemetry::{
-        decision::Decision,
-        exchange::{Exchange, now},
-        metrics::Counter,
-    },
+    telemetry::{decision::Decision, exchange::Exchange, metrics::Counter},
     upgraded::{self, Ended},
     upload::{Replay, Upload},
     worker::{Backend, Destination, Resolved, Spoken, Worker},

@@ -15,6 +15,7 @@ use weft_core::{
 use crate::{
     accepted::Accepted,
     belief::Belief,
+    clock::now,
     connect::{ConnectError, Meshed},
     detect::{self, Begun, First, FirstWord},
     direction::Direction,
@@ -22,11 +23,7 @@ use crate::{
     peer::{NOT_ACCEPTED, Peer},
     pod_wide::Permit,
     tcp::{Broken, Moved, Prefixed, Stream, reset, splice_until},
-    telemetry::{
-        exchange::{Exchange, now},
-        metrics::Counter,
-        recorder::SeriesKey,
-    },
+    telemetry::{exchange::Exchange, metrics::Counter, recorder::SeriesKey},
     tls::Alpn,
     worker::{Destination, Resolved, Spoken, Worker},
 };

@@ -19,11 +19,12 @@ use super::{
 };
 use crate::{
     back::{Back, Due},
+    clock::now,
     connect::ConnectError,
     expect, head,
     peer::Peer,
     pod_wide::Permit,
-    telemetry::{exchange::now, metrics::Gauge},
+    telemetry::metrics::Gauge,
     upload::{Replay, Upload},
 };
 

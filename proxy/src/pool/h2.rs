@@ -34,13 +34,14 @@ use super::{
 use crate::{
     back::Sifted,
     belief::Belief,
+    clock::now,
     connect::{ConnectError, Meshed},
     expect::{self, WEFT_CONTINUE},
     head,
     peer::Peer,
     pod_wide::Permit,
     tcp::{Prefixed, write_to_inner},
-    telemetry::{exchange::now, metrics::Gauge, recorder::Recorder},
+    telemetry::{metrics::Gauge, recorder::Recorder},
     tls::Alpn,
     upload::{Replay, Upload},
 };

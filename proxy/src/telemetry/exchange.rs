@@ -14,11 +14,7 @@ use super::{
     metrics::Counter,
     recorder::{Edge, Recorder, Series},
 };
-
-/// The clock of the data path: tokio's, so that a paused test clock also moves the core.
-pub(crate) fn now() -> Instant {
-    tokio::time::Instant::now().into_std()
-}
+use crate::clock::now;
 
 /// The record of one exchange.
 pub(crate) struct Exchange {
