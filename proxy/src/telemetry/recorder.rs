@@ -184,7 +184,7 @@ pub(super) struct Delta {
     pub(super) dropped: u64,
 }
 
-/// Makes the channel over which a worker is asked: the sender goes to [`Registry::new`], the receiver to
+/// Makes the channel over which a worker is asked: the sender goes to the registry, the receiver to
 /// [`Recorder::serve`].
 pub fn channel() -> (mpsc::Sender<Take>, mpsc::Receiver<Take>) {
     mpsc::channel(4)
