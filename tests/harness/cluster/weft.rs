@@ -54,7 +54,12 @@ impl Cluster {
                 .map_err(|error| error.context(self.describe(NAMESPACE)))
                 .with_context(|| format!("helm could not install {chart}"))?;
         }
-        Ok(())
+        // One that ends still answers the API server on its old connection, and injects what was right before.
+        self.until("an end of the controllers before", || {
+            let pods = self.get(NAMESPACE, &["pods"])?;
+            let pods = pods["items"].as_array().context("no list of pods")?;
+            Ok(pods.iter().all(|pod| pod["metadata"]["deletionTimestamp"].is_null()))
+        })
     }
 
     /// Removes both charts.
