@@ -2,22 +2,22 @@
 //! idea for our own kinds.
 //!
 //! Why computed on demand: a condition is a fact about the index, so there is nothing to keep in step. But for what a
-//! route says wrong by itself: that takes compiling all its patterns, and is found once, when it is read.
+//! route says wrong by itself: `rules` has found that when it was read.
+
+use weft_core::policy::{Protocol, ServiceName};
 
 use super::{
-    Index, Name, ServiceKind, ServicePort, in_namespace,
-    outbound::{
-        self, RuleContext, RuleProblem, are_prefixes, backend_service, is_service, object_ref, rule_name,
-        selects_port,
-    },
+    Index, in_namespace,
+    objects::{Name, ServiceKind, ServicePort},
+    outbound::selects_port,
     parent_service,
+    rules::{RuleProblem, backend_service, is_service, rule_name},
 };
 use crate::resources::{
     Kind, ObjectKey,
-    gateway::{self, GrpcRouteSpec, HttpRouteSpec, ParentRef},
+    gateway::{self, ParentRef},
     policy::TargetRef,
 };
-use weft_core::policy::{Protocol, Rule, ServiceName};
 
 /// One condition of one object, in regard to one parent if it has several.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -286,62 +286,6 @@ struct RuleFacts<'a> {
     label: String,
     problem: Option<&'a RuleProblem>,
     backends: &'a [gateway::BackendRef],
-}
-
-/// What is wrong with each rule of a route, by itself.
-pub(super) fn http_problems(name: &Name, route: &HttpRouteSpec) -> Vec<Option<RuleProblem>> {
-    let context = probe(name, Kind::HttpRoute);
-    let of = |rule: &gateway::HttpRule| {
-        let prefixes = are_prefixes(&rule.matches);
-        problem(context.context().http(rule), &rule.filters, &rule.backend_refs, prefixes)
-    };
-    route.rules.iter().map(of).collect()
-}
-
-/// See [`http_problems`].
-pub(super) fn grpc_problems(name: &Name, route: &GrpcRouteSpec) -> Vec<Option<RuleProblem>> {
-    let context = probe(name, Kind::GrpcRoute);
-    let of = |rule: &gateway::GrpcRule| {
-        problem(context.context().grpc(rule), &rule.filters, &rule.backend_refs, false)
-    };
-    route.rules.iter().map(of).collect()
-}
-
-/// Why a rule does not do what it says: it was dropped, or answers 500.
-fn problem(
-    compiled: Result<Rule, String>,
-    filters: &[gateway::Filter],
-    backends: &[gateway::BackendRef],
-    prefixes: bool,
-) -> Option<RuleProblem> {
-    if let Err(message) = compiled {
-        return Some(RuleProblem { reason: "UnsupportedValue", message });
-    }
-    let lists = std::iter::once(filters).chain(backends.iter().map(|backend| &backend.filters[..]));
-    lists.map(|filters| outbound::filters(filters, prefixes)).find_map(Result::err)
-}
-
-/// Compiles rules only to hear what is wrong with them.
-struct Probe {
-    service: ServiceName,
-    object: weft_core::policy::ObjectRef,
-}
-
-fn probe(name: &Name, kind: Kind) -> Probe {
-    let service = ServiceName { namespace: name.0.clone(), name: name.1.clone(), port: 0 };
-    Probe { service, object: object_ref(kind, name) }
-}
-
-impl Probe {
-    fn context(&self) -> RuleContext<'_> {
-        RuleContext {
-            service: &self.service,
-            object: &self.object,
-            label: "".into(),
-            created: 0,
-            levels: Vec::new(),
-        }
-    }
 }
 
 fn parent_text(route: &Name, parent: &ParentRef) -> String {

@@ -15,7 +15,8 @@ use weft_core::{
 };
 
 use super::{
-    Index, Name, PodEntry, ServiceEntry, ServiceKind, ServicePort, SliceEndpoint, TELEMETRY_LABELS, hash,
+    Index,
+    objects::{Name, PodEntry, ServiceEntry, ServiceKind, ServicePort, SliceEndpoint, hash},
 };
 
 impl Index {
@@ -155,3 +156,6 @@ fn anonymous(service: &Name, address: IpAddr, port: u16) -> PodUid {
     // Letters and digits only: it cannot be refused.
     PodUid::new(&uid).unwrap_or_else(|_| unreachable!("a hexadecimal number is a uid"))
 }
+
+/// Label keys that endpoints carry into telemetry.
+const TELEMETRY_LABELS: [&str; 4] = ["app", "app.kubernetes.io/name", "version", "app.kubernetes.io/version"];

@@ -14,7 +14,11 @@ use weft_core::{
     },
 };
 
-use super::{Index, Meta, Name, PodEntry, in_namespace, is_subset, outbound::object_ref};
+use super::{
+    Index, in_namespace,
+    objects::{Meta, Name, PodEntry, declared_protocol, is_subset},
+    rules::object_ref,
+};
 use crate::resources::{
     Kind,
     policy::{self, AuthorizationPolicySpec, Mtls, Operation, Source},
@@ -121,7 +125,7 @@ impl Index {
             .find(|protocol| *protocol != Protocol::Detect);
         declared.unwrap_or_else(|| {
             let own = pod.ports.iter().find(|(_, number)| *number == port);
-            own.map_or(Protocol::Detect, |(name, _)| super::declared_protocol(None, name))
+            own.map_or(Protocol::Detect, |(name, _)| declared_protocol(None, name))
         })
     }
 

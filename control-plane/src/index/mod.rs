@@ -1,45 +1,48 @@
-//! The state of the mesh, and what a change of it touches. Pure: no runtime, no Kubernetes client.
+//! The state of the mesh. Pure: no runtime, no Kubernetes client.
 //!
-//! Why three steps: an event is *applied* here and answered with the keys whose policy may differ; a key
+//! Why three steps: an event is *applied* here and answered with the keys whose policy may differ (`affected`); a key
 //! is *compiled* to core types in `outbound`, `endpoints` and `inbound`; publishing is elsewhere. A
 //! compile reads state and nothing else, so two controllers that saw the same objects say the same.
 //!
-//! Why objects are kept in compact form: a Pod is 10 KiB as Kubernetes has it, and 500 bytes of it
-//! matter to a mesh.
+//! Below all of it, and without an index: `objects` (what is kept of each), `rules` and `traffic` (a route's rule and a
+//! policy's settings as the core has them).
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     net::IpAddr,
-    ops::RangeInclusive,
     sync::Arc,
 };
 
-use k8s_openapi::{
-    api::{
-        core::v1::{Pod, Service, ServiceSpec},
-        discovery::v1::EndpointSlice,
-    },
-    apimachinery::pkg::{apis::meta::v1::ObjectMeta, util::intstr::IntOrString},
-};
 use weft_core::{
     identity::{PodUid, SpiffeId, TrustDomain},
-    policy::{EndpointHealth, Probe, Protocol, Reach, ServiceName},
+    policy::{EndpointHealth, ServiceName},
 };
 
 use crate::resources::{
-    INJECTED, Kind, OPAQUE_PORTS, Object, ObjectKey, Origin, SKIP_INBOUND_PORTS, WEIGHT, created,
+    Kind, Object, ObjectKey, Origin,
     gateway::{GrpcRouteSpec, HttpRouteSpec, ParentRef},
     lookup,
-    policy::{AuthorizationPolicySpec, MeshConfigSpec, TargetRef, TrafficPolicySpec},
-    probes,
+    policy::{AuthorizationPolicySpec, MeshConfigSpec, TrafficPolicySpec},
 };
+use objects::is_subset;
+use rules::RuleProblem;
 
+mod affected;
 pub mod conditions;
 pub mod endpoints;
 pub mod inbound;
+mod objects;
 pub mod outbound;
 pub mod room;
+mod rules;
+mod traffic;
 pub mod validate;
+
+pub use objects::{Meta, Name, hash};
+pub(crate) use objects::{
+    PodEntry, SERVICE_NAME, ServiceEntry, ServiceKind, ServicePort, SliceEntry, ZONE, parse_opaque_ports,
+    parse_ports,
+};
 
 /// What a source saw.
 #[derive(Clone, Debug)]
@@ -84,9 +87,6 @@ pub enum Key {
     Workload(PodUid),
 }
 
-/// Namespace and name.
-pub type Name = (Arc<str>, Arc<str>);
-
 /// The state.
 #[derive(Debug)]
 pub struct Index {
@@ -126,74 +126,6 @@ pub struct Index {
 struct Placed {
     origin: Origin,
     version: String,
-}
-
-/// What versions and precedence need of an object's metadata.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Meta {
-    pub(crate) uid: Option<Arc<str>>,
-    pub(crate) generation: Option<i64>,
-    pub(crate) created: u64,
-}
-
-#[derive(Clone, Debug)]
-pub(crate) struct ServiceEntry {
-    pub(crate) meta: Meta,
-    pub(crate) kind: ServiceKind,
-    /// Those of its addresses that the cluster gave it.
-    pub(crate) cluster_ips: Vec<IpAddr>,
-    pub(crate) ports: Vec<ServicePort>,
-    pub(crate) selector: BTreeMap<String, String>,
-    pub(crate) publish_not_ready: bool,
-    /// How far callers go for an endpoint.
-    pub(crate) reach: Reach,
-    /// Whether a calling pod stays with one.
-    pub(crate) by_client: bool,
-    /// What is wrong with its annotations, which count for nothing then.
-    pub(crate) wrong: Option<String>,
-}
-
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum ServiceKind {
-    /// With addresses of its own.
-    Addressed(Vec<IpAddr>),
-    /// Callers dial pods.
-    Headless,
-    /// A DNS alias: nothing of the mesh.
-    External,
-}
-
-#[derive(Clone, Debug)]
-pub(crate) struct ServicePort {
-    pub(crate) name: String,
-    pub(crate) port: u16,
-    pub(crate) target: Target,
-    pub(crate) protocol: Protocol,
-}
-
-/// The pod's port that a service's port sends to.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Target {
-    Number(u16),
-    /// A container's port, which may differ from pod to pod.
-    Name(String),
-}
-
-#[derive(Clone, Debug)]
-pub(crate) struct SliceEntry {
-    pub(crate) service: Name,
-    pub(crate) ports: Vec<(String, u16)>,
-    pub(crate) endpoints: Vec<SliceEndpoint>,
-}
-
-#[derive(Clone, Debug)]
-pub(crate) struct SliceEndpoint {
-    pub(crate) addresses: Vec<IpAddr>,
-    pub(crate) pod_uid: Option<PodUid>,
-    pub(crate) pod_name: Option<Name>,
-    pub(crate) health: EndpointHealth,
-    pub(crate) zone: Option<Arc<str>>,
-    pub(crate) node: Option<Arc<str>>,
 }
 
 /// Whom slices name, and how often: one pod may be in two.
@@ -252,36 +184,12 @@ fn one_less<K: std::hash::Hash + Eq>(counts: &mut HashMap<K, u32>, key: &K) {
     }
 }
 
-#[derive(Clone, Debug, PartialEq)]
-pub(crate) struct PodEntry {
-    pub(crate) meta: Meta,
-    pub(crate) uid: PodUid,
-    pub(crate) ips: Vec<IpAddr>,
-    pub(crate) labels: BTreeMap<String, String>,
-    pub(crate) identity: Option<SpiffeId>,
-    pub(crate) injected: bool,
-    pub(crate) skipped: Vec<RangeInclusive<u16>>,
-    pub(crate) opaque: Vec<RangeInclusive<u16>>,
-    pub(crate) weight: u32,
-    pub(crate) zone: Arc<str>,
-    /// Its own label says it, whatever its node's zone.
-    pub(crate) has_own_zone: bool,
-    pub(crate) node: Option<Arc<str>>,
-    /// Its addresses are its node's, and no more its own than any other's there.
-    pub(crate) host_network: bool,
-    pub(crate) health: EndpointHealth,
-    /// Its containers' ports by name.
-    pub(crate) ports: Vec<(String, u16)>,
-    /// What its kubelet asks of them.
-    pub(crate) probes: BTreeMap<u16, Vec<Probe>>,
-}
-
 #[derive(Clone, Debug)]
 pub(crate) struct RouteEntry<S> {
     pub(crate) meta: Meta,
     pub(crate) spec: S,
     /// What is wrong with each rule by itself.
-    pub(crate) problems: Vec<Option<outbound::RuleProblem>>,
+    pub(crate) problems: Vec<Option<RuleProblem>>,
 }
 
 #[derive(Clone, Debug)]
@@ -366,22 +274,6 @@ impl Index {
         dirty
     }
 
-    /// What differs when a service has other slices: its endpoints, and the pods that came or went. The others are
-    /// told nothing else than before, and are thousands.
-    fn affected_by_slices(&self, name: &Name, before: &BTreeSet<Name>, keys: &mut BTreeSet<Key>) {
-        let Some(service) = self.services.get(name) else { return };
-        keys.extend(service.ports.iter().map(|port| Key::Endpoints(service_name(name, port.port))));
-        if self.has_opaque_pods(&name.0) {
-            // With its pods changes what it is said to speak.
-            keys.extend(service.ports.iter().map(|port| Key::Service(service_name(name, port.port))));
-        }
-        let now = self.pod_names_of(name);
-        for pod in before.symmetric_difference(&now).filter_map(|pod| self.pods.get(pod)) {
-            keys.insert(Key::Workload(pod.uid.clone()));
-            keys.extend(pod.ips.iter().copied().map(Key::Address));
-        }
-    }
-
     fn pod_names_of(&self, name: &Name) -> BTreeSet<Name> {
         let Some(service) = self.services.get(name) else { return BTreeSet::new() };
         self.pods_of(name, service).map(|(pod, _)| pod.clone()).collect()
@@ -463,187 +355,6 @@ impl Index {
         self.origins.get(key).map(|placed| (&placed.origin, &*placed.version))
     }
 
-    /// What "applied N of M" of an object counts over. Endpoints are left out: they change without their service's
-    /// doing, and a collection has no one version. And so is, for what there are thousands of, what it does to others.
-    pub fn told_by(&self, key: &ObjectKey) -> BTreeSet<Key> {
-        let name = name_of(key);
-        match key.kind {
-            Kind::Service => {
-                let ports = self.services.get(&name).into_iter().flat_map(|service| &service.ports);
-                ports.map(|port| Key::Service(service_name(&name, port.port))).collect()
-            }
-            Kind::Pod => self.pods.get(&name).map(|pod| Key::Workload(pod.uid.clone())).into_iter().collect(),
-            Kind::EndpointSlice => BTreeSet::new(),
-            Kind::HttpRoute
-            | Kind::GrpcRoute
-            | Kind::TrafficPolicy
-            | Kind::AuthorizationPolicy
-            | Kind::MeshConfig => {
-                let mut keys = self.affected_by(key);
-                keys.retain(|key| match key {
-                    Key::Service(_) | Key::Route(_) | Key::Workload(_) => true,
-                    Key::Endpoints(_) | Key::Address(_) => false,
-                });
-                keys
-            }
-        }
-    }
-
-    /// Every key whose compile reads the object.
-    pub fn affected_by(&self, key: &ObjectKey) -> BTreeSet<Key> {
-        let name = name_of(key);
-        let mut keys = BTreeSet::new();
-        match key.kind {
-            Kind::Service => {
-                self.affected_by_service(&name, true, &mut keys);
-                // Who may call them is said about the service, be it there or not.
-                for (policy, spec) in self.policies_about(&name) {
-                    let pods = in_namespace(&self.pods, &name.0)
-                        .filter(|(pod_name, pod)| self.selects(policy, spec, pod_name, pod).is_some());
-                    keys.extend(pods.map(|(_, pod)| Key::Workload(pod.uid.clone())));
-                }
-            }
-            Kind::EndpointSlice => {
-                let service = self.slices.get(&name).map(|slice| &slice.service);
-                let service = service.and_then(|name| self.services.get_key_value(name));
-                keys.extend(service.into_iter().flat_map(|(name, service)| {
-                    service.ports.iter().map(|port| Key::Endpoints(service_name(name, port.port)))
-                }));
-            }
-            Kind::Pod => self.affected_by_pod(&name, &mut keys),
-            Kind::HttpRoute => {
-                if let Some(route) = self.http_routes.get(&name) {
-                    self.affected_by_parents(&name, &route.spec.parent_refs, &mut keys);
-                }
-            }
-            Kind::GrpcRoute => {
-                if let Some(route) = self.grpc_routes.get(&name) {
-                    self.affected_by_parents(&name, &route.spec.parent_refs, &mut keys);
-                    // It says what the pods' ports speak.
-                    let parents = route.spec.parent_refs.iter().filter_map(|p| parent_service(&name, p));
-                    for parent in parents.collect::<BTreeSet<_>>() {
-                        self.affected_by_service(&parent, false, &mut keys);
-                    }
-                }
-            }
-            Kind::TrafficPolicy => {
-                if let Some(policy) = self.traffic.get(&name) {
-                    for target in &policy.spec.target_refs {
-                        self.affected_by_target(&name.0, target, &mut keys);
-                    }
-                }
-            }
-            Kind::AuthorizationPolicy => {
-                let selected = |pod: &&PodEntry, pod_name: &Name| {
-                    let by_policy = self
-                        .authz
-                        .get(&name)
-                        .is_some_and(|p| self.selects(&name, &p.spec, pod_name, pod).is_some());
-                    by_policy
-                        || self.unreadable.get(&name).is_some_and(|labels| is_subset(labels, &pod.labels))
-                };
-                let pods =
-                    in_namespace(&self.pods, &name.0).filter(|(pod_name, pod)| selected(pod, pod_name));
-                keys.extend(pods.map(|(_, pod)| Key::Workload(pod.uid.clone())));
-            }
-            Kind::MeshConfig => {
-                if self.mesh.contains_key(&name) {
-                    keys.extend(self.by_uid.keys().cloned().map(Key::Workload));
-                }
-            }
-        }
-        keys
-    }
-
-    fn affected_by_service(&self, name: &Name, policy_too: bool, keys: &mut BTreeSet<Key>) {
-        let Some(service) = self.services.get(name) else { return };
-        if policy_too {
-            // Who else claims its addresses may lose or get them.
-            let rivals: BTreeSet<_> =
-                service.vips().iter().filter_map(|ip| self.by_vip.get(ip)).flatten().collect();
-            for (rival, service) in rivals.into_iter().filter_map(|rival| self.services.get_key_value(rival))
-            {
-                keys.extend(service.ports.iter().map(|port| Key::Service(service_name(rival, port.port))));
-            }
-        }
-        for port in &service.ports {
-            let port = service_name(name, port.port);
-            if policy_too {
-                keys.insert(Key::Service(port.clone()));
-                keys.insert(Key::Route(port.clone()));
-            }
-            if self.has_opaque_pods(&name.0) {
-                // With its pods changes what it is said to speak.
-                keys.insert(Key::Service(port.clone()));
-            }
-            keys.insert(Key::Endpoints(port));
-        }
-        // What a port speaks is declared by the services that send to it.
-        for (_, pod) in self.pods_of(name, service) {
-            keys.insert(Key::Workload(pod.uid.clone()));
-            keys.extend(pod.ips.iter().copied().map(Key::Address));
-        }
-    }
-
-    fn affected_by_pod(&self, name: &Name, keys: &mut BTreeSet<Key>) {
-        let Some(pod) = self.pods.get(name) else { return };
-        keys.insert(Key::Workload(pod.uid.clone()));
-        keys.extend(pod.ips.iter().copied().map(Key::Address));
-        // A service that claims the pod's address gets it, or loses it.
-        for claimant in pod.ips.iter().filter_map(|ip| self.by_vip.get(ip)).flatten() {
-            let ports = self.services.get(claimant).into_iter().flat_map(|service| &service.ports);
-            keys.extend(ports.map(|port| Key::Service(service_name(claimant, port.port))));
-        }
-        // A slice that somebody wrote may name pods anywhere.
-        let by_hand = self.selectorless.iter().filter(|service| service.0 != name.0);
-        let by_hand = by_hand.filter_map(|service| self.services.get_key_value(service));
-        for (service_name_, service) in in_namespace(&self.services, &name.0).chain(by_hand) {
-            if self.is_pod_of(service_name_, service, name, pod) {
-                if !pod.opaque.is_empty() {
-                    self.affected_by_service(service_name_, true, keys);
-                }
-                keys.extend(
-                    service.ports.iter().map(|p| Key::Endpoints(service_name(service_name_, p.port))),
-                );
-            }
-        }
-    }
-
-    fn affected_by_parents(&self, route: &Name, parents: &[ParentRef], keys: &mut BTreeSet<Key>) {
-        for parent in parents {
-            let Some(service_key) = parent_service(route, parent) else { continue };
-            let Some(service) = self.services.get(&service_key) else { continue };
-            for port in service.ports.iter().filter(|p| parent.port.is_none_or(|only| only == p.port)) {
-                keys.insert(Key::Service(service_name(&service_key, port.port)));
-                keys.insert(Key::Route(service_name(&service_key, port.port)));
-            }
-        }
-    }
-
-    fn affected_by_target(&self, namespace: &Arc<str>, target: &TargetRef, keys: &mut BTreeSet<Key>) {
-        let name = (namespace.clone(), target.name.as_str().into());
-        match target.kind.as_str() {
-            "Service" => {
-                let Some(service) = self.services.get(&name) else { return };
-                for port in &service.ports {
-                    keys.insert(Key::Service(service_name(&name, port.port)));
-                    keys.insert(Key::Route(service_name(&name, port.port)));
-                }
-            }
-            "HTTPRoute" => {
-                if let Some(route) = self.http_routes.get(&name) {
-                    self.affected_by_parents(&name, &route.spec.parent_refs, keys);
-                }
-            }
-            "GRPCRoute" => {
-                if let Some(route) = self.grpc_routes.get(&name) {
-                    self.affected_by_parents(&name, &route.spec.parent_refs, keys);
-                }
-            }
-            _ => {}
-        }
-    }
-
     fn insert(&mut self, key: &ObjectKey, object: Object) {
         let name = name_of(key);
         self.remove(key);
@@ -684,14 +395,12 @@ impl Index {
             }
             Object::HttpRoute(route) => {
                 self.consumes(key, &route.spec.parent_refs, true);
-                let (meta, problems) =
-                    (Meta::new(&route.metadata), conditions::http_problems(&name, &route.spec));
+                let (meta, problems) = (Meta::new(&route.metadata), rules::http_problems(&name, &route.spec));
                 self.http_routes.insert(name, RouteEntry { meta, spec: route.spec, problems });
             }
             Object::GrpcRoute(route) => {
                 self.consumes(key, &route.spec.parent_refs, true);
-                let (meta, problems) =
-                    (Meta::new(&route.metadata), conditions::grpc_problems(&name, &route.spec));
+                let (meta, problems) = (Meta::new(&route.metadata), rules::grpc_problems(&name, &route.spec));
                 self.grpc_routes.insert(name, RouteEntry { meta, spec: route.spec, problems });
             }
             Object::TrafficPolicy(policy) => {
@@ -880,239 +589,8 @@ impl Index {
     }
 }
 
-impl Meta {
-    pub(crate) fn new(meta: &ObjectMeta) -> Self {
-        Self { uid: meta.uid.as_deref().map(Into::into), generation: meta.generation, created: created(meta) }
-    }
-
-    /// `<uid>.<generation>.<hash>` where the API server gives the first two, else the hash alone: the same
-    /// text on every controller that saw the same objects.
-    pub fn version(&self, hash: u64) -> String {
-        match (&self.uid, self.generation) {
-            (Some(uid), Some(generation)) => format!("{uid}.{generation}.{hash:016x}"),
-            _ => format!("{hash:016x}"),
-        }
-    }
-}
-
-impl ServiceEntry {
-    fn new(service: &Service) -> Self {
-        let spec = service.spec.as_ref();
-        let ips = spec.map(|s| {
-            let all = s.cluster_ips.iter().flatten().chain(&s.cluster_ip);
-            let mut ips: Vec<&String> = Vec::new();
-            for ip in all.chain(s.external_ips.iter().flatten()) {
-                if !ips.contains(&ip) {
-                    ips.push(ip);
-                }
-            }
-            ips
-        });
-        let ips = ips.unwrap_or_default();
-        let kind = if spec.is_some_and(|s| s.type_.as_deref() == Some("ExternalName")) {
-            ServiceKind::External
-        } else if ips.iter().any(|ip| *ip == "None") {
-            ServiceKind::Headless
-        } else {
-            ServiceKind::Addressed(ips.iter().filter_map(|ip| ip.parse().ok()).collect())
-        };
-        let cluster_ips = spec.into_iter().flat_map(|s| s.cluster_ips.iter().flatten().chain(&s.cluster_ip));
-        let cluster_ips = cluster_ips.filter_map(|ip| ip.parse().ok()).collect();
-        let opaque = lookup(&service.metadata.annotations, OPAQUE_PORTS).map(parse_opaque_ports);
-        let (opaque, wrong) = match opaque.transpose() {
-            Ok(opaque) => (opaque.unwrap_or_default(), None),
-            Err(reason) => (Vec::new(), Some(format!("annotation {OPAQUE_PORTS}: {reason}"))),
-        };
-        let ports = spec.and_then(|s| s.ports.as_ref()).into_iter().flatten();
-        let ports =
-            ports.filter(|port| port.protocol.as_deref().is_none_or(|p| p == "TCP")).filter_map(|port| {
-                let number = u16::try_from(port.port).ok()?;
-                let name = port.name.clone().unwrap_or_default();
-                let target = match &port.target_port {
-                    Some(IntOrString::Int(0)) | None => Target::Number(number),
-                    Some(IntOrString::Int(target)) => Target::Number(u16::try_from(*target).ok()?),
-                    Some(IntOrString::String(text)) => match text.parse() {
-                        Ok(target) => Target::Number(target),
-                        Err(_) => Target::Name(text.clone()),
-                    },
-                };
-                let protocol = match is_in(&opaque, number) {
-                    true => Protocol::Opaque,
-                    false => declared_protocol(port.app_protocol.as_deref(), &name),
-                };
-                Some(ServicePort { name, port: number, target, protocol })
-            });
-        Self {
-            meta: Meta::new(&service.metadata),
-            kind,
-            cluster_ips,
-            ports: ports.collect(),
-            selector: spec.and_then(|s| s.selector.clone()).unwrap_or_default(),
-            publish_not_ready: spec.and_then(|s| s.publish_not_ready_addresses).unwrap_or_default(),
-            reach: spec.map(reach).unwrap_or_default(),
-            wrong,
-            by_client: spec.is_some_and(|s| s.session_affinity.as_deref() == Some("ClientIP")),
-        }
-    }
-
-    /// Addresses that callers may dial.
-    pub(crate) fn vips(&self) -> &[IpAddr] {
-        match &self.kind {
-            ServiceKind::Addressed(vips) => vips,
-            ServiceKind::Headless | ServiceKind::External => &[],
-        }
-    }
-
-    pub(crate) fn port(&self, number: u16) -> Option<&ServicePort> {
-        self.ports.iter().find(|port| port.port == number)
-    }
-}
-
-impl ServicePort {
-    /// The port of `pod` that this one sends to.
-    pub(crate) fn target_on(&self, pod: &PodEntry) -> Option<u16> {
-        match &self.target {
-            Target::Number(number) => Some(*number),
-            Target::Name(name) => {
-                pod.ports.iter().find(|(port_name, _)| port_name == name).map(|(_, port)| *port)
-            }
-        }
-    }
-
-    /// Whether a policy's `sectionName` means this port.
-    pub(crate) fn is_named(&self, section: &str) -> bool {
-        self.name == section || section.parse() == Ok(self.port)
-    }
-}
-
-impl SliceEntry {
-    fn new(namespace: &Arc<str>, slice: &EndpointSlice) -> Option<Self> {
-        let service = lookup(&slice.metadata.labels, SERVICE_NAME)?;
-        let ports = slice.ports.iter().flatten().filter(|p| p.protocol.as_deref().is_none_or(|p| p == "TCP"));
-        let ports = ports
-            .filter_map(|p| Some((p.name.clone().unwrap_or_default(), u16::try_from(p.port?).ok()?)))
-            .collect();
-        let endpoints = slice.endpoints.iter().flatten().map(|endpoint| {
-            let conditions = endpoint.conditions.as_ref();
-            let ready = conditions.and_then(|c| c.ready).unwrap_or(true);
-            let terminating = conditions.and_then(|c| c.terminating).unwrap_or(false);
-            // One that goes away, and does not answer any more, is not even for want of others.
-            let serving = conditions.and_then(|c| c.serving).unwrap_or(true);
-            let health = match (terminating, ready) {
-                (true, _) if serving => EndpointHealth::Draining,
-                (false, true) => EndpointHealth::Healthy,
-                (true, _) | (false, false) => EndpointHealth::Unhealthy,
-            };
-            let target =
-                endpoint.target_ref.as_ref().filter(|t| t.kind.as_deref().is_none_or(|k| k == "Pod"));
-            let pod_name = target.and_then(|t| {
-                let namespace = t.namespace.as_deref().map_or_else(|| namespace.clone(), Into::into);
-                Some((namespace, t.name.as_deref()?.into()))
-            });
-            SliceEndpoint {
-                addresses: endpoint.addresses.iter().filter_map(|a| a.parse().ok()).collect(),
-                pod_uid: target.and_then(|t| PodUid::new(t.uid.as_deref()?).ok()),
-                pod_name,
-                health,
-                zone: endpoint.zone.as_deref().map(Into::into),
-                node: endpoint.node_name.as_deref().map(Into::into),
-            }
-        });
-        Some(Self { service: (namespace.clone(), service.into()), ports, endpoints: endpoints.collect() })
-    }
-}
-
-impl PodEntry {
-    /// `None` for a pod that will not run again.
-    fn new(trust_domain: &TrustDomain, name: &Name, pod: &Pod) -> Option<Self> {
-        let (meta, spec, status) = (&pod.metadata, pod.spec.as_ref(), pod.status.as_ref());
-        let phase = status.and_then(|s| s.phase.as_deref());
-        if matches!(phase, Some("Succeeded" | "Failed")) {
-            return None;
-        }
-        // Only a pod of somebody's folder has no uid; it gets one by name, stable and not a real one's.
-        let uid = match meta.uid.as_deref().map(PodUid::new) {
-            Some(Ok(uid)) => uid,
-            Some(Err(_)) | None => {
-                PodUid::new(&format!("x-{:016x}", hash(format!("{}/{}", name.0, name.1).as_bytes()))).ok()?
-            }
-        };
-        let mut ips = Vec::new();
-        let listed = status.and_then(|s| s.pod_ips.as_ref()).into_iter().flatten().map(|ip| ip.ip.as_str());
-        for ip in status.and_then(|s| s.pod_ip.as_deref()).into_iter().chain(listed) {
-            if let Ok(ip) = ip.parse()
-                && !ips.contains(&ip)
-            {
-                ips.push(ip);
-            }
-        }
-        let account =
-            spec.and_then(|s| s.service_account_name.as_deref()).filter(|account| !account.is_empty());
-        let not_ready = status
-            .and_then(|s| s.conditions.as_ref())
-            .into_iter()
-            .flatten()
-            .any(|c| c.type_ == "Ready" && c.status != "True");
-        let health = match (meta.deletion_timestamp.is_some(), not_ready) {
-            (true, _) => EndpointHealth::Draining,
-            (false, true) => EndpointHealth::Unhealthy,
-            (false, false) => EndpointHealth::Healthy,
-        };
-        let containers = spec.map(|s| s.containers.iter().chain(s.init_containers.iter().flatten()));
-        let ports = containers.into_iter().flatten().flat_map(|c| c.ports.iter().flatten());
-        let ports = ports.filter(|p| p.protocol.as_deref().is_none_or(|p| p == "TCP"));
-        Some(Self {
-            meta: Meta::new(meta),
-            uid,
-            ips,
-            labels: meta.labels.clone().unwrap_or_default(),
-            identity: SpiffeId::new(trust_domain, &name.0, account.unwrap_or("default")).ok(),
-            injected: lookup(&meta.annotations, INJECTED) == Some("true"),
-            skipped: lookup(&meta.annotations, SKIP_INBOUND_PORTS)
-                .and_then(|text| parse_ports(text).ok())
-                .unwrap_or_default(),
-            opaque: lookup(&meta.annotations, OPAQUE_PORTS)
-                .and_then(|text| parse_opaque_ports(text).ok())
-                .unwrap_or_default(),
-            weight: lookup(&meta.annotations, WEIGHT).and_then(|text| text.parse().ok()).unwrap_or(1),
-            zone: lookup(&meta.labels, ZONE).unwrap_or_default().into(),
-            has_own_zone: lookup(&meta.labels, ZONE).is_some(),
-            node: spec.and_then(|s| s.node_name.as_deref().map(Into::into)),
-            host_network: spec.and_then(|s| s.host_network).unwrap_or_default(),
-            health,
-            ports: ports
-                .filter_map(|p| {
-                    Some((p.name.clone().unwrap_or_default(), u16::try_from(p.container_port).ok()?))
-                })
-                .collect(),
-            probes: spec.map(probes::admitted).unwrap_or_default(),
-        })
-    }
-}
-
 fn is_selected(name: &Name, service: &ServiceEntry, pod_name: &Name, pod: &PodEntry) -> bool {
     pod_name.0 == name.0 && !service.selector.is_empty() && is_subset(&service.selector, &pod.labels)
-}
-
-impl PodEntry {
-    /// Whether the pod says that a port carries bytes and no requests.
-    pub(crate) fn is_opaque(&self, port: u16) -> bool {
-        is_in(&self.opaque, port)
-    }
-}
-
-fn is_in(ranges: &[RangeInclusive<u16>], port: u16) -> bool {
-    ranges.iter().any(|range| range.contains(&port))
-}
-
-/// `Local` says who must not be asked, a distribution only who should be.
-fn reach(spec: &ServiceSpec) -> Reach {
-    match (spec.internal_traffic_policy.as_deref(), spec.traffic_distribution.as_deref()) {
-        (Some("Local"), _) => Reach::Node,
-        (_, Some("PreferSameNode")) => Reach::PreferNode,
-        (_, Some("PreferSameZone" | "PreferClose")) => Reach::PreferZone,
-        (_, Some(_) | None) => Reach::Anywhere,
-    }
 }
 
 /// Takes one of several claims back.
@@ -1122,45 +600,6 @@ fn unclaim<K: Ord>(claims: &mut BTreeMap<K, BTreeSet<Name>>, key: &K, name: &Nam
         if names.is_empty() {
             claims.remove(key);
         }
-    }
-}
-
-/// `3306,9000-9010`.
-pub(crate) fn parse_ports(text: &str) -> Result<Vec<RangeInclusive<u16>>, String> {
-    let range = |part: &str| {
-        let (first, last) = part.split_once('-').unwrap_or((part, part));
-        let (first, last) = (first.trim().parse().ok()?, last.trim().parse().ok()?);
-        (0 < first && first <= last).then_some(first..=last)
-    };
-    let parts = text.split(',').map(str::trim).filter(|part| !part.is_empty());
-    parts
-        .map(|part| range(part).ok_or_else(|| format!("{part:?} is not a port or a range of ports")))
-        .collect()
-}
-
-/// The same of ports that carry bytes. Each is a policy of its own, so they are counted.
-pub(crate) fn parse_opaque_ports(text: &str) -> Result<Vec<RangeInclusive<u16>>, String> {
-    let ranges = parse_ports(text)?;
-    let ports: usize = ranges.iter().map(ExactSizeIterator::len).sum();
-    if ports > MAX_OPAQUE {
-        return Err(format!("{ports} ports, of {MAX_OPAQUE} at most: name those that the app listens on"));
-    }
-    Ok(ranges)
-}
-
-/// What `appProtocol`, or else the port's name up to its first `-`, declares. What is not known is looked at.
-pub(crate) fn declared_protocol(app_protocol: Option<&str>, port_name: &str) -> Protocol {
-    let known = |text: &str| match text.to_ascii_lowercase().as_str() {
-        "http" | "http1" | "http/1.1" | "kubernetes.io/ws" => Some(Protocol::Http1),
-        "http2" | "h2c" | "kubernetes.io/h2c" => Some(Protocol::Http2),
-        "grpc" => Some(Protocol::Grpc),
-        "tcp" => Some(Protocol::Opaque),
-        "tls" | "https" | "kubernetes.io/wss" => Some(Protocol::Tls),
-        _ => None,
-    };
-    match app_protocol {
-        Some(text) => known(text).unwrap_or_default(),
-        None => known(port_name.split('-').next().unwrap_or_default()).unwrap_or_default(),
     }
 }
 
@@ -1185,10 +624,6 @@ pub(crate) fn in_namespace<'a, V>(
     map.range(first..).take_while(move |(name, _)| name.0 == namespace)
 }
 
-pub(crate) fn is_subset(wanted: &BTreeMap<String, String>, of: &BTreeMap<String, String>) -> bool {
-    wanted.iter().all(|(key, value)| of.get(key) == Some(value))
-}
-
 pub(crate) fn service_name(name: &Name, port: u16) -> ServiceName {
     ServiceName { namespace: name.0.clone(), name: name.1.clone(), port }
 }
@@ -1196,18 +631,6 @@ pub(crate) fn service_name(name: &Name, port: u16) -> ServiceName {
 fn name_of(key: &ObjectKey) -> Name {
     (key.namespace.clone(), key.name.clone())
 }
-
-/// FNV-1a: the same everywhere and for ever, which is what versions need (they are not secrets).
-pub fn hash(bytes: &[u8]) -> u64 {
-    bytes
-        .iter()
-        .fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3))
-}
-
-/// The label that says whose endpoints a slice has.
-pub(crate) const SERVICE_NAME: &str = "kubernetes.io/service-name";
-/// The label that says where a node, or a pod, is.
-pub(crate) const ZONE: &str = "topology.kubernetes.io/zone";
 
 /// Kinds in the order in which people look at them.
 pub fn kinds() -> [Kind; 8] {
@@ -1222,13 +645,6 @@ pub fn kinds() -> [Kind; 8] {
         Kind::EndpointSlice,
     ]
 }
-
-/// Opaque ports of a pod.
-const MAX_OPAQUE: usize = 128;
-
-/// Label keys that endpoints carry into telemetry.
-pub(crate) const TELEMETRY_LABELS: [&str; 4] =
-    ["app", "app.kubernetes.io/name", "version", "app.kubernetes.io/version"];
 
 #[cfg(test)]
 pub(crate) mod tests;

@@ -18,8 +18,9 @@ use weft_proto::{ads::MAX_RESOURCE_LEN, convert::authz, pb::v1};
 
 use super::{
     inbound::{combinations, exceptions, rules_of},
-    outbound::{object_ref, try_backoff},
-    parse_opaque_ports, parse_ports,
+    objects::{SERVICE_NAME, parse_opaque_ports, parse_ports},
+    rules::object_ref,
+    traffic::try_backoff,
 };
 use crate::resources::{
     AuthorizationPolicy, INJECTED, Kind, OPAQUE_PORTS, Object, SKIP_INBOUND_PORTS, TrafficPolicy, WEIGHT,
@@ -76,10 +77,10 @@ fn service(service: &Service) -> Result<(), Invalid> {
 }
 
 fn slice(slice: &EndpointSlice) -> Result<(), Invalid> {
-    if lookup(&slice.metadata.labels, super::SERVICE_NAME).is_none() {
+    if lookup(&slice.metadata.labels, SERVICE_NAME).is_none() {
         return invalid(
             "metadata.labels",
-            format!("{} is missing: whose endpoints are these?", super::SERVICE_NAME),
+            format!("{} is missing: whose endpoints are these?", SERVICE_NAME),
         );
     }
     for (i, endpoint) in slice.endpoints.iter().flatten().enumerate() {
