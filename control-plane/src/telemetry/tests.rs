@@ -1,6 +1,14 @@
 //! The store against one recorder, and against those who would fill it.
 
-use super::*;
+use super::{
+    bounds::MAX_TEXT,
+    edges::{EDGE_KEPT, MAX_EDGES_OF_ONE},
+    history::{COARSE_KEPT, FINE, MAX_SERIES_OF_ONE},
+    records::MAX_ATTEMPTS,
+    sidecar::{MAX_APPLIED_TEXT, MAX_ENDPOINT_TEXT, MAX_ENDPOINTS_OF_ONE, MAX_NACKED},
+    view::Quantiles,
+    *,
+};
 
 fn reporter(n: u32) -> Reporter {
     Reporter {
@@ -101,7 +109,8 @@ fn a_histogram_that_would_allocate_much_is_refused() {
 
 #[test]
 fn series_edges_and_bytes_are_bounded() {
-    let mut store = Store { max_bytes: 2 * 1024 * 1024, ..Store::default() };
+    let mut store = Store::default();
+    store.history.max_bytes = 2 * 1024 * 1024;
     let values: Vec<u64> = (1..2_000).map(|n| n * 500).collect();
     let template = delta("r", &values);
     for n in 0..4_u64 {
@@ -112,9 +121,9 @@ fn series_edges_and_bytes_are_bounded() {
         store.report(&reporter(1), report, T0 + n * 10_000);
     }
     store.routes(&Filter::default(), FINE, T0 + 400_000);
-    assert!(store.series.ids.len() <= MAX_SERIES_OF_ONE + 8, "{}", store.series.ids.len());
-    assert!(store.edges.len() <= MAX_EDGES_OF_ONE + 2);
-    assert!(store.bytes() <= store.max_bytes, "{}", store.bytes());
+    assert!(store.history.series.ids.len() <= MAX_SERIES_OF_ONE + 8, "{}", store.history.series.ids.len());
+    assert!(store.edges.all.len() <= MAX_EDGES_OF_ONE + 2);
+    assert!(store.bytes() <= store.history.max_bytes, "{}", store.bytes());
     assert!(store.dropped > 0);
 }
 
@@ -279,7 +288,7 @@ fn one_workload_does_not_take_the_others_room() {
     let edges = store.edges();
     assert!(edges.iter().any(|e| e.caller == "friend"));
     assert!(of(&edges, "/hostile") <= MAX_EDGES_OF_ONE + 2, "{}", of(&edges, "/hostile"));
-    assert!(store.series.ids.len() <= MAX_SERIES_OF_ONE + 10, "{}", store.series.ids.len());
+    assert!(store.history.series.ids.len() <= MAX_SERIES_OF_ONE + 10, "{}", store.history.series.ids.len());
     assert!(store.records().any(|record| record.request_id == "honest"));
     assert!(store.endpoints().len() <= MAX_ENDPOINTS_OF_ONE);
     assert!(store.dropped > 0);
@@ -291,7 +300,8 @@ fn one_workload_does_not_take_the_others_room() {
 
 #[test]
 fn one_workload_does_not_push_out_the_others_histograms() {
-    let mut store = Store { max_bytes: 1024 * 1024, ..Store::default() };
+    let mut store = Store::default();
+    store.history.max_bytes = 1024 * 1024;
     let (hostile, honest) = (reporter_of("hostile"), reporter_of("honest"));
     store.report(&honest, report(1, vec![delta("own", &[5, 50])]), T0);
     // Wide histograms, each its own series.
@@ -305,7 +315,12 @@ fn one_workload_does_not_push_out_the_others_histograms() {
     let filter = |workload: &str| Filter { workload: Some(format!("shop/{workload}")), ..Filter::default() };
     let rows = store.routes(&filter("honest"), FINE * 60, now);
     assert_eq!(rows.iter().map(|row| row.count).collect::<Vec<_>>(), [2]);
-    assert!(store.bytes() <= store.max_bytes && store.dropped > 0, "{} {}", store.bytes(), store.dropped);
+    assert!(
+        store.bytes() <= store.history.max_bytes && store.dropped > 0,
+        "{} {}",
+        store.bytes(),
+        store.dropped
+    );
     assert!(!store.routes(&filter("hostile"), FINE, now).is_empty(), "its newest are kept");
 }
 
@@ -320,7 +335,7 @@ fn what_nobody_reports_any_more_makes_room() {
     let later = T0 + (COARSE_KEPT + 2 * 60) * 1_000;
     store.report(&reporter(1), report(2, vec![delta("0", &[1])]), later);
     store.forget_gone(later);
-    assert_eq!(store.series.ids.len(), 1);
+    assert_eq!(store.history.series.ids.len(), 1);
     store.report(&reporter(1), report(3, vec![delta("another", &[1, 2])]), later);
     let rows = store.routes(&Filter::default(), FINE, later);
     let mut rows: Vec<_> = rows.iter().map(|row| (&*row.route, row.count)).collect();
