@@ -565,13 +565,10 @@ fn the_readmes_links_lead_somewhere() {
 /// The table is how a reader finds the test of a behaviour: a name in it that no test bears leads nowhere.
 #[test]
 fn the_tests_that_behaviours_name_exist() {
-    let mut tests = BTreeSet::new();
-    for path in rust_files() {
-        let text = read(&path);
-        for name in text.split("fn ").skip(1).filter_map(|rest| rest.split(['(', '<']).next()) {
-            tests.insert(name.to_owned());
-        }
-    }
+    let tests: Vec<(String, String)> = rust_files()
+        .iter()
+        .flat_map(|path| tests_of(path).into_iter().map(|name| (path.clone(), name)))
+        .collect();
     let mut violations = Vec::new();
     let documents = ["tests/BEHAVIOURS.md", "SECURITY.md"].map(|path| (path, read(path)));
     let lines = documents
@@ -587,12 +584,33 @@ fn the_tests_that_behaviours_name_exist() {
         }
         for name in names {
             // `module::test`, or the test alone.
-            if !tests.contains(name.rsplit("::").next().unwrap_or(name)) {
+            let (module, test) = name.rsplit_once("::").unwrap_or(("", name));
+            let is_there = |path: &str| {
+                module.is_empty()
+                    || path.ends_with(&format!("/{module}.rs"))
+                    || path.contains(&format!("/{module}/"))
+            };
+            if !tests.iter().any(|(path, known)| known == test && is_there(path)) {
                 violations.push(format!("{path}:{} {name}", number + 1));
             }
         }
     }
     report("a behaviour names the tests that show it", &violations);
+}
+
+/// The names of a file's tests: functions with the attribute, and no others.
+fn tests_of(path: &str) -> Vec<String> {
+    let (mut names, mut is_test) = (Vec::new(), false);
+    for line in read(path).lines().map(str::trim_start) {
+        if line.starts_with("#[") {
+            is_test |= line.starts_with("#[test]") || line.starts_with("#[tokio::test");
+            continue;
+        }
+        let name = line.split_once("fn ").and_then(|(_, rest)| rest.split(['(', '<']).next());
+        names.extend(name.filter(|_| is_test).map(str::to_owned));
+        is_test &= line.starts_with("//");
+    }
+    names
 }
 
 struct Package {

@@ -290,7 +290,7 @@ mod tests {
     }
 
     #[test]
-    fn flags_fit_together() {
+    fn flags_become_the_config_that_they_say() {
         Cli::command().debug_assert();
         let cli = parse(
             "weft-controller --source dir /tmp --state-dir /s --listen 127.0.0.1 --certificate-lifetime 1m30s",

@@ -622,7 +622,7 @@ mod tests {
     }
 
     #[test]
-    fn the_defaults_hold() {
+    fn without_options_ports_and_user_are_those_of_the_mesh() {
         let config = Options::default().validate().unwrap();
         assert_eq!(config.proxy_uids, [ports::PROXY_UID]);
         assert!(config.proxy_gids.is_empty());

@@ -27,9 +27,8 @@ pub(crate) const DRAIN: Duration = Duration::from_secs(4);
 const SLACK: Duration = Duration::from_secs(4);
 
 fn draining(test: &str) -> Option<Pair> {
-    let mut options = Options::default();
-    options.sidecar_env.insert("WEFT_DRAIN_TIMEOUT".to_owned(), format!("{}s", DRAIN.as_secs()));
-    pair_with(test, options, &[])
+    let drain = format!("{}s", DRAIN.as_secs());
+    pair_with(test, Options::with_env(&[("WEFT_DRAIN_TIMEOUT", &drain)]), &[])
 }
 
 /// A request that is not over yet: `curl` in a pod, its standard input and output in our hands.

@@ -78,9 +78,9 @@ fn a_sidecar_without_certificate_or_policy_admits_nobody_and_calls_nobody() {
 
 #[test]
 fn a_certificate_that_runs_out_ends_what_is_open_and_nothing_goes_in_plaintext() {
-    let controller_args = ["--certificate-lifetime", "10s"].map(str::to_owned).into();
-    let mut options = Options { controller_args, ..Options::default() };
-    options.sidecar_env.insert("WEFT_DRAIN_TIMEOUT".to_owned(), format!("{}s", DRAIN.as_secs()));
+    let drain = format!("{}s", DRAIN.as_secs());
+    let options =
+        Options::with_env(&[("WEFT_DRAIN_TIMEOUT", &drain)]).controller(&["--certificate-lifetime", "10s"]);
     let Some(mut pair) = pair_with("own_certificate", options, &[]) else { return };
     let stream = streams(&pair.client.pod, &[&format!("{ECHO}/forever")]);
     let mut upload = asks(&pair.client.pod, &["-T", "-", "-w", " %{http_code}", &format!("{ECHO}/sink")]);
@@ -125,9 +125,8 @@ fn a_certificate_that_runs_out_ends_what_is_open_and_nothing_goes_in_plaintext()
 
 #[test]
 fn overload_refuses_what_is_new_and_skips_no_rule() {
-    let mut options = Options::default();
-    options.sidecar_env.insert("WEFT_MAX_CONNECTIONS_PER_PEER".to_owned(), "4".to_owned());
-    let Some(pair) = pair_with("overload", options, &[]) else { return };
+    let few = Options::with_env(&[("WEFT_MAX_CONNECTIONS_PER_PEER", "4")]);
+    let Some(pair) = pair_with("overload", few, &[]) else { return };
     let (client, server) = (&pair.client, &pair.server.sidecar);
     let outsider = pair.mesh.plain(&Workload::new("shop", "legacy-1")).unwrap();
     deny(&pair, &["/private"]);
@@ -166,9 +165,7 @@ fn overload_refuses_what_is_new_and_skips_no_rule() {
 
 #[test]
 fn caps_hold_for_the_whole_sidecar_however_many_workers_it_has() {
-    let mut options = Options::default();
-    options.sidecar_env.insert("WEFT_WORKERS".to_owned(), "4".to_owned());
-    let Some(pair) = pair_with("caps", options, &[]) else { return };
+    let Some(pair) = pair_with("caps", Options::with_env(&[("WEFT_WORKERS", "4")]), &[]) else { return };
     let client = &pair.client.pod;
     let full: Vec<_> = (0..2).map(|_| streams(client, &[&format!("{ECHO}/forever")])).collect();
     crate::policy(&pair.mesh, "echo", serde_json::json!({"limits": {"maxRequests": 2}}));
@@ -228,9 +225,8 @@ fn hears(pod: &Pod, to: SocketAddr, pieces: &[&str], pause: Duration) -> String 
 
 #[test]
 fn silence_and_slow_bytes_do_not_pass_rules_about_http() {
-    let mut options = Options::default();
-    options.sidecar_env.insert("WEFT_HEADER_TIMEOUT".to_owned(), "2s".to_owned());
-    let Some(pair) = pair_with("slow_bytes", options, &[]) else { return };
+    let impatient = Options::with_env(&[("WEFT_HEADER_TIMEOUT", "2s")]);
+    let Some(pair) = pair_with("slow_bytes", impatient, &[]) else { return };
     let server = &pair.server.sidecar;
     let greets = &["tcp", "--port", "9100", "--greeting", "welcome"];
     let _app = start(&mut testapp(&pair.mesh, &server.pod, greets), &server.pod, 9100).unwrap();

@@ -7,28 +7,18 @@ use std::{
 };
 
 use weft_control_plane::cli::demo::{
-    mesh::{Mesh, Meshed, Workload, wait},
+    mesh::{Mesh, wait},
     netns::Pod,
 };
-use weft_harness::apps::{Served, curl, mesh_or_skip, serve, service};
+use weft_harness::apps::curl;
+
+use crate::routing::{self, World};
 
 const API: &str = "http://10.96.0.10";
 
-struct World {
-    client: Meshed,
-    _apps: Vec<Served>,
-    mesh: Mesh,
-}
-
-/// Service `api` with ports 80 and 8080, which has only routes, and `v1` and `v2` with a pod each.
+/// Service `api`, which has only routes, and `v1` and `v2` with a pod each.
 fn world(test: &str) -> Option<World> {
-    let mesh = mesh_or_skip(test)?;
-    service(&mesh, "shop", "api", "10.96.0.10", &[("http", 80, 8080), ("http-alt", 8080, 8080)]).unwrap();
-    service(&mesh, "shop", "v1", "10.96.0.11", &[("http", 80, 8080)]).unwrap();
-    service(&mesh, "shop", "v2", "10.96.0.12", &[("http", 80, 8080)]).unwrap();
-    let apps = ["v1-1", "v2-1"].map(|name| serve(&mesh, Workload::new("shop", name), &[]).unwrap());
-    let client = mesh.workload(Workload::new("shop", "client")).unwrap();
-    Some(World { client, _apps: apps.into(), mesh })
+    routing::world(test, &[("v1-1", &[]), ("v2-1", &[])])
 }
 
 /// Writes an object, and returns when every sidecar that asked for what it says has it.

@@ -75,10 +75,8 @@ fn hostile(stream: &mut TcpStream, hello: &[u8], habit: Habit) -> io::Result<Dur
 
 #[test]
 fn slow_handshakes_are_bounded_counted_and_hinder_nobody() {
-    let mut options = Options::default();
-    for name in ["WEFT_HEADER_TIMEOUT", "WEFT_HANDSHAKE_TIMEOUT"] {
-        options.sidecar_env.insert(name.to_owned(), format!("{}s", LIMIT.as_secs()));
-    }
+    let limit = format!("{}s", LIMIT.as_secs());
+    let options = Options::with_env(&[("WEFT_HEADER_TIMEOUT", &limit), ("WEFT_HANDSHAKE_TIMEOUT", &limit)]);
     let Some(pair) = pair_with("slow_handshakes", options, &[]) else { return };
     let (client, server) = (&pair.client.pod, &pair.server.sidecar);
     policy(&pair, serde_json::json!({"mtls": "Strict", "action": "Allow", "rules": [{}]}));

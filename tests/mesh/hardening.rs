@@ -66,9 +66,7 @@ fn a_sidecar_has_no_capability_no_dump_and_a_list_of_system_calls() {
 
 #[test]
 fn hardening_that_is_off_says_so() {
-    let options =
-        Options { sidecar_env: [("WEFT_HARDEN".to_owned(), "off".to_owned())].into(), ..Options::default() };
-    let Some(mesh) = mesh_with("hardening_off", options) else { return };
+    let Some(mesh) = mesh_with("hardening_off", Options::with_env(&[("WEFT_HARDEN", "off")])) else { return };
     let sidecar = mesh.workload(Workload::new("shop", "web-1")).unwrap();
     assert!(threads(sidecar.proxy.id()).iter().all(|thread| thread["Seccomp"] == "0"));
     let log = fs::read_to_string(&sidecar.log).unwrap();
@@ -99,14 +97,10 @@ fn nothing_is_written_to_disk_and_no_secret_is_told() {
         "-o",
     ]
     .map(str::to_owned);
+    let env = [("WEFT_LOG", "trace"), ("SSLKEYLOGFILE", &keys.display().to_string())];
     let options = Options {
-        controller_args: vec!["--log".to_owned(), "trace".to_owned()],
-        sidecar_env: [
-            ("WEFT_LOG".to_owned(), "trace".to_owned()),
-            ("SSLKEYLOGFILE".to_owned(), keys.display().to_string()),
-        ]
-        .into(),
         under: under.into_iter().chain([traces.join("trace").display().to_string()]).collect(),
+        ..Options::with_env(&env).controller(&["--log", "trace"])
     };
     let Some(mesh) = mesh_with(TEST, options) else { return };
     service(&mesh, "shop", "echo", "10.96.0.1", &[("web", 80, 8080)]).unwrap();

@@ -714,15 +714,8 @@ fn an_answer_before_the_end_of_an_upload_reaches_the_client() {
 
 #[test]
 fn a_quiet_answer_and_a_quiet_upgrade_are_never_timed_out() {
-    // Every time that a sidecar knows, a second; the stream is quiet for three.
-    let mut options = weft_control_plane::cli::demo::mesh::Options::default();
-    for name in
-        ["HEADER_TIMEOUT", "KEEP_ALIVE_TIMEOUT", "APP_IDLE_TIMEOUT", "POOL_IDLE_TIMEOUT", "CONNECT_TIMEOUT"]
-    {
-        options.sidecar_env.insert(format!("WEFT_{name}"), "1s".to_owned());
-    }
     let quiet = Duration::from_secs(3);
-    let Some(world) = crate::scripted_with("quiet", options, move |mut wire, _| {
+    let Some(world) = crate::scripted_with("quiet", crate::impatient(), move |mut wire, _| {
         let request = wire.message()?;
         if request.head.contains("/events") {
             wire.say("HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\ndata: 1\n\n")?;

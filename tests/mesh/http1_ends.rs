@@ -330,11 +330,7 @@ fn an_app_that_closes_without_a_word_costs_a_502_with_a_reason_and_no_post_is_se
 #[test]
 fn a_kept_connection_of_a_caller_without_a_sidecar_is_served_while_its_pod_drains() {
     // The test ends before the drain does.
-    let times = [("WEFT_LAME_DUCK", "60s"), ("WEFT_DRAIN_TIMEOUT", "90s")];
-    let options = Options {
-        sidecar_env: times.map(|(name, value)| (name.to_owned(), value.to_owned())).into(),
-        ..Options::default()
-    };
+    let options = Options::with_env(&[("WEFT_LAME_DUCK", "60s"), ("WEFT_DRAIN_TIMEOUT", "90s")]);
     let Some(pair) = pair_with("drain_plain", options, &[]) else { return };
     let legacy = pair.mesh.plain(&Workload::new("shop", "legacy-1")).unwrap();
     let server = format!("{}:8080", pair.server.sidecar.pod.ip);

@@ -720,13 +720,7 @@ fn errors_of_the_mesh_are_grpc_statuses_with_the_reason() {
 
 #[test]
 fn a_quiet_stream_is_never_timed_out() {
-    let mut options = weft_control_plane::cli::demo::mesh::Options::default();
-    for name in
-        ["HEADER_TIMEOUT", "KEEP_ALIVE_TIMEOUT", "APP_IDLE_TIMEOUT", "POOL_IDLE_TIMEOUT", "CONNECT_TIMEOUT"]
-    {
-        options.sidecar_env.insert(format!("WEFT_{name}"), "1s".to_owned());
-    }
-    let Some(mesh) = mesh_with("quiet_stream", options) else { return };
+    let Some(mesh) = mesh_with("quiet_stream", crate::impatient()) else { return };
     let quiet = Duration::from_secs(3);
     let Some(world) = world_of(mesh, 100, move |request, mut respond| async move {
         let mut sent = respond.send_response(Response::new(()), false)?;

@@ -98,6 +98,18 @@ fn scripted_with(
     Some(Scripted { _backend: backend, client, server, mesh })
 }
 
+/// Sidecars that wait a second at most for anything: what is quiet for longer, and may be, must not end.
+fn impatient() -> Options {
+    let times = [
+        "WEFT_HEADER_TIMEOUT",
+        "WEFT_KEEP_ALIVE_TIMEOUT",
+        "WEFT_APP_IDLE_TIMEOUT",
+        "WEFT_POOL_IDLE_TIMEOUT",
+        "WEFT_CONNECT_TIMEOUT",
+    ];
+    Options::with_env(&times.map(|name| (name, "1s")))
+}
+
 /// Takes a step of a root's rotation as soon as it is let: until every sidecar has said that it followed the step
 /// before, it is refused.
 fn rotate_root(mesh: &Mesh, step: &str) {

@@ -55,12 +55,7 @@ impl Busy {
             ("WEFT_RECONNECT_CAP", "1s"),
             ("WEFT_DRAIN_TIMEOUT", drain.as_str()),
         ];
-        let options = Options {
-            controller_args: controller_args.iter().map(|&arg| arg.to_owned()).collect(),
-            sidecar_env: env.map(|(name, value)| (name.to_owned(), value.to_owned())).into(),
-            ..Options::default()
-        };
-        let mesh = mesh_with(test, options)?;
+        let mesh = mesh_with(test, Options::with_env(&env).controller(controller_args))?;
         service(&mesh, "shop", "api", "10.96.0.10", &[("http", 80, 8080)]).unwrap();
         service(&mesh, "shop", "other", "10.96.0.11", &[("http", 80, 8080)]).unwrap();
         let backends = (1..=3).map(|n| backend(&mesh, n)).collect();

@@ -7,16 +7,17 @@ use weft_harness::apps::{Served, curl, load, mesh_or_skip, output, serve, servic
 
 const API: &str = "http://10.96.0.10";
 
-struct World {
-    client: Meshed,
+/// A service `api`, its versions and a client.
+pub(super) struct World {
+    pub(super) client: Meshed,
     apps: Vec<Served>,
-    mesh: Mesh,
+    pub(super) mesh: Mesh,
 }
 
-/// `api` and its versions behind one service each; `apps` are (name, arguments).
-fn world(test: &str, apps: &[(&str, &[&str])]) -> Option<World> {
+/// `api` with two ports and its versions `v1` and `v2` behind one service each; `apps` are (name, arguments).
+pub(super) fn world(test: &str, apps: &[(&str, &[&str])]) -> Option<World> {
     let mesh = mesh_or_skip(test)?;
-    service(&mesh, "shop", "api", "10.96.0.10", &[("http", 80, 8080)]).unwrap();
+    service(&mesh, "shop", "api", "10.96.0.10", &[("http", 80, 8080), ("http-alt", 8080, 8080)]).unwrap();
     service(&mesh, "shop", "v1", "10.96.0.11", &[("http", 80, 8080)]).unwrap();
     service(&mesh, "shop", "v2", "10.96.0.12", &[("http", 80, 8080)]).unwrap();
     let started = apps.iter().map(|(name, args)| serve(&mesh, Workload::new("shop", name), args).unwrap());

@@ -147,7 +147,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn addresses() {
+    fn an_address_is_a_host_with_a_port_over_plain_http() {
         for good in ["127.0.0.1:14080", "http://localhost:1/", "[::1]:14080"] {
             assert!(Api::new(good).is_ok(), "{good}");
         }

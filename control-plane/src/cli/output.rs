@@ -460,7 +460,7 @@ mod tests {
     }
 
     #[test]
-    fn spans() {
+    fn a_span_shows_its_two_largest_units() {
         assert_eq!([59, 61, 3_700, 90_000].map(span), ["59s", "1m01s", "1h01m", "1d01h"]);
     }
 }

@@ -429,7 +429,7 @@ mod tests {
     }
 
     #[test]
-    fn windows() {
+    fn a_window_is_10s_to_1h_with_its_unit() {
         assert_eq!(window("30s"), Ok(Duration::from_secs(30)));
         assert_eq!(window("1h"), Ok(Duration::from_secs(3_600)));
         for bad in ["", "30", "1s", "2h", "x"] {

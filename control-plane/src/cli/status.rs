@@ -393,7 +393,7 @@ mod tests {
     }
 
     #[test]
-    fn names_of_kinds() {
+    fn kinds_are_found_in_any_case_and_by_short_name() {
         let web = Wanted::parse("httproute/shop/web");
         assert!(web.is("HTTPRoute", "shop", "web") && !web.is("HTTPRoute", "shop", "api"));
         assert!(Wanted::parse("svc/api").is("Service", "any", "api"));

@@ -387,7 +387,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn durations() {
+    fn durations_are_written_as_the_gateway_api_does() {
         let ok = |text: &str, millis| {
             let parsed: GatewayDuration = text.parse().unwrap();
             assert_eq!(parsed.0, Duration::from_millis(millis), "{text}");
@@ -403,7 +403,7 @@ mod tests {
     }
 
     #[test]
-    fn patterns() {
+    fn a_pattern_has_one_star_at_its_start_or_its_end() {
         let parse = |text: &str| text.parse::<TextPattern>().map(|p| p.0);
         assert_eq!(parse("/a"), Ok(StringMatch::Exact("/a".into())));
         assert_eq!(parse("/a*"), Ok(StringMatch::Prefix("/a".into())));
@@ -423,7 +423,7 @@ mod tests {
     }
 
     #[test]
-    fn statuses_and_codes() {
+    fn statuses_are_a_class_a_number_or_a_range_and_codes_have_names() {
         let statuses: Vec<Statuses> = serde_json::from_str(r#"["5xx", 503, "429", "500-504"]"#).unwrap();
         assert_eq!(
             statuses.iter().map(|s| s.0.clone()).collect::<Vec<_>>(),

@@ -495,7 +495,7 @@ async fn the_rules_of_the_wire() {
 }
 
 #[tokio::test]
-async fn who_gets_in() {
+async fn only_pods_of_the_mesh_get_in_and_a_rotation_reaches_them() {
     let mesh = Mesh::start("who", SHOP).await;
     // No certificate, and one of another authority.
     let nobody = channel(mesh.controller.discovery(), client_config(&mesh.roots(), None)).await;

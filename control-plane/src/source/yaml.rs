@@ -440,7 +440,7 @@ spec:
     }
 
     #[test]
-    fn json_and_lists() {
+    fn a_list_in_json_is_read_item_by_item_whatever_the_file_is_called() {
         let text = r#"{"apiVersion": "v1", "kind": "List", "items": [
             {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "a"}},
             {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "b"}, "spec": {"ports": [{"port": "x"}]}}]}"#;

@@ -54,6 +54,21 @@ pub struct Options {
     pub under: Vec<String>,
 }
 
+impl Options {
+    /// The defaults, but for variables of every sidecar.
+    pub fn with_env(env: &[(&str, &str)]) -> Self {
+        let env = env.iter().map(|&(name, value)| (name.to_owned(), value.to_owned()));
+        Self { sidecar_env: env.collect(), ..Self::default() }
+    }
+
+    /// The same with more arguments of the controller.
+    #[must_use]
+    pub fn controller(mut self, args: &[&str]) -> Self {
+        self.controller_args.extend(args.iter().map(|&arg| arg.to_owned()));
+        self
+    }
+}
+
 /// What a workload is.
 #[derive(Clone, Debug)]
 pub struct Workload {

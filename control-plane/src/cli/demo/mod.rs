@@ -281,7 +281,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ranges_of_ids() {
+    fn a_user_has_a_range_of_ids_by_name_or_number_if_it_is_large_enough() {
         let file = "alice:100000:65536\n1001:200000:65536\nbob:300000:1000\n# note\n";
         assert!(has_range(file, "alice", 1));
         assert!(has_range(file, "carol", 1_001));

@@ -166,7 +166,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn lengths_and_texts() {
+    fn texts_are_read_by_their_length_and_a_broken_length_is_an_error() {
         let mut reader = Reader(&[3, b'a', b'b', b'c', 251, 252, 2, 0, b'x', b'y', 0]);
         assert_eq!(reader.text().unwrap().as_deref(), Some("abc"));
         assert_eq!(reader.text().unwrap(), None);

@@ -137,7 +137,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn figures() {
+    fn figures_tell_how_many_failed_and_how_long_it_took() {
         let one = |us, status, pod: &str| Seen {
             us,
             status,
