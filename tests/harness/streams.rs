@@ -161,6 +161,29 @@ pub fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
     frame
 }
 
+/// Fields as HPACK literals that are never remembered.
+pub fn fields(all: &[(&str, &str)]) -> Vec<u8> {
+    let mut out = Vec::new();
+    let text = |out: &mut Vec<u8>, text: &str| {
+        assert!(text.len() < 127 + 128);
+        if text.len() < 127 {
+            out.push(text.len() as u8);
+        } else {
+            out.extend_from_slice(&[127, (text.len() - 127) as u8]);
+        }
+        out.extend_from_slice(text.as_bytes());
+    };
+    for (name, value) in all {
+        out.push(0);
+        text(&mut out, name);
+        text(&mut out, value);
+    }
+    out
+}
+
+/// What a client says first, and that it has no settings of its own.
+pub const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
+
 /// Reads a frame: its kind, flags, stream and payload.
 pub fn read_frame(wire: &mut Wire) -> Result<(u8, u8, u32, Vec<u8>)> {
     let head = wire.exactly(9)?;

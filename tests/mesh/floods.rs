@@ -20,17 +20,12 @@ use weft_control_plane::cli::demo::{mesh::Workload, netns::Pod};
 use weft_core::ports;
 use weft_harness::{
     apps::{curl, mesh_or_skip, rss_kib, service, skip, start_load},
-    streams::{self, ask, connect, head, read_frame},
+    streams::{self, PREFACE, ask, connect, fields, frame, head, read_frame},
     tls::TrustsAnyone,
     wire::{Backend, Wire},
 };
 
-use crate::{
-    ECHO_ADDRESS, Pair,
-    hostile::Ways,
-    identity::issuer_of,
-    smuggling::{PREFACE, fields, frame},
-};
+use crate::{ECHO_ADDRESS, Pair, hostile::Ways, identity::issuer_of};
 
 /// The frames of one flood: what begins it, and its round `n`.
 struct Flood {

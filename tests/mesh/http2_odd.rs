@@ -8,14 +8,11 @@ use http::{HeaderMap, HeaderValue, Response};
 use weft_control_plane::cli::demo::{mesh::Workload, netns::Pod};
 use weft_harness::{
     apps::{mesh_or_skip, service},
-    streams::{self, Server, answer, head, read, read_frame, send, write},
+    streams::{self, PREFACE, Server, answer, fields, frame, head, read, read_frame, send, write},
     wire::Wire,
 };
 
-use crate::{
-    ECHO_ADDRESS,
-    smuggling::{PREFACE, fields, frame},
-};
+use crate::ECHO_ADDRESS;
 
 const DATA: u8 = 0;
 const HEADERS: u8 = 1;
