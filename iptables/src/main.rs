@@ -47,6 +47,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     /// Look whether this pod is captured, before there is a sidecar; needs no capability
+    #[command(after_help = "Example, as the init container weft-check runs it:\n  weft-iptables check")]
     Check {
         /// The proxy's listener for connections that the app opens
         #[arg(long, value_name = "PORT", default_value_t = weft_core::ports::OUTBOUND)]
@@ -55,8 +56,14 @@ enum Command {
         excluded: probe::Excluded,
     },
     /// Put the CNI plugin on this node, keep it there, and take it away at the end
+    #[command(
+        after_help = "Example, as the chart's DaemonSet runs it:\n  weft-iptables cni-install --bin-dir /host/opt/cni/bin --conf-dir /host/etc/cni/net.d"
+    )]
     CniInstall(InstallOptions),
     /// Look whether the CNI plugin stands on this node
+    #[command(
+        after_help = "Example, as the DaemonSet's readiness probe runs it:\n  weft-iptables cni-ready --bin-dir /host/opt/cni/bin --conf-dir /host/etc/cni/net.d"
+    )]
     CniReady(InstallOptions),
 }
 

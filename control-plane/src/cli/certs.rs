@@ -8,22 +8,18 @@ use anyhow::Result;
 use clap::{Args, ValueEnum};
 
 use super::{
-    Asking, Output,
-    client::Api,
-    json,
-    output::{Cell, Column, Screen, Table, Tone, span},
-    status::unix_now,
-    text,
+    client::{Api, Asking},
+    output::{Cell, Column, Output, Screen, Table, Tone, json, span, text, unix_now},
 };
 use crate::api::types::{Certs, Rotated, WorkloadCertificate};
 
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Examples:\n  weft certs\n  weft certs --rotate leaves\n  weft certs --rotate add; weft certs --rotate activate; weft certs --rotate retire\n  weft certs -o json | jq '.workloads[] | {pod, serial, not_after}'"
+    after_help = "Examples:\n  weft certs\n  weft certs --rotate leaves\n  weft certs --rotate add          a new root; then `activate` and `retire`, each when all have followed\n  weft certs -o json | jq '.workloads[] | {pod, serial, not_after}'"
 )]
 pub(super) struct CertsArgs {
-    /// Replace certificates: all workloads' at once (leaves), or the root in three steps, each when the one before is
-    /// live everywhere
+    /// Replace certificates: all workloads' at once (leaves), or the root in three steps, each refused until
+    /// connected sidecars have followed the one before
     #[arg(long, value_enum, value_name = "STEP")]
     rotate: Option<Step>,
     /// Take a root's step though connected sidecars have not followed the one before: those that do not trust the new

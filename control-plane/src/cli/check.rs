@@ -22,12 +22,9 @@ use kube::{
 use serde::Serialize;
 
 use super::{
-    Asking, Output,
-    client::Api as Controller,
+    client::{Api as Controller, Asking},
     cluster::{Cluster, SERVICE},
-    json,
-    output::{Screen, Tone},
-    text,
+    output::{Output, Screen, Tone, json, text},
 };
 use crate::{
     api::types::{Certs, Status},

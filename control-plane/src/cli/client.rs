@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use bytes::Bytes;
+use clap::Args;
 use http::{Method, Request, header};
 use http_body_util::{BodyExt as _, Empty, Limited};
 use hyper_util::rt::TokioIo;
@@ -14,8 +15,24 @@ use tokio::{
     time::timeout,
 };
 
-use super::cluster::Cluster;
+use super::{cluster::Cluster, output::Format};
 use crate::api::types::Refusal;
+
+/// Which controller, and how to write.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct Asking {
+    /// The controller's API; without it the one on this machine, else that of the kubeconfig's cluster
+    #[arg(long, env = "WEFT_API", value_name = "HOST:PORT", global = true)]
+    pub(crate) api: Option<String>,
+    /// The cluster's, even if there is one on this machine
+    #[arg(long, global = true)]
+    pub(crate) kube: bool,
+    /// The namespace that Weft is installed in
+    #[arg(long, env = "WEFT_MESH_NAMESPACE", default_value = "weft", value_name = "NAME", global = true)]
+    pub(crate) mesh_namespace: String,
+    #[command(flatten)]
+    pub(crate) format: Format,
+}
 
 /// A controller's API.
 #[derive(Clone)]
@@ -27,15 +44,22 @@ pub(crate) struct Api {
 
 impl Api {
     /// What was asked for; without it a controller on this machine, then that of the kubeconfig's cluster.
-    pub(crate) async fn find(asking: &super::Asking) -> Result<Self> {
+    pub(crate) async fn find(asking: &Asking) -> Result<Self> {
         if let Some(address) = asking.api.as_deref().filter(|_| !asking.kube) {
             return Self::new(address);
         }
-        let here = super::default_api();
+        let here = default_api();
         if !asking.kube && (!Cluster::is_there() || TcpStream::connect(&here).await.is_ok()) {
             return Self::new(&here);
         }
-        Ok(Self { authority: SERVER.to_owned(), cluster: Some(Cluster::find(&asking.mesh_namespace).await?) })
+        let cluster = Cluster::find(&asking.mesh_namespace).await.map_err(|error| {
+            anyhow!(
+                "{error:#}\n  \
+                 name the cluster:         KUBECONFIG=FILE, or write ~/.kube/config\n  \
+                 or point to a controller: --api HOST:PORT, or WEFT_API=HOST:PORT"
+            )
+        })?;
+        Ok(Self { authority: SERVER.to_owned(), cluster: Some(cluster) })
     }
 
     /// `HOST:PORT`, with or without `http://` before it.
@@ -49,11 +73,7 @@ impl Api {
         let has_port = authority
             .rsplit_once(':')
             .is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok_and(|port| port > 0));
-        ensure!(
-            has_port,
-            "{address:?} is not an address: write HOST:PORT, for instance {}",
-            super::default_api()
-        );
+        ensure!(has_port, "{address:?} is not an address: write HOST:PORT, for instance {}", default_api());
         Ok(Self { authority: authority.to_owned(), cluster: None })
     }
 
@@ -69,7 +89,10 @@ impl Api {
 
     async fn ask<T: DeserializeOwned>(&self, method: Method, path: &str) -> Result<T> {
         let (status, body) = timeout(PATIENCE, self.exchange(method, path)).await.map_err(|_| {
-            anyhow!("the controller at {} did not answer within {PATIENCE:?}", self.authority)
+            anyhow!(
+                "the controller at {} did not answer within {PATIENCE:?}: ask again; its log says what it is doing",
+                self.authority
+            )
         })??;
         if !status.is_success() {
             let said = serde_json::from_slice::<Refusal>(&body)
@@ -77,7 +100,11 @@ impl Api {
             bail!("the controller at {} says {status}: {said}", self.authority);
         }
         serde_json::from_slice(&body).with_context(|| {
-            format!("{}{path} is not the answer of a controller of this version", self.authority)
+            format!(
+                "{}{path} is not the answer of a controller of this version ({}): use the `weft` of its release",
+                self.authority,
+                env!("CARGO_PKG_VERSION")
+            )
         })
     }
 
@@ -112,16 +139,19 @@ impl Api {
             .header(header::HOST, &self.authority)
             .header(header::ACCEPT, "application/json")
             .body(Empty::<Bytes>::new())?;
-        let response = sender
-            .send_request(request)
-            .await
-            .with_context(|| format!("{} does not speak HTTP like a controller", self.authority))?;
+        let response = sender.send_request(request).await.with_context(|| {
+            format!("{} does not speak HTTP like a controller: is it another program's port?", self.authority)
+        })?;
         let status = response.status();
         let body = Limited::new(response.into_body(), MAX_ANSWER).collect().await;
         connection.abort();
         let body = body.map_err(|error| anyhow!("the controller's answer broke off: {error}"))?;
         Ok((status, body.to_bytes()))
     }
+}
+
+fn default_api() -> String {
+    format!("127.0.0.1:{}", weft_core::ports::API)
 }
 
 /// Text as part of a query.

@@ -61,13 +61,21 @@ impl Cluster {
                 Err(error) => tried.push(format!("{pod}: {error}")),
             }
         }
-        bail!("no controller in namespace {} could be reached: {}", self.namespace, tried.join("; "))
+        bail!(
+            "no controller in namespace {0} could be reached: {1}\n  \
+             may you forward ports to it?   kubectl auth can-i create pods/portforward -n {0}",
+            self.namespace,
+            tried.join("; ")
+        )
     }
 
     /// Names of the controller's pods that are ready.
     pub(crate) async fn controllers(&self) -> Result<Vec<String>> {
         let services: Api<Service> = Api::namespaced(self.client.clone(), &self.namespace);
-        let service = services.get_opt(SERVICE).await.context("the cluster cannot be asked")?;
+        let service = services
+            .get_opt(SERVICE)
+            .await
+            .context("the cluster cannot be asked for its Services: see `weft check`")?;
         let Some(service) = service else {
             bail!(
                 "there is no Service {SERVICE} in namespace {0}: Weft is not installed there\n  \

@@ -9,11 +9,8 @@ use anyhow::Result;
 use clap::Args;
 
 use super::{
-    Asking, Output,
-    client::{Api, encode},
-    json,
-    output::{Cell, Column, Screen, Table, Tone, micros, span},
-    text,
+    client::{Api, Asking, encode},
+    output::{Cell, Column, Output, Screen, Table, Tone, json, micros, span, text},
 };
 use crate::api::types::Endpoints;
 

@@ -15,7 +15,7 @@ use clap::Args;
 use k8s_openapi::api::core::v1::Pod;
 use serde_json::Value;
 
-use super::{Format, Output, json, output};
+use super::output::{self, Format, Output, json};
 use crate::{
     injector::{Outcome, Values, annotations, inject},
     source::yaml,

@@ -10,7 +10,7 @@ use anyhow::Result;
 use clap::Args;
 use serde_json::Value;
 
-use super::{Format, Output, json, output};
+use super::output::{self, Format, Output, json};
 use crate::{resources::crd, source::yaml};
 
 /// The chart with its defaults.

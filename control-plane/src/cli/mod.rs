@@ -4,13 +4,12 @@
 //! person sees a script can have too (`-o json` is the API's own answer). A command that fails says what to do
 //! next, because an error message is the documentation that is read.
 //!
-//! One file a command; `output` draws, `client` asks.
+//! One file a command; `output` draws and writes, `client` asks. No command knows of another but for what both show.
 
 use std::{io, process::ExitCode};
 
 use anyhow::Result;
-use clap::{Args, Parser, Subcommand, ValueEnum};
-use serde::Serialize;
+use clap::{Parser, Subcommand};
 
 mod certs;
 mod check;
@@ -69,38 +68,6 @@ enum Command {
     DemoApp(demo::AppArgs),
 }
 
-/// Which controller, and how to write.
-#[derive(Clone, Debug, Args)]
-struct Asking {
-    /// The controller's API; without it the one on this machine, else that of the kubeconfig's cluster
-    #[arg(long, env = "WEFT_API", value_name = "HOST:PORT", global = true)]
-    api: Option<String>,
-    /// The cluster's, even if there is one on this machine
-    #[arg(long, global = true)]
-    kube: bool,
-    /// The namespace that Weft is installed in
-    #[arg(long, env = "WEFT_MESH_NAMESPACE", default_value = "weft", value_name = "NAME", global = true)]
-    mesh_namespace: String,
-    #[command(flatten)]
-    format: Format,
-}
-
-/// How to write.
-#[derive(Clone, Copy, Debug, Args)]
-struct Format {
-    /// Format of the answer
-    #[arg(short, long, value_enum, default_value_t = Output::Text, value_name = "FORMAT")]
-    output: Output,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Output {
-    /// For people
-    Text,
-    /// For scripts
-    Json,
-}
-
 /// Runs the command that was typed. Exit codes: 0 as hoped, 1 not, 2 wrong usage.
 pub fn main() -> ExitCode {
     let result = match Cli::parse().command {
@@ -140,22 +107,6 @@ fn asking(command: impl Future<Output = Result<ExitCode>>) -> Result<ExitCode> {
 
 fn is_broken_pipe(error: &anyhow::Error) -> bool {
     error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
-}
-
-/// Prints a value as JSON.
-fn json(value: &impl Serialize) -> Result<()> {
-    Ok(output::write(&(serde_json::to_string_pretty(value)? + "\n"))?)
-}
-
-/// Prints lines.
-fn text(lines: &[String]) -> Result<()> {
-    let mut text = lines.join("\n");
-    text.push('\n');
-    Ok(output::write(&text)?)
-}
-
-fn default_api() -> String {
-    format!("127.0.0.1:{}", weft_core::ports::API)
 }
 
 #[cfg(test)]

@@ -7,6 +7,26 @@
 
 use std::io::{IsTerminal as _, Write as _};
 
+use anyhow::Result;
+use clap::{Args, ValueEnum};
+use serde::Serialize;
+
+/// How to write.
+#[derive(Clone, Copy, Debug, Args)]
+pub(crate) struct Format {
+    /// Format of the answer
+    #[arg(short, long, value_enum, default_value_t = Output::Text, value_name = "FORMAT")]
+    pub(crate) output: Output,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Output {
+    /// For people
+    Text,
+    /// For scripts
+    Json,
+}
+
 /// Where output goes and what it can show.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Screen {
@@ -279,6 +299,24 @@ pub(crate) fn write(text: &str) -> std::io::Result<()> {
     let mut stdout = std::io::stdout().lock();
     stdout.write_all(text.as_bytes())?;
     stdout.flush()
+}
+
+/// Prints a value as JSON.
+pub(crate) fn json(value: &impl Serialize) -> Result<()> {
+    Ok(write(&(serde_json::to_string_pretty(value)? + "\n"))?)
+}
+
+/// Prints lines.
+pub(crate) fn text(lines: &[String]) -> Result<()> {
+    let mut text = lines.join("\n");
+    text.push('\n');
+    Ok(write(&text)?)
+}
+
+/// Seconds since 1970: what ages and ends are counted from.
+pub(crate) fn unix_now() -> i64 {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(since.as_secs()).unwrap_or(i64::MAX)
 }
 
 /// A duration in three digits.

@@ -10,13 +10,11 @@ use anyhow::{Result, ensure};
 use clap::{Args, ValueEnum};
 
 use super::{
-    Asking, Output,
-    client::{Api, encode},
-    json,
+    client::{Api, Asking, encode},
     output::{
-        Cell, Column, Live, Screen, Table, Tone, bars, micros, per_second, percent, success_tone, width,
+        Cell, Column, Live, Output, Screen, Table, Tone, bars, json, micros, per_second, percent,
+        success_tone, text, width,
     },
-    text,
 };
 use crate::{
     api::types::Routes,

@@ -10,11 +10,8 @@ use anyhow::{Result, bail};
 use clap::Args;
 
 use super::{
-    Asking, Output,
-    client::Api,
-    json,
-    output::{Cell, Column, Screen, Table, Tone, span},
-    text,
+    client::{Api, Asking},
+    output::{Cell, Column, Output, Screen, Table, Tone, json, span, text, unix_now},
 };
 use crate::api::types::{ObjectStatus, ProblemStatus, SidecarStatus, Status};
 
@@ -296,11 +293,6 @@ pub(super) fn problem_line(problem: &ProblemStatus) -> String {
 
 fn place(file: &str, line: u32) -> String {
     if line == 0 { file.to_owned() } else { format!("{file}:{line}") }
-}
-
-pub(super) fn unix_now() -> i64 {
-    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
-    i64::try_from(since.as_secs()).unwrap_or(i64::MAX)
 }
 
 #[cfg(test)]

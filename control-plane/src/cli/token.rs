@@ -13,7 +13,7 @@ use anyhow::{Context as _, Result, anyhow, ensure};
 use clap::Args;
 use weft_core::identity::TrustDomain;
 
-use super::{Format, Output, json, text};
+use super::output::{Format, Output, json, text};
 use crate::{
     ca::{self, Claims, JoinKey},
     resources::values::GatewayDuration,

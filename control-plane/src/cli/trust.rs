@@ -9,17 +9,14 @@ use anyhow::Result;
 use clap::Args;
 
 use super::{
-    Asking, Output,
-    client::Api,
-    json,
-    output::{Column, Screen, Table, span},
-    text,
+    client::{Api, Asking},
+    output::{Column, Output, Screen, Table, json, span, text},
 };
 use crate::telemetry::view::EdgeRow;
 
 #[derive(Debug, Args)]
 #[command(
-    after_help = "Examples:\n  weft trust                every plaintext edge of the mesh\n  weft trust shop           those to the workloads of one namespace\n\nExit code: 0 when nothing stands in the way of strict, 1 when something does."
+    after_help = "Examples:\n  weft trust                every plaintext edge of the mesh\n  weft trust shop           those to the workloads of one namespace\n  weft trust -o json | jq '.[] | {caller, callee, count}'\n\nExit code: 0 when nothing stands in the way of strict, 1 when something does."
 )]
 pub(super) struct TrustArgs {
     /// Only those to workloads of this namespace

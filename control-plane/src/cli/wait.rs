@@ -12,11 +12,9 @@ use anyhow::{Result, bail, ensure};
 use clap::Args;
 
 use super::{
-    Asking, Output,
-    client::Api,
-    json,
+    client::{Api, Asking},
+    output::{Output, json, text},
     status::{Wanted, problem_line},
-    text,
 };
 use crate::{
     api::types::{ObjectStatus, ReplicaStatus, Status},

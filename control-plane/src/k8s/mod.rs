@@ -23,9 +23,11 @@ pub mod watch;
 /// # Errors
 /// Neither is there, or it cannot be used.
 pub async fn client() -> anyhow::Result<Client> {
-    let config = kube::Config::infer()
-        .await
-        .context("there is no Kubernetes API to speak to: neither a service account here nor a kubeconfig")?;
+    let config = kube::Config::infer().await.map_err(|error| {
+        // It says twice why there is no kubeconfig, and what this would need to be a pod.
+        let why = std::error::Error::source(&error).map_or_else(|| error.to_string(), ToString::to_string);
+        anyhow::anyhow!("there is no Kubernetes API to speak to: this is no pod, and {why}")
+    })?;
     client_of(config)
 }
 

@@ -299,7 +299,7 @@ pub struct AuthzRule {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, rename_all = "camelCase", deny_unknown_fields)]
 pub struct Source {
-    /// SPIFFE IDs, or patterns of them.
+    /// SPIFFE IDs, or patterns with a star at one end, such as `*/sa/web`.
     #[serde(deserialize_with = "nullable")]
     pub identities: Vec<TextPattern>,
     /// Namespaces of the caller's identity.
@@ -326,10 +326,10 @@ pub struct Operation {
     /// Methods.
     #[serde(deserialize_with = "nullable")]
     pub methods: Vec<MethodName>,
-    /// Paths, or patterns of them. For gRPC `/<service>/<method>`.
+    /// Paths, or patterns with a star at one end, such as `/api/*`. For gRPC `/<service>/<method>`.
     #[serde(deserialize_with = "nullable")]
     pub paths: Vec<TextPattern>,
-    /// Hosts, or patterns of them.
+    /// Hosts, or patterns with a star at one end, such as `*.example.org`.
     #[serde(deserialize_with = "nullable")]
     pub hosts: Vec<TextPattern>,
     /// All of these headers.
@@ -347,7 +347,7 @@ pub struct HeaderCondition {
     pub value: TextPattern,
 }
 
-/// See [`MeshConfig`].
+/// The settings of the whole mesh. One object is enough; of several the oldest holds.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, rename_all = "camelCase")]
 pub struct MeshConfigSpec {

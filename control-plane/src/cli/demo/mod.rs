@@ -29,7 +29,7 @@ mod steps;
 mod ui;
 mod users;
 
-use super::{Format, Output, json, output::Tone};
+use super::output::{Format, Output, Tone, json};
 use stage::Stage;
 use steps::{Outcome, STEPS};
 use ui::Ui;
