@@ -11,7 +11,10 @@
 //! fails or the check afterwards does, and it all starts over, a few times.
 //!
 //! **IPv6.** A pod without IPv6 needs no IPv6 rules, and is told so. A pod that *has* a global IPv6 address
-//! but cannot be given rules is an error: half a capture is a way around the mesh.
+//! but cannot be given rules is an error: half a capture is a way around the mesh. One that has link-local addresses
+//! only, as every pod has where the kernel knows IPv6 at all, loses them: a neighbour on the same bridge would reach an
+//! app that listens on `[::]` by them, past the sidecar. Where they cannot be taken away either, that is an error, too;
+//! whoever lives with it says so by `--families ipv4`.
 
 use std::fmt;
 use std::io::{self, Write as _};
@@ -121,6 +124,18 @@ pub enum Error {
         /// What it printed.
         message: String,
     },
+    /// IPv6 can neither be captured nor switched off.
+    #[error(
+        "ipv6: it cannot be captured ({uncaptured}), nor switched off ({reason}): neighbours would reach an app past its \
+         sidecar by a link-local address. Load ip6table_nat or nft_chain_nat on the node, switch IPv6 off there \
+         (net.ipv6.conf.default.disable_ipv6=1), or say --families ipv4 (WEFT_FAMILIES) to live with it"
+    )]
+    SideDoor {
+        /// Why there are no rules.
+        uncaptured: String,
+        /// Why the addresses are still there.
+        reason: String,
+    },
     /// Somebody else kept writing the same table.
     #[error("{family}: the rules did not stay in place: another program writes the nat table ({backend})")]
     Unstable {
@@ -138,13 +153,35 @@ pub fn install(config: &Config, only: Option<Backend>) -> Result<Vec<Report>, Er
             return Ok(unavailable(family, reason));
         }
         match install_family(&Ruleset::new(config, family), family, only) {
-            Err(error) if family == Family::Ipv6 && !has_global_ipv6() => Ok(unavailable(
-                family,
-                format!("the pod has no global IPv6 address, and {}", one_line(&error.to_string())),
-            )),
+            Err(error) if family == Family::Ipv6 && !has_global_ipv6() => without_ipv6(&error),
             result => result,
         }
     })
+}
+
+/// Leaves a pod that nobody calls by IPv6 without it, since it cannot be captured: only loopback keeps it.
+fn without_ipv6(uncaptured: &Error) -> Result<Report, Error> {
+    let uncaptured = one_line(&uncaptured.to_string());
+    let open = |reason: String| Error::SideDoor { uncaptured: uncaptured.clone(), reason };
+    let interfaces = std::fs::read_dir(IPV6_CONF).map_err(|error| open(format!("{IPV6_CONF}: {error}")))?;
+    for interface in interfaces.flatten() {
+        // `default` is for interfaces that come later; `all` would take loopback's, too.
+        if ["all", "lo"].iter().any(|name| interface.file_name() == *name) {
+            continue;
+        }
+        let off = interface.path().join("disable_ipv6");
+        if std::fs::read_to_string(&off).is_ok_and(|said| said.trim() == "1") {
+            continue;
+        }
+        std::fs::write(&off, "1").map_err(|error| open(format!("{}: {error}", off.display())))?;
+    }
+    // address, index, prefix length, scope, flags, name
+    let left = std::fs::read_to_string(IF_INET6).unwrap_or_default();
+    if let Some(left) = left.lines().find(|line| !line.ends_with(" lo")) {
+        return Err(open(format!("{} is still there", one_line(left))));
+    }
+    let reason = format!("the pod has no global IPv6 address, {uncaptured}: switched off but for loopback");
+    Ok(unavailable(Family::Ipv6, reason))
 }
 
 /// Removes what is ours and nothing else, from every backend (or the one named).
@@ -381,6 +418,9 @@ fn one_line(text: &str) -> String {
 
 /// `self` would be the process's first thread, which may be in another network namespace.
 const IF_INET6: &str = "/proc/thread-self/net/if_inet6";
+
+/// Settings by interface, of whoever looks.
+const IPV6_CONF: &str = "/proc/sys/net/ipv6/conf";
 
 /// Somebody else writing the same table at the same time is rare; doing so five times in a row is a fault.
 const ATTEMPTS: u32 = 5;

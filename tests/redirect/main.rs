@@ -7,6 +7,7 @@
 
 use std::io::{self, BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6, TcpStream};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -682,6 +683,58 @@ fn without_ipv6_the_rest_is_captured() -> Result<()> {
     Ok(())
 }
 
+/// A pod of an IPv4-only cluster whose kernel captures no IPv6: its link-local address is no side door.
+#[test]
+fn ipv6_that_cannot_be_captured_is_switched_off_or_the_pod_does_not_start() -> Result<()> {
+    const TEST: &str = "ipv6_that_cannot_be_captured_is_switched_off_or_the_pod_does_not_start";
+    let Some(world) = world_or_skip(TEST) else { return Ok(()) };
+    if !world.has_ipv6() {
+        let _ = writeln!(io::stderr(), "{TEST}: SKIPPED: this kernel has no IPv6");
+        return Ok(());
+    }
+    let neighbour = world.pod("neighbour")?;
+    let pod = world.pod("a")?;
+    let flushed =
+        pod.command("ip").args(["-6", "addr", "flush", "dev", "eth0", "scope", "global"]).status()?;
+    ensure!(flushed.success(), "taking the global address away");
+    let _app = Answering::start(&pod, APP, PORT, "app")?;
+    let through = link_local(&neighbour)?;
+    let door = SocketAddr::V6(SocketAddrV6::new(link_local(&pod)?.0, PORT, 0, through.1));
+    assert_eq!(dial(&neighbour, APP, None, door)?, format!("app from {}", through.0));
+
+    // No ip6tables is to be found, and settings can only be read, as in an init container.
+    let tools = std::env::temp_dir().join(format!("weft-ipv4-tools-{}", std::process::id()));
+    let _ = std::fs::remove_dir_all(&tools);
+    std::fs::create_dir_all(&tools)?;
+    for name in ["iptables-nft", "iptables-legacy", "iptables"] {
+        for verb in ["save", "restore"] {
+            let tool = format!("{name}-{verb}");
+            let found = ["/usr/sbin", "/sbin", "/usr/local/sbin"].map(|folder| Path::new(folder).join(&tool));
+            if let Some(found) = found.iter().find(|path| path.exists()) {
+                std::os::unix::fs::symlink(found, tools.join(&tool))?;
+            }
+        }
+    }
+    let run = |before: &str, args: &str| -> Result<(bool, String)> {
+        let script =
+            format!("{before} PATH={} exec {} {args}", tools.display(), program("weft-iptables")?.display());
+        let output = pod.command("unshare").args(["--mount", "sh", "-c", &script]).output()?;
+        Ok((output.status.success(), String::from_utf8_lossy(&output.stderr).into_owned()))
+    };
+    let read_only = "mount --bind /proc/sys /proc/sys && mount -o remount,ro,bind /proc/sys &&";
+    let (done, said) = run(read_only, "")?;
+    assert!(!done && said.contains("link-local address") && said.contains("WEFT_FAMILIES"), "{said}");
+    let (done, said) = run(read_only, "--families ipv4")?;
+    assert!(done, "whoever says so lives with it: {said}");
+    let (done, said) = run("", "")?;
+    assert!(done, "{said}");
+    assert!(dial(&neighbour, APP, None, door).is_err(), "past the sidecar");
+    let addresses = pod.enter(|| std::fs::read_to_string("/proc/thread-self/net/if_inet6"))??;
+    assert!(addresses.lines().all(|line| line.ends_with(" lo")), "loopback keeps it: {addresses}");
+    std::fs::remove_dir_all(&tools)?;
+    Ok(())
+}
+
 /// The ground that all of this stands on: a world leaves nothing, and a pod is not the host.
 #[test]
 fn a_world_leaves_nothing_behind() -> Result<()> {
@@ -750,7 +803,7 @@ fn a_killed_maker_leaves_nothing_behind() -> Result<()> {
     let mut ns = String::new();
     BufReader::new(maker.stderr.take().context("its pipe")?).read_line(&mut ns)?;
     let ns = ns.trim().to_owned();
-    let made = std::path::Path::new("/run/netns").join(&ns);
+    let made = Path::new("/run/netns").join(&ns);
     ensure!(ns.starts_with("weft-test-") && made.exists(), "made {ns:?}");
     maker.kill()?;
     maker.wait()?;

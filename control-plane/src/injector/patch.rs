@@ -301,7 +301,9 @@ fn env(settings: impl IntoIterator<Item = (&'static str, String)>) -> Vec<Value>
 /// The init container that captures.
 fn capture(asks: &Annotations, values: &Values) -> Value {
     let inbound = ("WEFT_EXCLUDE_INBOUND_PORTS", asks.skip_inbound_ports.clone().unwrap_or_default());
-    let env = env([inbound].into_iter().chain(skipped_outbound(asks, values)));
+    let families = values.env.iter().find(|setting| setting.name == FAMILIES);
+    let families = (FAMILIES, families.map(|setting| setting.value.clone()).unwrap_or_default());
+    let env = env([inbound, families].into_iter().chain(skipped_outbound(asks, values)));
     let mut container = json!({
         "name": INIT,
         "image": values.init_image,
@@ -557,6 +559,8 @@ fn pointer(path: &str) -> PointerBuf {
     PointerBuf::parse(path).unwrap_or_default()
 }
 
+/// Which addresses are captured: said to every sidecar, and asked by what captures for it.
+const FAMILIES: &str = "WEFT_FAMILIES";
 const INIT_CONTAINERS: &str = "spec.initContainers";
 /// The init container that captures.
 pub const INIT: &str = "weft-init";

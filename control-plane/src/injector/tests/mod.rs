@@ -126,6 +126,14 @@ fn what_installation_and_pod_both_skip_is_skipped_once_and_the_check_knows_of_it
 }
 
 #[test]
+fn an_installation_that_lives_without_ipv6_says_so_to_what_captures() {
+    let families = Setting { name: "WEFT_FAMILIES".to_owned(), value: "ipv4".to_owned() };
+    let pod = injected(&plain(), &Values { env: vec![families], ..Values::default() });
+    let capture = &pod["spec"]["initContainers"][0];
+    assert_eq!(capture["env"], json!([{ "name": "WEFT_FAMILIES", "value": "ipv4" }]), "{capture}");
+}
+
+#[test]
 fn what_another_webhook_adds_later_is_held_to_the_same() {
     let mut pod = injected(&plain(), &Values::default());
     let late = |container: Value| {
