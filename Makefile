@@ -116,7 +116,7 @@ mutants: ## Changes identity and authorization piece by piece: each change must 
 	status=0
 	env -u CARGO_TARGET_DIR $(CARGO) mutants --package weft-core \
 	  --file proxy/core/src/identity.rs --file proxy/core/src/authz.rs --file 'proxy/core/src/authz/*' --file proxy/core/src/path.rs \
-	  --minimum-test-timeout 60 --output target --colors never -- --lib -- identity authz path || status=$$?
+	  --jobs 2 --minimum-test-timeout 60 --output target --colors never -- --lib -- identity authz path || status=$$?
 	of() { wc -l < target/mutants.out/$$1.txt; }
 	echo "figure: mutants of identity and authorization: $$(of missed) survived of $$(( $$(of missed) + $$(of caught) + $$(of timeout) )) (bound 0)"
 	exit $$status

@@ -207,6 +207,12 @@ mod tests {
         assert!(readings(&deep(4)).is_none() && readings(&deep(30_000)).is_none());
     }
 
+    #[test]
+    fn a_name_is_compared_as_it_decodes() {
+        assert!(decodes_to("%61+b%", b"a+b%") && decodes_to("", b""));
+        assert!(!decodes_to("%61b", b"%61b") && !decodes_to("ab", b"a") && !decodes_to("a", b"ab"));
+    }
+
     proptest! {
         #[test]
         fn any_path_is_handled(path in any::<String>()) {
