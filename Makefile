@@ -119,6 +119,8 @@ mutants: ## Changes identity and authorization piece by piece: each change must 
 	  --jobs 2 --minimum-test-timeout 60 --output target --colors never -- --lib -- identity authz path || status=$$?
 	of() { wc -l < target/mutants.out/$$1.txt; }
 	echo "figure: mutants of identity and authorization: $$(of missed) survived of $$(( $$(of missed) + $$(of caught) + $$(of timeout) )) (bound 0)"
+	# 3: none survived, and some were noticed by the time they took.
+	[ $$status != 3 ] || exit 0
 	exit $$status
 
 # Programs in images are static. dev is quick to build and slow to run; what is published is release.
