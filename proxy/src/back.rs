@@ -22,7 +22,7 @@ use weft_core::{
     framing::{Framing, HeadLimits, Side, To, Why},
 };
 
-use crate::clock::now;
+use crate::{clock::now, tcp::write_to_inner};
 
 /// An HTTP/2 connection to a server, without the frames that mean nothing, and ended when too many bring nothing forward.
 pub(crate) struct Sifted<S> {
@@ -34,6 +34,10 @@ pub(crate) struct Sifted<S> {
 impl<S> Sifted<S> {
     pub(crate) fn new(inner: S) -> Self {
         Self { inner, frames: Frames::of_server(), calm: Calm::default() }
+    }
+
+    fn said(&mut self, bytes: usize) {
+        self.calm.said(bytes);
     }
 }
 
@@ -64,42 +68,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Sifted<S> {
     }
 }
 
-impl<S> Sifted<S> {
-    fn wrote(&mut self, polled: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
-        if let Poll::Ready(Ok(n)) = &polled {
-            self.calm.said(*n);
-        }
-        polled
-    }
-}
-
-impl<S: AsyncWrite + Unpin> AsyncWrite for Sifted<S> {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        let polled = Pin::new(&mut self.inner).poll_write(cx, buf);
-        self.wrote(polled)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bufs: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        let polled = Pin::new(&mut self.inner).poll_write_vectored(cx, bufs);
-        self.wrote(polled)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.inner.is_write_vectored()
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.inner).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.inner).poll_shutdown(cx)
-    }
-}
+write_to_inner!(Sifted, told said);
 
 /// A connection to an app, or to a server outside the mesh, whose answers are followed.
 pub(crate) struct Back<S> {

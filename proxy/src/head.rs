@@ -12,7 +12,10 @@ use http::{
 };
 use http_body::Body;
 use hyper::{body::Incoming, ext::Protocol};
-use weft_core::{framing::Why, route::RequestHead};
+use weft_core::{
+    framing::{Why, is_read_as, respelt},
+    route::RequestHead,
+};
 
 use crate::{error::Error, expect::WEFT_EXPECT, peer::Peer};
 
@@ -41,23 +44,7 @@ const HTTP2_SETTINGS: HeaderName = HeaderName::from_static("http2-settings");
 fn is_private(name: &str) -> bool {
     match name.as_bytes() {
         [b'w', b'e', b'f', b't', next, ..] => !next.is_ascii_alphanumeric(),
-        [b'x', ..] => is_read_as(name, X_FORWARDED_FOR.as_str()) && name != X_FORWARDED_FOR.as_str(),
-        _ => false,
-    }
-}
-
-/// Whether some app takes the one lower-case name for the other.
-fn is_read_as(name: &str, known: &str) -> bool {
-    let letter = |byte: u8| if byte.is_ascii_alphanumeric() { byte } else { b'-' };
-    name.len() == known.len() && name.bytes().zip(known.bytes()).all(|(a, b)| letter(a) == b)
-}
-
-/// A length in a spelling that HTTP libraries do not read, and gateways to programs do: a message with two. HTTP/1 refuses
-/// it before it is read.
-fn is_second_length(name: &str) -> bool {
-    match name.as_bytes().first() {
-        Some(b'c') => is_read_as(name, "content-length") && name != "content-length",
-        Some(b't') => is_read_as(name, "transfer-encoding") && name != "transfer-encoding",
+        [b'x', ..] => is_read_as(name.as_bytes(), b"x-forwarded-for") && name != "x-forwarded-for",
         _ => false,
     }
 }
@@ -127,7 +114,7 @@ impl Outgoing {
         }
         if parts.version == Version::HTTP_2
             && (parts.headers.get_all(header::CONTENT_LENGTH).iter().nth(1).is_some()
-                || parts.headers.keys().any(|name| is_second_length(name.as_str())))
+                || parts.headers.keys().any(|name| respelt(name.as_ref()).is_some()))
         {
             // The library compares the body with the first of them only; HTTP/1 was followed before it was read.
             return Err(Error::Malformed(Why::ContentLength));
@@ -173,9 +160,7 @@ impl Outgoing {
     /// Says whom its app is to be told of, and takes away what others say of that: Envoy's header, which no sidecar writes
     /// and an app may believe.
     pub(crate) fn comes_from(&mut self, from: Provenance) {
-        let claims = |name: &HeaderName| {
-            name.as_str().starts_with('x') && is_read_as(name.as_str(), "x-forwarded-client-cert")
-        };
+        let claims = |name: &HeaderName| is_read_as(name.as_ref(), b"x-forwarded-client-cert");
         remove_those(&mut self.headers, claims);
         self.from = Some(from);
     }
@@ -712,17 +697,6 @@ mod tests {
             assert!(!is_protocol(bad.as_bytes()), "{bad}");
         }
         assert!(!is_protocol(b"h2c\xa0") && !is_protocol(b"\xa0h2c"), "spaces to Python");
-    }
-
-    #[test]
-    fn a_length_in_another_spelling_is_one_too_many() {
-        for bad in ["content_length", "content.length", "transfer_encoding"] {
-            assert!(is_second_length(bad), "{bad}");
-        }
-        for good in ["content-length", "transfer-encoding", "content-type", "content_lengths", "traceparent"]
-        {
-            assert!(!is_second_length(good), "{good}");
-        }
     }
 
     #[test]

@@ -92,16 +92,20 @@ impl<S: AsyncRead + Unpin> AsyncRead for Prefixed<S> {
     }
 }
 
-/// What is written to a wrapper of a stream goes to the stream as it is.
+/// What is written to a wrapper of a stream goes to the stream as it is; the wrapper may be told how many bytes were taken.
 macro_rules! write_to_inner {
-    ($wrapper:ident) => {
+    ($wrapper:ident $(, told $wrote:ident)?) => {
         impl<S: AsyncWrite + Unpin> AsyncWrite for $wrapper<S> {
             fn poll_write(
                 mut self: Pin<&mut Self>,
                 cx: &mut Context<'_>,
                 buf: &[u8],
             ) -> Poll<io::Result<usize>> {
-                Pin::new(&mut self.inner).poll_write(cx, buf)
+                let polled = Pin::new(&mut self.inner).poll_write(cx, buf);
+                $(if let Poll::Ready(Ok(n)) = polled {
+                    self.$wrote(n);
+                })?
+                polled
             }
 
             fn poll_write_vectored(
@@ -109,7 +113,11 @@ macro_rules! write_to_inner {
                 cx: &mut Context<'_>,
                 bufs: &[io::IoSlice<'_>],
             ) -> Poll<io::Result<usize>> {
-                Pin::new(&mut self.inner).poll_write_vectored(cx, bufs)
+                let polled = Pin::new(&mut self.inner).poll_write_vectored(cx, bufs);
+                $(if let Poll::Ready(Ok(n)) = polled {
+                    self.$wrote(n);
+                })?
+                polled
             }
 
             fn is_write_vectored(&self) -> bool {

@@ -45,15 +45,13 @@ enum Step {
 
 impl Step {
     fn path(self, force: bool) -> String {
-        let query = match self {
-            Self::Leaves => "",
-            Self::Add => "?root=add",
-            Self::Activate if force => "?root=activate&force=true",
-            Self::Activate => "?root=activate",
-            Self::Retire if force => "?root=retire&force=true",
-            Self::Retire => "?root=retire",
+        let root = match self {
+            Self::Leaves => return "/api/v1/certs/rotate".to_owned(),
+            Self::Add => "add",
+            Self::Activate => "activate",
+            Self::Retire => "retire",
         };
-        format!("/api/v1/certs/rotate{query}")
+        format!("/api/v1/certs/rotate?root={root}{}", if force { "&force=true" } else { "" })
     }
 }
 

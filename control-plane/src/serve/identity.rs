@@ -15,6 +15,7 @@
 
 use std::{
     collections::HashMap,
+    hash::Hash,
     net::IpAddr,
     sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::Ordering},
     time::{Duration, SystemTime},
@@ -49,59 +50,62 @@ pub struct Certify {
 #[derive(Debug)]
 struct Limits {
     all: Bucket,
-    by_identity: HashMap<SpiffeId, Bucket>,
-    by_pod: HashMap<PodUid, Bucket>,
+    by_identity: Buckets<SpiffeId>,
+    by_pod: Buckets<PodUid>,
     /// Questions about tokens.
-    by_address: HashMap<IpAddr, Bucket>,
+    by_address: Buckets<IpAddr>,
     /// Lines about refusals.
-    lines: HashMap<IpAddr, Bucket>,
+    lines: Buckets<IpAddr>,
+}
+
+/// A bucket each, made when it is first taken from. When there are many, those that are full again are forgotten.
+#[derive(Debug)]
+struct Buckets<K> {
+    rate: f64,
+    burst: f64,
+    by: HashMap<K, Bucket>,
+}
+
+impl<K: Eq + Hash> Buckets<K> {
+    fn new(rate: f64, burst: f64) -> Self {
+        Self { rate, burst, by: HashMap::new() }
+    }
+
+    /// As [`Bucket::take`].
+    fn take(&mut self, of: K, now: Instant) -> Option<Duration> {
+        if self.by.len() >= MAX_PODS {
+            self.by.retain(|_, bucket| !bucket.is_full(now));
+        }
+        self.by.entry(of).or_insert_with(|| Bucket::new(self.rate, self.burst)).take(now)
+    }
 }
 
 impl Limits {
     fn new() -> Self {
         Self {
             all: Bucket::new(RATE, RATE),
-            by_identity: HashMap::new(),
-            by_pod: HashMap::new(),
-            by_address: HashMap::new(),
-            lines: HashMap::new(),
+            by_identity: Buckets::new(IDENTITY_RATE, IDENTITY_RATE),
+            by_pod: Buckets::new(POD_RATE, POD_BURST),
+            by_address: Buckets::new(ADDRESS_RATE, ADDRESS_BURST),
+            lines: Buckets::new(LINES_RATE, LINES_BURST),
         }
     }
 
     /// Whether one more refusal of that address is told.
     fn tells(&mut self, from: Option<IpAddr>, now: Instant) -> bool {
-        let Some(from) = from else { return true };
-        if self.lines.len() >= MAX_PODS {
-            self.lines.retain(|_, bucket| !bucket.is_full(now));
-        }
-        let bucket = || Bucket::new(LINES_RATE, LINES_BURST);
-        self.lines.entry(from.to_canonical()).or_insert_with(bucket).take(now).is_none()
+        from.is_none_or(|from| self.lines.take(from.to_canonical(), now).is_none())
     }
 
     /// `Some`: no token of that address is judged before so long.
     fn ask(&mut self, from: IpAddr, now: Instant) -> Option<Duration> {
-        if self.by_address.len() >= MAX_PODS {
-            self.by_address.retain(|_, bucket| !bucket.is_full(now));
-        }
-        let bucket = || Bucket::new(ADDRESS_RATE, ADDRESS_BURST);
-        self.by_address.entry(from.to_canonical()).or_insert_with(bucket).take(now)
+        self.by_address.take(from.to_canonical(), now)
     }
 
     /// `Some`: not before so long. Whoever is refused by a narrower bound takes nothing from a wider one.
     fn take(&mut self, identity: &SpiffeId, uid: &PodUid, now: Instant) -> Option<Duration> {
-        if self.by_pod.len() >= MAX_PODS {
-            self.by_pod.retain(|_, bucket| !bucket.is_full(now));
-        }
-        if self.by_identity.len() >= MAX_PODS {
-            self.by_identity.retain(|_, bucket| !bucket.is_full(now));
-        }
-        let pod = || Bucket::new(POD_RATE, POD_BURST);
-        let identity_bucket = || Bucket::new(IDENTITY_RATE, IDENTITY_RATE);
         self.by_pod
-            .entry(uid.clone())
-            .or_insert_with(pod)
-            .take(now)
-            .or_else(|| self.by_identity.entry(identity.clone()).or_insert_with(identity_bucket).take(now))
+            .take(uid.clone(), now)
+            .or_else(|| self.by_identity.take(identity.clone(), now))
             .or_else(|| self.all.take(now))
     }
 }

@@ -788,8 +788,7 @@ enum Known {
     Upgrade,
     Length,
     Coding,
-    /// One of the two with `_` or another sign for `-`. Gateways to programs (CGI, WSGI) make one name of both and HTTP
-    /// libraries do not: a request that has it may have two lengths, of which only one can be authorized.
+    /// One of the two as [`respelt`] finds it: a request may have two lengths, of which only one can be authorized.
     Respelt(Why),
 }
 
@@ -816,18 +815,28 @@ impl Token<'_> {
             4 if bytes.eq_ignore_ascii_case(b"host") => Some(Known::Host),
             7 if bytes.eq_ignore_ascii_case(b"upgrade") => Some(Known::Upgrade),
             14 if bytes.eq_ignore_ascii_case(b"content-length") => Some(Known::Length),
-            14 if is_read_as(bytes, b"content-length") => Some(Known::Respelt(Why::ContentLength)),
             17 if bytes.eq_ignore_ascii_case(b"transfer-encoding") => Some(Known::Coding),
-            17 if is_read_as(bytes, b"transfer-encoding") => Some(Known::Respelt(Why::TransferEncoding)),
+            14 | 17 => respelt(bytes).map(Known::Respelt),
             _ => None,
         }
     }
 }
 
-/// Equal, whatever is no letter or digit taken for `-`: names of one length.
-fn is_read_as(name: &[u8], known: &[u8]) -> bool {
+/// What is wrong with a field of this name: it says how long a message is to gateways to programs (CGI, WSGI), and is none
+/// of that to HTTP libraries.
+pub fn respelt(name: &[u8]) -> Option<Why> {
+    let is = |known: &[u8]| is_read_as(name, known) && !name.eq_ignore_ascii_case(known);
+    if is(b"content-length") {
+        Some(Why::ContentLength)
+    } else {
+        is(b"transfer-encoding").then_some(Why::TransferEncoding)
+    }
+}
+
+/// Whether some app takes the one name for the other, which is in lower case: whatever is no letter or digit may be `-`.
+pub fn is_read_as(name: &[u8], known: &[u8]) -> bool {
     let letter = |b: u8| if b.is_ascii_alphanumeric() { b.to_ascii_lowercase() } else { b'-' };
-    name.iter().zip(known).all(|(&a, &b)| letter(a) == b)
+    name.len() == known.len() && name.iter().zip(known).all(|(&a, &b)| letter(a) == b)
 }
 
 fn expect(holds: bool, why: Why) -> Result<(), Why> {
@@ -1102,6 +1111,17 @@ mod tests {
         assert_eq!(why(responses(To::Any), &"HTTP/1.1 102 x\r\n\r\n".repeat(65)), Some(Why::Informational));
         assert_eq!(why(responses(To::Any), "HTTP/1.1 0200 OK\r\n"), Some(Why::StartLine));
         assert_eq!(why(responses(To::Any), "HTTP/1.1 200 OK\n"), Some(Why::LineEnding));
+    }
+
+    #[test]
+    fn a_length_in_another_spelling_is_one_too_many() {
+        for bad in ["content_length", "content.length", "transfer_encoding"] {
+            assert!(respelt(bad.as_bytes()).is_some(), "{bad}");
+        }
+        for good in ["content-length", "transfer-encoding", "content-type", "content_lengths", "traceparent"]
+        {
+            assert!(respelt(good.as_bytes()).is_none(), "{good}");
+        }
     }
 
     /// A well-formed request and the length of its body's framing.
