@@ -123,13 +123,14 @@ mutants: ## Changes identity and authorization piece by piece: each change must 
 	[ $$status != 3 ] || exit 0
 	exit $$status
 
-# Programs in images are static. dev is quick to build and slow to run; what is published is release.
+# Programs in images are static and stripped. dev is quick to build and slow to run; what is published is release.
 IMAGES := target/images
+IMAGED := weft-proxy weft-controller weft weft-iptables weft-echo weft-testapp
 .PHONY: images
 images: deps-cluster ## Images from scratch of the static programs, in target/images (PROFILE=release for real ones)
-	@RUSTC_WORKSPACE_WRAPPER=$(CURDIR)/tests/cluster/static.sh $(CARGO) build --locked --quiet --profile $(PROFILE) --workspace --bins
+	@RUSTC_WORKSPACE_WRAPPER=$(CURDIR)/tests/cluster/static.sh $(CARGO) build --locked --quiet --profile $(PROFILE) --workspace $(IMAGED:%=--bin %) --bin weft-cluster
 	mkdir -p $(IMAGES)/programs
-	for program in weft-proxy weft-controller weft weft-iptables weft-echo weft-testapp; do
+	for program in $(IMAGED); do
 	  strip -o $(IMAGES)/programs/$$program $(BUILT)/$(PROFILE:dev=debug)/$$program
 	done
 	$(BUILT)/$(PROFILE:dev=debug)/weft-cluster images --programs $(IMAGES)/programs --of bed
@@ -188,21 +189,19 @@ sbom: ## What each program is made of: CycloneDX in target/sbom
 	done
 
 .PHONY: repro
-repro: ## Builds the sidecar twice, in two folders, and compares (10 minutes)
-	@cargo_home=$${CARGO_HOME:-$$HOME/.cargo} sysroot=$$(rustc --print sysroot) sums=
-	# The allocator's C says when it was compiled.
-	export SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct)
-	for folder in target/repro/one target/repro/another/place; do
+repro: ## Builds the images twice, in two folders, and compares (half an hour)
+	@sums= folders="target/repro/one target/repro/another/place"
+	for folder in $$folders; do
 	  rm -rf $$folder
 	  mkdir -p $$folder
 	  git ls-files -z | tar --null --files-from=- -c | tar -x -C $$folder
-	  here=$$PWD/$$folder
-	  map="--remap-path-prefix=$$here=/weft --remap-path-prefix=$$cargo_home=/cargo --remap-path-prefix=$$sysroot=/rust"
-	  CARGO_TARGET_DIR=$$here/target RUSTFLAGS="$$map" CFLAGS="-ffile-prefix-map=$$here=/weft" \
-	    $(CARGO) build --locked --quiet --release --manifest-path $$here/Cargo.toml -p weft-proxy
-	  sum=$$(sha256sum < $$here/target/release/weft-proxy)
-	  echo "figure: sha256 of weft-proxy built in $$folder: $${sum%% *}"
-	  sums="$$sums$$sum"$$'\n'
+	done
+	for folder in $$folders; do
+	  env -u CARGO_TARGET_DIR $(MAKE) --no-print-directory -C $$folder images PROFILE=release
+	  sum=$$(cd $$folder/target/images && sha256sum programs/* *.tar | sort -k 2)
+	  echo "$$sum" | sed "s|^|figure: sha256 of what $$folder built: |"
+	  sums="$$sums$$(echo "$$sum" | sha256sum)"$$'\n'
+	  rm -rf $$folder
 	done
 	[ "$$(printf %s "$$sums" | sort -u | wc -l)" = 1 ] || { echo "the two differ" >&2; exit 1; }
 

@@ -10,7 +10,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 /// What may lie at the top: everything else has a place further down.
-const TOP: [&str; 16] = [
+const TOP: [&str; 17] = [
+    ".cargo",
     ".ci",
     ".gitignore",
     "Cargo.lock",
