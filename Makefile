@@ -50,13 +50,13 @@ test: deps-test ## Every gate, cheapest first; redirect tests need root
 	$(CARGO) test --locked -p weft-tests $(addprefix --test ,$(ROOT_TARGETS))
 
 .PHONY: bench
-bench: deps-bench ## Weft against nothing, a bare relay and Envoy, in one run (needs root; ARGS=--quick)
-	@$(CARGO) build --locked --release -p weft-proxy -p weft-control-plane -p weft-tests --bin weft-proxy --bin weft-controller --bin weft-bench --bin relay
+bench: deps-bench ## Weft against nothing, a bare relay, Envoy, HAProxy and nginx, in one run (root; 15 minutes; ARGS=--quick: 2)
+	@$(CARGO) build --locked --release -p weft-proxy -p weft-control-plane -p weft-tests --bin weft-proxy --bin weft-controller --bin weft --bin weft-bench --bin relay
 	exec $(BUILT)/release/weft-bench $(ARGS)
 
 .PHONY: instructions
-instructions: deps-bench ## Instructions per request of each sidecar, by valgrind; needs no quiet machine (root; ARGS="--against OTHER-WEFT-PROXY")
-	@$(CARGO) build --locked --release -p weft-proxy -p weft-control-plane -p weft-tests --bin weft-proxy --bin weft-controller --bin weft-bench
+instructions: deps-bench ## Instructions per request of each sidecar, by valgrind; needs no quiet machine (root; ARGS="--rules 10,100" or "--against OTHER-WEFT-PROXY")
+	@$(CARGO) build --locked --release -p weft-proxy -p weft-control-plane -p weft-tests --bin weft-proxy --bin weft-controller --bin weft --bin weft-bench
 	exec $(BUILT)/release/weft-bench instructions $(ARGS)
 
 # What is judged by what it loses and not by how fast it is: these run three at a time.

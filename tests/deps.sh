@@ -20,7 +20,7 @@ load="nginx=nginx-light wrk=wrk h2load=nghttp2-client iperf3=iperf3"
 case "$target" in
   demo) programs="$base $database" requirements="" ;;
   test) programs="$base $database $remote $load curl=curl strace=strace tcpdump=tcpdump nc=netcat-openbsd openssl=openssl apache2=apache2-bin haproxy=haproxy node=nodejs" requirements=tests/requirements.txt ;;
-  bench) programs="$base $load valgrind=valgrind" requirements=tests/bench/requirements.txt ;;
+  bench) programs="$base $load valgrind=valgrind haproxy=haproxy /usr/lib/nginx/modules/ngx_stream_module.so=libnginx-mod-stream" requirements=tests/bench/requirements.txt ;;
   cluster) programs="$base containerd=containerd runc=runc strip=binutils tcpdump=tcpdump /usr/lib/cni/ptp=containernetworking-plugins" requirements="" ;;
   *) echo "usage: $0 demo|test|bench|cluster" >&2; exit 2 ;;
 esac
@@ -28,7 +28,8 @@ esac
 missing() {
   local pair
   for pair in $programs; do
-    command -v "${pair%%=*}" >/dev/null 2>&1 || echo "${pair#*=}"
+    # A module is no command.
+    [ -f "${pair%%=*}" ] || command -v "${pair%%=*}" >/dev/null 2>&1 || echo "${pair#*=}"
   done | sort -u
   # The traditional nc cannot half-close.
   case " $programs " in

@@ -41,6 +41,10 @@ pub(crate) struct Instructions {
     /// Requests of the shorter run of each load; the longer one has three times as many.
     #[arg(long, default_value_t = 2_000, value_parser = clap::value_parser!(u64).range(100..))]
     requests: u64,
+    /// Counts again with so many route rules and as many authorization rules, none of which match: `10,100`. More than
+    /// 1.05 times as many as without is an error.
+    #[arg(long, value_delimiter = ',')]
+    rules: Vec<usize>,
     /// Functions to name, by what they execute themselves.
     #[arg(long, default_value_t = 15)]
     functions: usize,
@@ -132,6 +136,9 @@ struct Report {
     /// Of the pair, for each load.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     ratios: Vec<f64>,
+    /// Held against so many route rules and authorization rules that do not match.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    with_rules: Vec<(usize, Count)>,
 }
 
 impl Instructions {
@@ -142,23 +149,29 @@ impl Instructions {
         }
         let own = self.proxy.clone().unwrap_or_else(|| programs.join("weft-proxy"));
         let world = World::new(&[Peer::Weft], out, programs, None)?;
-        let now = self.count(&world, &own).await?;
+        let now = self.count(&world, &own, 0).await?;
         let against = match &self.against {
-            Some(other) => Some(self.count(&world, other).await?),
+            Some(other) => Some(self.count(&world, other, 0).await?),
             None => None,
         };
+        let mut with_rules = Vec::new();
+        for &rules in &self.rules {
+            with_rules.push((rules, self.count(&world, &own, rules).await?));
+        }
         let ratios = against.iter().flat_map(|against| now.loads.iter().zip(&against.loads));
         let ratios = ratios.map(|(now, against)| now.pair() / against.pair()).collect();
-        let report = Report { now, against, ratios };
+        let report = Report { now, against, ratios, with_rules };
         match self.output {
             Output::Json => println!("{}", serde_json::to_string_pretty(&report)?),
             Output::Text => print!("{}", report.text(self.functions)),
         }
-        Ok(report.ratios.iter().all(|ratio| *ratio <= BOUND))
+        let within = |(_, ratio): (String, f64)| ratio <= RULES_BOUND;
+        Ok(report.ratios.iter().all(|ratio| *ratio <= BOUND) && report.of_rules().all(within))
     }
 
-    async fn count(&self, world: &World, proxy: &Path) -> Result<Count> {
-        let sidecars = Sidecars { program: proxy.to_owned(), callgrind: true };
+    async fn count(&self, world: &World, proxy: &Path, rules: usize) -> Result<Count> {
+        let program = proxy.to_owned();
+        let sidecars = Sidecars { program, callgrind: true, rules, ..Sidecars::shipped(world) };
         let mut running = weft::start(world, &sidecars).await?;
         world.answers(&mut running, "weft", PATIENCE).await?;
         let mut loads = Vec::new();
@@ -198,6 +211,8 @@ impl Instructions {
 
 /// More than that times as many as before is a step back.
 const BOUND: f64 = 1.03;
+/// What a hundred route rules and a hundred authorization rules may cost.
+const RULES_BOUND: f64 = 1.05;
 /// Programs start fifty times slower under valgrind.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -248,6 +263,18 @@ fn own_costs(text: &str) -> HashMap<String, u64> {
 }
 
 impl Report {
+    /// What rules cost: which, and the ratio to none.
+    fn of_rules(&self) -> impl Iterator<Item = (String, f64)> {
+        self.with_rules.iter().flat_map(|(rules, count)| {
+            count.loads.iter().zip(&self.now.loads).map(move |(with, without)| {
+                (
+                    format!("{}, {rules} route and authorization rules", with.load),
+                    with.pair() / without.pair(),
+                )
+            })
+        })
+    }
+
     fn text(&self, functions: usize) -> String {
         let mut text = String::from("Instructions per request\n");
         for (n, now) in self.now.loads.iter().enumerate() {
@@ -276,6 +303,11 @@ impl Report {
             text += &format!(
                 "figure: instructions of a pair, {}, against before: {ratio:.3} x (bound <= {BOUND} x)\n",
                 load.load
+            );
+        }
+        for (rules, ratio) in self.of_rules() {
+            text += &format!(
+                "figure: instructions of a pair, {rules}, against none: {ratio:.3} x (bound <= {RULES_BOUND} x)\n"
             );
         }
         for load in &self.now.loads {

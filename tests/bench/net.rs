@@ -28,7 +28,26 @@ pub(crate) const SERVICE: Ipv4Addr = Ipv4Addr::new(10, 96, 0, 10);
 /// Where the backend speaks HTTP/1.1 and where HTTP/2.
 pub(crate) const HTTP1_PORT: u16 = 8080;
 pub(crate) const HTTP2_PORT: u16 = 8082;
+/// Where iperf3 listens, and where the backend speaks HTTP/1.1 that no proxy may look at: bytes to them.
+pub(crate) const STREAM_PORT: u16 = 5201;
+pub(crate) const OPAQUE_PORT: u16 = 8084;
+/// The same, with TLS sessions resumed by pairs that do that.
+pub(crate) const RESUMED_PORT: u16 = 8086;
+/// What carries bytes only.
+pub(crate) const TCP_PORTS: [u16; 3] = [STREAM_PORT, OPAQUE_PORT, RESUMED_PORT];
+/// Every port of the service.
+pub(crate) const PORTS: [u16; 5] = [HTTP1_PORT, HTTP2_PORT, STREAM_PORT, OPAQUE_PORT, RESUMED_PORT];
 
+/// Where every service's virtual address is.
+const SERVICES: &str = "10.96.0.0/16";
+/// Of both pods. The last three, because thousands of connections a second use up what a machine remembers of closed
+/// ones: whoever ran last would be measured with fewer ports than whoever ran first.
+const SETTINGS: [(&str, &str); 4] = [
+    ("ipv4/tcp_congestion_control", "reno"),
+    ("ipv4/ip_local_port_range", "20000 65535"),
+    ("ipv4/tcp_tw_reuse", "1"),
+    ("netfilter/nf_conntrack_tcp_timeout_time_wait", "1"),
+];
 /// Connections of this group are not captured.
 const PROXY_GID: u32 = weft_core::ports::PROXY_UID;
 const PREFIX: &str = "weft-bench-";
@@ -38,6 +57,20 @@ const PREFIX: &str = "weft-bench-";
 pub(crate) struct Capture {
     pub(crate) outbound: u16,
     pub(crate) inbound: u16,
+    /// For proxies that do not ask for the original destination: the n-th of `PORTS` goes to the n-th from there.
+    pub(crate) by_port: bool,
+}
+
+impl Capture {
+    fn redirects(&self, chain: &str, to: u16) -> String {
+        if !self.by_port {
+            return format!("-A {chain} -p tcp -j REDIRECT --to-ports {to}\n");
+        }
+        let one = |(port, to): (u16, u16)| {
+            format!("-A {chain} -p tcp --dport {port} -j REDIRECT --to-ports {to}\n")
+        };
+        PORTS.into_iter().zip(to..).map(one).collect()
+    }
 }
 
 /// The two namespaces; gone when dropped, with everything that lives in them.
@@ -60,10 +93,12 @@ impl Network {
             ip(&format!("-n {name} link set lo up"))?;
             ip(&format!("-n {name} link set eth0 up"))?;
             ip(&format!("-n {name} address add {address}/24 dev eth0"))?;
-            let reno = "echo reno > /proc/sys/net/ipv4/tcp_congestion_control";
-            check(namespace.command("sh", Group::App).args(["-c", reno]))?;
+            for (setting, value) in SETTINGS {
+                let set = format!("echo {value} > /proc/sys/net/{setting}");
+                check(namespace.command("sh", Group::App).args(["-c", &set]))?;
+            }
         }
-        ip(&format!("-n {} route add {SERVICE}/32 via {SERVER}", c.name))?;
+        ip(&format!("-n {} route add {SERVICES} via {SERVER}", c.name))?;
         Ok(network)
     }
 
@@ -73,11 +108,10 @@ impl Network {
         if let Some(to) = capture {
             outbound += &format!(
                 "-A OUTPUT -m owner --gid-owner {PROXY_GID} -j RETURN\n\
-                 -A OUTPUT -o lo -j RETURN\n\
-                 -A OUTPUT -p tcp -j REDIRECT --to-ports {}\n",
-                to.outbound
+                 -A OUTPUT -o lo -j RETURN\n{}",
+                to.redirects("OUTPUT", to.outbound)
             );
-            inbound += &format!("-A PREROUTING -p tcp -j REDIRECT --to-ports {}\n", to.inbound);
+            inbound += &to.redirects("PREROUTING", to.inbound);
         }
         self.client.restore(&(outbound + "COMMIT\n"))?;
         self.server.restore(&(inbound + "COMMIT\n"))

@@ -28,7 +28,10 @@ use hyper::{
 use hyper_util::{rt::TokioIo, server::conn::auto};
 use rustls::{ClientConfig, RootCertStore, ServerConfig, server::WebPkiClientVerifier, version::TLS13};
 use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName, pem::PemObject as _};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::{
+    io::copy_bidirectional_with_sizes,
+    net::{TcpListener, TcpStream},
+};
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 
 #[derive(Parser)]
@@ -45,6 +48,9 @@ struct Args {
     /// The app's port that speaks HTTP/2; every other port speaks HTTP/1.1.
     #[arg(long)]
     h2_port: Option<u16>,
+    /// A port that carries bytes only.
+    #[arg(long)]
+    tcp_port: Vec<u16>,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -88,6 +94,9 @@ impl Relay {
         let original = socket2::SockRef::from(&stream).original_dst_v4()?;
         let mut to = original.as_socket().context("the original destination is no IP address")?;
         to.set_ip(self.args.to.unwrap_or(to.ip()));
+        if self.args.tcp_port.contains(&to.port()) {
+            return self.carry(to, stream).await;
+        }
         let (side, relay) = (self.args.side, self.clone());
         let service = service_fn(move |request| relay.clone().forward(to, request));
         let ended = match side {
@@ -99,6 +108,23 @@ impl Relay {
             }
         };
         ended.map_err(|e| anyhow!(e))
+    }
+
+    /// Bytes both ways, until both ends have ended.
+    async fn carry(&self, to: SocketAddr, mut stream: TcpStream) -> Result<()> {
+        let mut onward = TcpStream::connect(to).await?;
+        onward.set_nodelay(true)?;
+        match self.args.side {
+            Side::Client => {
+                let mut onward = self.connect.connect(ServerName::try_from("relay")?, onward).await?;
+                copy_bidirectional_with_sizes(&mut stream, &mut onward, BUFFER, BUFFER).await?;
+            }
+            Side::Server => {
+                let mut stream = self.accept.accept(stream).await?;
+                copy_bidirectional_with_sizes(&mut stream, &mut onward, BUFFER, BUFFER).await?;
+            }
+        }
+        Ok(())
     }
 
     /// One request. A failure ends the caller's stream: there is no error response on the floor.
@@ -157,6 +183,9 @@ impl Relay {
         Ok(sender)
     }
 }
+
+/// Four TLS records.
+const BUFFER: usize = 64 << 10;
 
 fn to_http2(mut request: Request<Incoming>) -> Result<Request<Incoming>> {
     if request.version() != Version::HTTP_2 {

@@ -3,15 +3,18 @@
 //! Why interleaved and restarted: whatever drifts (a neighbour on the host, memory that fills) drifts
 //! for all pairs alike, and no pair's idle process wakes up within another's measurement.
 
-use std::{path::PathBuf, time::Duration};
+use std::{net::Ipv4Addr, path::PathBuf, time::Duration};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use serde::Serialize;
 
 use crate::{
-    load::{Load, Seen},
+    load::{self, Kind, Load, Seen},
+    net::{Group, HTTP1_PORT},
+    objects,
     peers::{Peer, Running, World},
     sample::{Cpu, resident},
+    weft::{self, Sidecars},
 };
 
 /// What to run.
@@ -21,6 +24,8 @@ pub(crate) struct Plan {
     pub(crate) rounds: u32,
     pub(crate) measured: Duration,
     pub(crate) warm_up: Duration,
+    /// Services in the clusters in which the memory of Weft's sidecars is looked at.
+    pub(crate) clusters: Vec<usize>,
     /// The folder of `relay`, `weft-proxy` and `weft-controller`.
     pub(crate) programs: PathBuf,
     pub(crate) envoy: Option<PathBuf>,
@@ -31,9 +36,19 @@ pub(crate) struct Plan {
 #[derive(Default, Serialize)]
 pub(crate) struct Results {
     pub(crate) machine: String,
-    pub(crate) envoy_version: Option<String>,
+    /// Of the peers, as they say themselves.
+    pub(crate) versions: Vec<String>,
     pub(crate) cells: Vec<Cell>,
     pub(crate) memory: Vec<Memory>,
+    pub(crate) clusters: Vec<Cluster>,
+}
+
+/// What Weft's sidecars hold in a cluster of so many services, ten of them in use.
+#[derive(Serialize)]
+pub(crate) struct Cluster {
+    pub(crate) services: usize,
+    pub(crate) client: u64,
+    pub(crate) server: u64,
 }
 
 /// One pair under one load in one round.
@@ -44,6 +59,8 @@ pub(crate) struct Cell {
     pub(crate) load: Load,
     /// CPU µs per request of the client's proxy, then of the server's; empty without proxies.
     pub(crate) cpu_us: Vec<f64>,
+    /// Resident bytes per resting connection, in the same order; empty where none rests.
+    pub(crate) resting: Vec<f64>,
     #[serde(flatten)]
     pub(crate) seen: Seen,
 }
@@ -62,40 +79,71 @@ pub(crate) struct Memory {
 pub(crate) async fn run(plan: &Plan) -> Result<Results> {
     let world = World::new(&plan.pairs, &plan.out, plan.programs.clone(), plan.envoy.clone())?;
     let mut results =
-        Results { machine: machine(), envoy_version: world.envoy_version(), ..Results::default() };
+        Results { machine: machine(), versions: world.versions(&plan.pairs), ..Results::default() };
     for round in 1..=plan.rounds {
         for &pair in &plan.pairs {
-            let mut running = world.start(pair).await?;
-            // Memory of one that has answered a single request and rests.
-            tokio::time::sleep(Duration::from_millis(200)).await;
-            let idle = memory(&running)?;
-            for &load in &plan.loads {
-                let cell = measure(plan, &world, &mut running, round, pair, load).await;
-                let cell = cell.with_context(|| format!("{pair} under {load}"))?;
-                let cpu = cell.cpu_us.iter().fold(0.0, |sum, side| sum + side);
-                let rate = cell.seen.requests as f64 / cell.seen.seconds;
-                eprintln!(
-                    "round {round}/{} {pair:<6} {load:<40} {cpu:>6.1} µs/request {rate:>9.0}/s p99 {:.2} ms, {} errors",
-                    plan.rounds,
-                    cell.seen.p99_us / 1e3,
-                    cell.seen.errors,
-                    load = load.to_string(),
-                );
-                results.cells.push(cell);
-            }
-            let after = memory(&running)?;
-            if let Some(first) = running.first_answer {
-                results.memory.push(Memory {
-                    round,
-                    pair,
-                    idle,
-                    after,
-                    first_answer_ms: first.as_secs_f64() * 1e3,
-                });
-            }
+            one_round(plan, &world, round, pair, &mut results).await?;
         }
     }
+    for &services in &plan.clusters {
+        results.clusters.push(in_cluster(&world, services).await?);
+    }
     Ok(results)
+}
+
+/// One pair under every load that this round has.
+async fn one_round(plan: &Plan, world: &World, round: u32, pair: Peer, results: &mut Results) -> Result<()> {
+    let due = |load: &Load| round <= load.rounds(plan.rounds) && load.cannot(pair).is_none();
+    let mut running = world.start(pair).await?;
+    // Memory of one that has answered a single request and rests.
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    let idle = memory(&running)?;
+    for load in plan.loads.iter().copied().filter(due) {
+        let cell = match load.kind() {
+            Kind::Resting { .. } => continue,
+            Kind::Saturated | Kind::Paced | Kind::Bulk | Kind::Opened => {
+                measure(plan, world, &mut running, round, pair, load).await
+            }
+        };
+        results.add(plan, cell.with_context(|| format!("{pair} under {load}"))?);
+    }
+    let after = memory(&running)?;
+    if let Some(first) = running.first_answer {
+        let first_answer_ms = first.as_secs_f64() * 1e3;
+        results.memory.push(Memory { round, pair, idle, after, first_answer_ms });
+    }
+    drop(running);
+    for load in plan.loads.iter().copied().filter(due) {
+        if let Kind::Resting { connections } = load.kind() {
+            let cell = rest(world, round, pair, load, connections).await;
+            results.add(plan, cell.with_context(|| format!("{pair} under {load}"))?);
+        }
+    }
+    Ok(())
+}
+
+impl Results {
+    fn add(&mut self, plan: &Plan, cell: Cell) {
+        let cpu: f64 = cell.cpu_us.iter().sum();
+        let (round, pair, seen) = (cell.round, cell.pair, &cell.seen);
+        let load = cell.load.to_string();
+        eprint!("round {round}/{} {pair:<7} {load:<48} ", plan.rounds);
+        match cell.load.kind() {
+            Kind::Saturated | Kind::Paced | Kind::Opened => eprintln!(
+                "{cpu:>7.1} µs {:>8.0}/s p99 {:.2} ms, {} errors",
+                seen.requests as f64 / seen.seconds,
+                seen.p99_us / 1e3,
+                seen.errors
+            ),
+            Kind::Bulk => eprintln!(
+                "{:>7.2} CPU-s/GB {:>6.0} MB/s",
+                cpu * seen.requests as f64 / seen.bytes * 1e3,
+                seen.bytes / seen.seconds / 1e6
+            ),
+            Kind::Resting { .. } => eprintln!("{:>7.1?} bytes each", cell.resting),
+        }
+        self.cells.push(cell);
+    }
 }
 
 async fn measure(
@@ -107,9 +155,16 @@ async fn measure(
     load: Load,
 ) -> Result<Cell> {
     let (from, dir) = (&world.network.client, &world.dir);
+    // What is not in every round is not for every second either.
+    let measured = if load.rounds(u32::MAX) == u32::MAX { plan.measured } else { plan.measured.div_f64(2.0) };
     load.run(from, running.host, plan.warm_up, dir).await?;
     let before = cpu(running)?;
-    let seen = load.run(from, running.host, plan.measured, dir).await?;
+    let work = load.run(from, running.host, measured, dir);
+    let seen = if load == Load::Rules {
+        tokio::try_join!(work, change(world, running.host, measured))?.0
+    } else {
+        work.await?
+    };
     let after = cpu(running)?;
     for process in &mut running.proxies {
         process.check(dir)?;
@@ -117,8 +172,57 @@ async fn measure(
     let per_request =
         |(after, before): (&Cpu, &Cpu)| after.since(before).as_secs_f64() * 1e6 / seen.requests as f64;
     let cpu_us = after.iter().zip(&before).map(per_request).collect();
-    Ok(Cell { round, pair, load, cpu_us, seen })
+    Ok(Cell { round, pair, load, cpu_us, resting: vec![], seen })
 }
+
+/// Memory of sidecars whose cluster has so many services, once ten of them have been used.
+async fn in_cluster(world: &World, services: usize) -> Result<Cluster> {
+    let mut running = weft::start(world, &Sidecars { services, ..Sidecars::shipped(world) }).await?;
+    for n in 0..objects::USED.min(services) {
+        running.host = objects::service_address(n);
+        world.answers(&mut running, "weft", Duration::from_secs(30)).await?;
+    }
+    tokio::time::sleep(TO_REST).await;
+    let [client, server] = memory(&running)?[..] else { bail!("a pair has two sides") };
+    eprintln!("{services} services: {} and {} KiB", client / 1024, server / 1024);
+    Ok(Cluster { services, client, server })
+}
+
+/// New rules each second, and proof that the last of them went live.
+async fn change(world: &World, host: Ipv4Addr, time: Duration) -> Result<()> {
+    let mut ticks = tokio::time::interval(Duration::from_secs(1));
+    let generations = (time.as_secs() as u32).max(1);
+    for generation in 1..=generations {
+        ticks.tick().await;
+        weft::change_rules(world, generation)?;
+    }
+    let mut probe = world.network.client.command(std::env::current_exe()?, Group::App);
+    probe.args(["probe", "--to", &format!("{host}:{HTTP1_PORT}"), "--status=302"]);
+    let live = load::output(probe.args(["--path", &weft::changed_path(generations)])).await;
+    live.context("a change of rules did not go live").map(drop)
+}
+
+/// What resting connections add to a pair that has just been started: one that has been at work has memory left over
+/// that they would hide in.
+async fn rest(world: &World, round: u32, pair: Peer, load: Load, connections: usize) -> Result<Cell> {
+    let mut running = world.start(pair).await?;
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    let before = memory(&running)?;
+    let held = load.hold(&world.network.client, running.host, connections).await?;
+    tokio::time::sleep(TO_REST).await;
+    let after = memory(&running)?;
+    for process in &mut running.proxies {
+        process.check(&world.dir)?;
+    }
+    drop(held);
+    let each = |(after, before): (&u64, &u64)| after.saturating_sub(*before) as f64 / connections as f64;
+    let resting = after.iter().zip(&before).map(each).collect();
+    let seen = Seen { requests: connections as u64, ..Seen::default() };
+    Ok(Cell { round, pair, load, cpu_us: vec![], resting, seen })
+}
+
+/// Until a connection that has had its answer counts as idle, for those that give memory back then.
+const TO_REST: Duration = Duration::from_millis(1_500);
 
 /// The processor's name, how many, and the kernel: what absolute figures depend on.
 fn machine() -> String {

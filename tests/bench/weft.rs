@@ -5,25 +5,38 @@
 //! histograms and authorized by identity, as in the smallest mesh that somebody would really run. The
 //! controller runs in the client's pod, uncaptured; its CPU time is not a sidecar's and is not counted.
 
-use std::{fs, path::PathBuf, process::Command};
+use std::{cell::RefCell, fs, path::PathBuf, process::Command};
 
 use anyhow::{Context as _, Result, bail};
 use weft_core::ports;
 
 use crate::{
     load,
-    net::{CLIENT, Capture, Group, HTTP1_PORT, HTTP2_PORT, Namespace, Process, SERVER, SERVICE},
+    net::{CLIENT, Capture, Group, Namespace, Process, SERVER},
+    objects,
     peers::{Running, World},
 };
 
 /// Where sidecars listen.
-const CAPTURE: Capture = Capture { outbound: ports::OUTBOUND, inbound: ports::INBOUND };
+const CAPTURE: Capture = Capture { outbound: ports::OUTBOUND, inbound: ports::INBOUND, by_port: false };
 
-/// Which sidecars, and how.
+/// Which sidecars, how, and in what mesh.
+#[derive(Clone)]
 pub(crate) struct Sidecars {
     pub(crate) program: PathBuf,
     /// Under valgrind, which counts what they execute; then not hardened.
     pub(crate) callgrind: bool,
+    /// Route rules and authorization rules that each request is held against in vain.
+    pub(crate) rules: usize,
+    /// Services in the cluster beside the backend's.
+    pub(crate) services: usize,
+}
+
+impl Sidecars {
+    /// As a user would have them.
+    pub(crate) fn shipped(world: &World) -> Sidecars {
+        Sidecars { program: world.programs.join("weft-proxy"), callgrind: false, rules: 0, services: 0 }
+    }
 }
 
 /// What callgrind writes to, in the run's folder; a number follows.
@@ -47,7 +60,8 @@ pub(crate) async fn start(world: &World, sidecars: &Sidecars) -> Result<Running>
     }
     fs::create_dir_all(&source)?;
     fs::create_dir_all(&state)?;
-    fs::write(source.join("bench.yaml"), objects())?;
+    fs::write(source.join("bench.yaml"), objects::mesh(sidecars.rules))?;
+    objects::write_services(&source, sidecars.services)?;
 
     let (client, server) = (&world.network.client, &world.network.server);
     let mut command = client.command(world.programs.join("weft-controller"), Group::Proxy);
@@ -59,14 +73,45 @@ pub(crate) async fn start(world: &World, sidecars: &Sidecars) -> Result<Running>
         .args(["--listen", "0.0.0.0"]);
     let mut controller = Process::start(command, "weft-controller", &world.dir)?;
     let mut probe = client.command(std::env::current_exe()?, Group::Proxy);
-    probe.args(["probe", "--to", &format!("127.0.0.1:{}", ports::API), "--path", "/ready"]);
+    probe.args([
+        "probe",
+        "--to",
+        &format!("127.0.0.1:{}", ports::API),
+        "--path",
+        "/ready",
+        "--seconds",
+        "60",
+    ]);
     let ready = load::output(&mut probe).await;
     controller.check(&world.dir)?;
     ready.context("the controller did not become ready")?;
 
-    let server = sidecar(world, sidecars, server, "server", &SERVER.to_string())?;
-    let client = sidecar(world, sidecars, client, "client", &CLIENT.to_string())?;
-    Ok(Running { proxies: vec![client, server], others: vec![controller], host: SERVICE, first_answer: None })
+    // Tokens are made before anything starts: a start is timed from the client's.
+    let server = RefCell::new(Some(sidecar(world, sidecars, server, "server", &SERVER.to_string())?));
+    let client = RefCell::new(Some(sidecar(world, sidecars, client, "client", &CLIENT.to_string())?));
+    let mut running = world.pair(|side, _| {
+        let command = if side == "client" { &client } else { &server };
+        Ok((command.take().context("one sidecar a side")?, format!("weft-{side}")))
+    })?;
+    running.others.push(controller);
+    Ok(running)
+}
+
+/// Gives everybody a thousand route rules, none of which was there before, while the pair is at work. What has the path
+/// `changed_path` is redirected from then on.
+pub(crate) fn change_rules(world: &World, generation: u32) -> Result<()> {
+    let source = world.dir.join("weft/source");
+    // Whole or not at all: the controller reads a folder that is being written to.
+    let new = world.dir.join("changing.yaml");
+    fs::write(&new, objects::route_rules("changing", &format!("/changed-{generation}"), CHANGED))?;
+    Ok(fs::rename(new, source.join("changing.yaml"))?)
+}
+
+const CHANGED: usize = 1_000;
+
+/// What tells that a change is live.
+pub(crate) fn changed_path(generation: u32) -> String {
+    format!("/changed-{generation}/moved")
 }
 
 fn sidecar(
@@ -75,9 +120,8 @@ fn sidecar(
     namespace: &Namespace,
     name: &str,
     ip: &str,
-) -> Result<Process> {
+) -> Result<Command> {
     let (uid, dir) = (uid(name), world.dir.join("weft"));
-    let process = format!("weft-{name}");
     let mut command = Command::new(world.programs.join("weft"));
     command.arg("token").arg("--state-dir").arg(dir.join("state"));
     command.args(["--namespace", "bench", "--service-account", name, "--uid", &uid, "--pod", name]);
@@ -89,7 +133,7 @@ fn sidecar(
     fs::write(&token, String::from_utf8_lossy(&made.stdout).trim())?;
     let mut command = if sidecars.callgrind {
         let mut valgrind = namespace.command("valgrind", Group::Proxy);
-        let file = world.dir.join(callgrind_file(&process));
+        let file = world.dir.join(callgrind_file(&format!("weft-{name}")));
         valgrind.args(["--tool=callgrind", "--compress-strings=no", "--compress-pos=no"]);
         valgrind.arg(format!("--callgrind-out-file={}", file.display())).arg(&sidecars.program);
         valgrind.env("WEFT_HARDEN", "off");
@@ -108,89 +152,10 @@ fn sidecar(
         .env("WEFT_CONTROLLER", format!("{CLIENT}:{}", ports::DISCOVERY))
         .env("WEFT_CONTROLLER_IDENTITY", format!("{CLIENT}:{}", ports::IDENTITY))
         .env("WEFT_ADMIN_SOCKET", dir.join(format!("{name}.sock")));
-    Process::start(command, &process, &world.dir)
+    Ok(command)
 }
 
-fn uid(name: &str) -> String {
+/// Of the pod of this name.
+pub(crate) fn uid(name: &str) -> String {
     format!("bench-{name}-uid")
-}
-
-/// What a user would have written.
-fn objects() -> String {
-    let mut text = format!(
-        r#"apiVersion: weft.dev/v1alpha1
-kind: MeshConfig
-metadata: {{name: mesh}}
-spec: {{meshRanges: [10.77.0.0/24, 10.96.0.0/16]}}
----
-apiVersion: v1
-kind: Service
-metadata: {{name: backend, namespace: bench}}
-spec:
-  clusterIP: {SERVICE}
-  selector: {{app: server}}
-  ports:
-  - {{name: http, port: {HTTP1_PORT}, targetPort: {HTTP1_PORT}, appProtocol: http}}
-  - {{name: http2, port: {HTTP2_PORT}, targetPort: {HTTP2_PORT}, appProtocol: kubernetes.io/h2c}}
----
-apiVersion: discovery.k8s.io/v1
-kind: EndpointSlice
-metadata: {{name: backend-1, namespace: bench, labels: {{kubernetes.io/service-name: backend}}}}
-addressType: IPv4
-ports:
-- {{name: http, port: {HTTP1_PORT}}}
-- {{name: http2, port: {HTTP2_PORT}}}
-endpoints:
-- addresses: [{SERVER}]
-  conditions: {{ready: true}}
-  targetRef: {{kind: Pod, name: server, namespace: bench, uid: {server}}}
----
-apiVersion: weft.dev/v1alpha1
-kind: AuthorizationPolicy
-metadata: {{name: server, namespace: bench}}
-spec:
-  selector: {{matchLabels: {{app: server}}}}
-  mtls: Strict
-  action: Allow
-  rules:
-  - from: [{{identities: ["spiffe://cluster.local/ns/bench/sa/client"]}}]
-"#,
-        server = uid("server"),
-    );
-    for (name, ip) in [("client", CLIENT), ("server", SERVER)] {
-        text += &format!(
-            r#"---
-apiVersion: v1
-kind: Pod
-metadata:
-  name: {name}
-  namespace: bench
-  uid: {uid}
-  labels: {{app: {name}}}
-  annotations: {{weft.dev/injected: "true"}}
-spec: {{serviceAccountName: {name}, containers: [{{name: app}}]}}
-status:
-  phase: Running
-  podIP: {ip}
-  podIPs: [{{ip: {ip}}}]
-  conditions: [{{type: Ready, status: "True"}}]
-"#,
-            uid = uid(name),
-        );
-    }
-    for (name, port) in [("http", HTTP1_PORT), ("http2", HTTP2_PORT)] {
-        text += &format!(
-            r#"---
-apiVersion: gateway.networking.k8s.io/v1
-kind: HTTPRoute
-metadata: {{name: {name}, namespace: bench}}
-spec:
-  parentRefs: [{{group: "", kind: Service, name: backend, port: {port}}}]
-  rules:
-  - matches: [{{path: {{type: PathPrefix, value: /}}}}]
-    backendRefs: [{{name: backend, port: {port}}}]
-"#
-        );
-    }
-    text
 }
