@@ -267,7 +267,7 @@ impl Index {
         if key.kind == Kind::AuthorizationPolicy {
             self.forget_former(&key.namespace);
         }
-        dirty.append(&mut self.affected_by(&key));
+        dirty.extend(self.affected_by(&key));
         for (before, service) in &before {
             self.affected_by_slices(service, before, &mut dirty);
         }

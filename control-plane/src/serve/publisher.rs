@@ -130,7 +130,8 @@ impl Publisher {
             state.problems = batch.problems;
             state.foreign = batch.foreign;
             for event in batch.events {
-                dirty.append(&mut state.index.apply(event));
+                // Not `append`, which builds the whole set anew: a first batch has thousands of events.
+                dirty.extend(state.index.apply(event));
             }
             state.pending.clone_from(&dirty);
         }
