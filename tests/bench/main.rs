@@ -36,7 +36,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use crate::{load::Load, peers::Peer, scenarios::Plan};
 
-/// Measures Weft, Envoy and a bare relay between two network namespaces (needs root).
+/// Measures Weft, what stands for other meshes, and a bare relay between two network namespaces (needs root).
 #[derive(Parser)]
 struct Args {
     #[command(subcommand)]
@@ -50,7 +50,7 @@ struct Args {
     /// The loads to run, in this order [default: all; quick: http1, http2, rate1000].
     #[arg(long, value_delimiter = ',')]
     loads: Vec<Load>,
-    /// Rounds; dear loads are not in all of them [default: 4, quick: 2].
+    /// Rounds; dear loads are not in all of them [default: 3, quick: 2].
     #[arg(long)]
     rounds: Option<u32>,
     /// Measured seconds of the loads that are in every round; the others have half [default: 4, quick: 1.5].
@@ -137,7 +137,7 @@ fn run(args: Args) -> Result<ExitCode> {
             _ if quick => vec![Load::Http1, Load::Http2, Load::Rate1000],
             _ => Load::value_variants().to_vec(),
         },
-        rounds: args.rounds.unwrap_or(if quick { 2 } else { 4 }).max(1),
+        rounds: args.rounds.unwrap_or(if quick { 2 } else { 3 }).max(1),
         measured: seconds(args.seconds.unwrap_or(if quick { 1.5 } else { 4.0 }))?,
         warm_up: Duration::from_millis(if quick { 400 } else { 700 }),
         clusters: match (args.clusters, args.quick) {

@@ -120,6 +120,7 @@ impl Report {
             .map(|(load, relay, to, expected)| Check::new(load, to, ratio(&raw, load, relay, to), expected))
             .collect();
         let mut does_not_count: Vec<String> = checks.iter().filter_map(Check::complaint).collect();
+        does_not_count.extend(raw.failed.iter().cloned());
         let failed = rows.iter().filter(|row| row.errors > 0);
         does_not_count
             .extend(failed.map(|row| format!("{}: {} errors under {}", row.pair, row.errors, row.load)));
@@ -249,7 +250,11 @@ fn left_out(plan: &Plan) -> Vec<String> {
         let lacking = plan.pairs.iter().filter_map(move |&pair| Some((pair, load.cannot(pair)?)));
         lacking.map(move |(pair, why)| format!("{load}: {pair}: {why}"))
     };
-    plan.loads.iter().copied().flat_map(why).collect()
+    let named = ["LINKERD_PROXY", "ZTUNNEL"].into_iter().filter(|name| std::env::var_os(name).is_some());
+    let named = named.map(|name| {
+        format!("{name} is not run: it starts only with a control plane of its own, which is not part of this program")
+    });
+    plan.loads.iter().copied().flat_map(why).chain(named).collect()
 }
 
 fn cells(raw: &Results, pair: Peer, load: Load) -> impl Iterator<Item = &Cell> {

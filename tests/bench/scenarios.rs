@@ -41,6 +41,8 @@ pub(crate) struct Results {
     pub(crate) cells: Vec<Cell>,
     pub(crate) memory: Vec<Memory>,
     pub(crate) clusters: Vec<Cluster>,
+    /// What could not be measured, and why.
+    pub(crate) failed: Vec<String>,
 }
 
 /// What Weft's sidecars hold in a cluster of so many services, ten of them in use.
@@ -86,7 +88,11 @@ pub(crate) async fn run(plan: &Plan) -> Result<Results> {
         }
     }
     for &services in &plan.clusters {
-        results.clusters.push(in_cluster(&world, services).await?);
+        match in_cluster(&world, services).await {
+            Ok(cluster) => results.clusters.push(cluster),
+            // Of everything else there are figures.
+            Err(e) => results.failed.push(format!("memory at {services} services: {e:#}")),
+        }
     }
     Ok(results)
 }
@@ -124,7 +130,7 @@ async fn one_round(plan: &Plan, world: &World, round: u32, pair: Peer, results: 
 
 impl Results {
     fn add(&mut self, plan: &Plan, cell: Cell) {
-        let cpu: f64 = cell.cpu_us.iter().sum();
+        let cpu = cell.cpu_us.iter().fold(0.0, |sum, side| sum + side);
         let (round, pair, seen) = (cell.round, cell.pair, &cell.seen);
         let load = cell.load.to_string();
         eprint!("round {round}/{} {pair:<7} {load:<48} ", plan.rounds);
@@ -140,7 +146,11 @@ impl Results {
                 cpu * seen.requests as f64 / seen.bytes * 1e3,
                 seen.bytes / seen.seconds / 1e6
             ),
-            Kind::Resting { .. } => eprintln!("{:>7.1?} bytes each", cell.resting),
+            Kind::Resting { .. } => {
+                let each: Vec<String> =
+                    cell.resting.iter().map(|bytes| format!("{:.1}", bytes / 1024.0)).collect();
+                eprintln!("{} KiB each", each.join(" and "));
+            }
         }
         self.cells.push(cell);
     }
