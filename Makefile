@@ -54,6 +54,11 @@ bench: deps-bench ## Weft against nothing, a bare relay, Envoy, HAProxy and ngin
 	@$(CARGO) build --locked --release -p weft-proxy -p weft-control-plane -p weft-tests --bin weft-proxy --bin weft-controller --bin weft --bin weft-bench --bin relay
 	exec $(BUILT)/release/weft-bench $(ARGS)
 
+.PHONY: bench-scale
+bench-scale: deps-bench ## The controller with 10,000 simulated sidecars: memory, CPU, how long a change takes (root; ARGS=--quick)
+	@$(CARGO) build --locked --release -p weft-control-plane -p weft-tests --bin weft-controller --bin weft-bench
+	exec $(BUILT)/release/weft-bench scale $(ARGS)
+
 .PHONY: instructions
 instructions: deps-bench ## Instructions per request of each sidecar, by valgrind; needs no quiet machine (root; ARGS="--rules 10,100" or "--against OTHER-WEFT-PROXY")
 	@$(CARGO) build --locked --release -p weft-proxy -p weft-control-plane -p weft-tests --bin weft-proxy --bin weft-controller --bin weft --bin weft-bench

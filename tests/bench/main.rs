@@ -8,7 +8,7 @@
 //! Reading order: `scenarios.rs` (what is run), `peers.rs` (the pairs; ours in `weft.rs`, others in `envoy.rs` and
 //! `plain.rs`), `load.rs` (the loads; our own clients in `client.rs`), `net.rs` (two "pods"), `sample.rs` (CPU and memory
 //! of a process tree), `report.rs` (what it means), `targets.rs` (whether that is enough), `table.rs` and `chart.rs` (how it is shown).
-//! Beside all that: `instructions.rs`, which counts instead of measuring.
+//! Beside all that: `instructions.rs`, which counts instead of measuring, and `scale.rs`, which is about the controller.
 
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
@@ -23,6 +23,7 @@ mod peers;
 mod plain;
 mod report;
 mod sample;
+mod scale;
 mod scenarios;
 mod table;
 mod targets;
@@ -80,6 +81,7 @@ enum Helper {
     #[command(hide = true)]
     Idle(client::Idle),
     Instructions(instructions::Instructions),
+    Scale(scale::Scale),
 }
 
 fn main() -> ExitCode {
@@ -97,7 +99,7 @@ fn run(args: Args) -> Result<ExitCode> {
         Some(Helper::OpenLoop(open_loop)) => return open_loop.run().map(|()| ExitCode::SUCCESS),
         Some(Helper::Probe(probe)) => return probe.run().map(|()| ExitCode::SUCCESS),
         Some(Helper::Idle(idle)) => return idle.run().map(|()| ExitCode::SUCCESS),
-        Some(Helper::Instructions(_)) | None => {}
+        Some(Helper::Instructions(_) | Helper::Scale(_)) | None => {}
     }
     let programs = std::env::current_exe()?.parent().context("this program has no folder")?.to_owned();
     let out = match args.out {
@@ -105,6 +107,11 @@ fn run(args: Args) -> Result<ExitCode> {
         None => programs.parent().context("no target folder above this program")?.join("bench"),
     };
     fs::create_dir_all(&out).with_context(|| format!("cannot create {}", out.display()))?;
+    if let Some(Helper::Scale(scale)) = args.helper.as_ref()
+        && scale.inside
+    {
+        return scale.inside(&out).map(|within| ExitCode::from(if within { 0 } else { 3 }));
+    }
     let lock = fs::File::create(out.join("lock"))?;
     if lock.try_lock().is_err() {
         bail!("another weft-bench is at work in {}: both would measure each other", out.display());
@@ -112,10 +119,17 @@ fn run(args: Args) -> Result<ExitCode> {
     // One thread: everything started from here dies with it (net.rs), and dropping the run's future
     // is what cleans up, whether it ended or a signal ended it.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    if let Some(Helper::Instructions(instructions)) = &args.helper {
+    if let Some(helper @ (Helper::Instructions(_) | Helper::Scale(_))) = &args.helper {
+        let run = async {
+            match helper {
+                Helper::Instructions(instructions) => instructions.run(&out, programs).await,
+                Helper::Scale(scale) => scale.run(&out).await,
+                Helper::OpenLoop(_) | Helper::Probe(_) | Helper::Idle(_) => Ok(true),
+            }
+        };
         let within = runtime.block_on(async {
             tokio::select! {
-                within = instructions.run(&out, programs) => within.map(Some),
+                within = run => within.map(Some),
                 name = stopped() => name.map(|name| { eprintln!("\nweft-bench: {name}, cleaned up"); None }),
             }
         })?;

@@ -131,9 +131,13 @@ pub(crate) struct Namespace {
 }
 
 impl Namespace {
-    fn new(name: String) -> Result<Namespace> {
+    pub(crate) fn new(name: String) -> Result<Namespace> {
         ip(&format!("netns add {name}"))?;
         Ok(Namespace { name })
+    }
+
+    pub(crate) fn name(&self) -> &str {
+        &self.name
     }
 
     /// A program inside: no terminal, in a process group of its own so that Ctrl-C reaches us alone,
@@ -205,6 +209,13 @@ impl Process {
         &self.name
     }
 
+    /// Ends it without a word; it is gone when this returns.
+    pub(crate) fn kill(&mut self) {
+        // An error means that it has gone already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+
     /// An error if it has ended by itself.
     pub(crate) fn check(&mut self, logs: &Path) -> Result<()> {
         match self.child.try_wait()? {
@@ -221,9 +232,7 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        // An error means that it has gone already.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        self.kill();
     }
 }
 
