@@ -63,7 +63,7 @@ impl Counts {
         bytes.extend_from_slice(&[0; 8]); // the length, below; the offset
         bytes.extend_from_slice(&histogram::DIGITS.to_be_bytes());
         bytes.extend_from_slice(&1_u64.to_be_bytes());
-        bytes.extend_from_slice(&highest(*last).max(2).to_be_bytes());
+        bytes.extend_from_slice(&highest(*last).clamp(2, histogram::MAX_HIGH).to_be_bytes());
         bytes.extend_from_slice(&1_f64.to_be_bytes());
         let mut next = 0;
         for (index, count) in &self.0 {
@@ -161,12 +161,15 @@ mod tests {
 
     #[test]
     fn every_edge_of_a_bucket_is_counted_where_the_library_counts_it() {
-        for shift in 0..32 {
+        for shift in 0..=30 {
             for value in [(1_u64 << shift) - 1, 1 << shift, (1 << shift) + 1] {
-                let one = of(&[value.min(3_600_000_000)]);
+                let one = of(&[value]);
                 assert_eq!(decoded(&Counts::read(&histogram::encode(&one)).unwrap()), one, "{value}");
             }
         }
+        let mut hour = Histogram::<u64>::new_with_max(histogram::MAX_HIGH, 2).unwrap();
+        hour.record(histogram::MAX_HIGH).unwrap();
+        assert_eq!(decoded(&Counts::read(&histogram::encode(&hour)).unwrap()), hour);
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! What was counted when: histograms in slots of time, ten minutes of them fine and an hour coarse.
 //!
-//! Why encoded: a histogram in use takes up to 10 KiB, one at rest a few hundred bytes. Only the open slots are in use.
+//! Why encoded: a histogram in use takes up to 10 KiB, one at rest a few hundred bytes. The open slots are in use, and
+//! have a form of their own for it (`counts`).
 //!
 //! Why whoever has most gives room: what bounds the whole must not be taken from those who report little.
 
@@ -14,6 +15,7 @@ use weft_core::identity::SpiffeId;
 
 use super::{
     bounds::{OVERFLOW, is_recent, less_one},
+    counts::Counts,
     histogram,
     parts::{Filter, Key, Open, Parts},
 };
@@ -44,7 +46,7 @@ struct Ring {
     step_ms: u64,
     kept_ms: u64,
     open_start_ms: u64,
-    open: HashMap<u32, Open>,
+    open: HashMap<u32, Counted>,
     closed: VecDeque<Slot>,
     bytes: usize,
 }
@@ -53,6 +55,15 @@ struct Slot {
     start_ms: u64,
     bytes: usize,
     samples: HashMap<u32, Sample>,
+}
+
+/// What was counted of one series, and is still added to.
+#[derive(Default)]
+pub(super) struct Counted {
+    pub(super) count: u64,
+    pub(super) retries: u64,
+    pub(super) first_byte: Counts,
+    pub(super) duration: Counts,
 }
 
 struct Sample {
@@ -76,7 +87,7 @@ impl Default for History {
 
 impl History {
     /// Counts what a sidecar reported of one series.
-    pub(super) fn count(&mut self, key: Key, counted: &Open, now_ms: u64) {
+    pub(super) fn count(&mut self, key: Key, counted: &Counted, now_ms: u64) {
         let id = self.series.id(key, now_ms);
         for ring in [&mut self.fine, &mut self.coarse] {
             ring.open.entry(id).or_default().add(counted);
@@ -288,18 +299,27 @@ impl Ring {
             total.add(&sample.open());
         }
         if let Some(open) = self.open.get(&id) {
-            total.add(open);
+            total.add(&Sample::of(open).open());
         }
     }
 }
 
+impl Counted {
+    fn add(&mut self, more: &Self) {
+        self.count = self.count.saturating_add(more.count);
+        self.retries = self.retries.saturating_add(more.retries);
+        self.first_byte.add(&more.first_byte);
+        self.duration.add(&more.duration);
+    }
+}
+
 impl Sample {
-    fn of(open: &Open) -> Self {
+    fn of(counted: &Counted) -> Self {
         Self {
-            count: open.count,
-            retries: open.retries,
-            first_byte: open.first_byte.as_ref().map(histogram::encode).unwrap_or_default(),
-            duration: open.duration.as_ref().map(histogram::encode).unwrap_or_default(),
+            count: counted.count,
+            retries: counted.retries,
+            first_byte: counted.first_byte.encode(),
+            duration: counted.duration.encode(),
         }
     }
 

@@ -13,15 +13,17 @@
 //! It is told the time and does no IO; `serve/telemetry.rs` feeds it and `api` reads it.
 
 mod bounds;
+mod counts;
 mod edges;
 mod histogram;
 mod history;
 mod parts;
 mod records;
 mod sidecar;
+mod texts;
 pub mod view;
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use weft_core::identity::{PodUid, SpiffeId};
 use weft_proto::pb::v1::{self as pb, Direction, OutcomeClass};
@@ -31,11 +33,13 @@ pub use parts::{Filter, Parts, WireParts};
 pub use sidecar::Reporter;
 
 use bounds::{MAX_ITEMS, cut};
+use counts::Counts;
 use edges::Edges;
-use history::History;
-use parts::{Key, Open};
+use history::{Counted, History};
+use parts::Key;
 use records::Records;
 use sidecar::Sidecar;
+use texts::Texts;
 use view::{EdgeRow, EndpointRow, RouteRow, SidecarRow};
 
 /// Everything that sidecars of this controller have said. Times are milliseconds since 1970.
@@ -45,6 +49,7 @@ pub struct Store {
     history: History,
     edges: Edges,
     records: Records,
+    texts: Texts,
     /// What was left out because a bound was reached.
     pub dropped: u64,
     /// Reports that arrived a second time.
@@ -65,12 +70,17 @@ impl Store {
             return sidecar.sequence;
         }
         sidecar.dropped = sidecar.dropped.saturating_add(report.dropped);
-        self.dropped = self.dropped.saturating_add(sidecar.take_delivery(report.applied, report.nacked));
+        self.dropped = self.dropped.saturating_add(sidecar.take_delivery(
+            report.applied,
+            report.nacked,
+            &mut self.texts,
+        ));
         if let Some(gauges) = report.gauges {
             sidecar.gauges = pb::Gauges { version: cut(gauges.version), ..gauges };
         }
         if !report.endpoints.is_empty() || !report.routes.is_empty() {
-            self.dropped = self.dropped.saturating_add(sidecar.take_endpoints(report.endpoints));
+            self.dropped =
+                self.dropped.saturating_add(sidecar.take_endpoints(report.endpoints, &mut self.texts));
         }
         if !report.routes.is_empty() {
             self.history.begin(now_ms);
@@ -90,8 +100,8 @@ impl Store {
     fn route(&mut self, workload: &SpiffeId, route: pb::RouteDelta, now_ms: u64) {
         let known = Direction::try_from(route.direction).is_ok_and(|d| d != Direction::Unspecified)
             && OutcomeClass::try_from(route.outcome).is_ok_and(|o| o != OutcomeClass::Unspecified);
-        let first_byte = histogram::decode(&route.first_byte);
-        let duration = histogram::decode(&route.duration);
+        let first_byte = Counts::read(&route.first_byte);
+        let duration = Counts::read(&route.duration);
         let (true, Ok(first_byte), Ok(duration)) = (known, first_byte, duration) else {
             self.refused += 1;
             return;
@@ -105,7 +115,7 @@ impl Store {
             protocol: cut(route.protocol).into(),
             outcome: route.outcome,
         };
-        let counted = Open { count: route.count, retries: route.retries, first_byte, duration };
+        let counted = Counted { count: route.count, retries: route.retries, first_byte, duration };
         self.history.count(key, &counted, now_ms);
     }
 
@@ -115,19 +125,25 @@ impl Store {
         self.sidecars.retain(|_, sidecar| sidecar.is_there(now_ms));
         self.dropped += self.history.forget(now_ms);
         self.edges.forget(now_ms);
+        self.texts.tidy();
     }
 
     /// The version of one resource that is live in each sidecar that reported it.
     pub fn applied(&self, type_url: &str, name: &str) -> BTreeMap<PodUid, String> {
-        let key = (type_url.to_owned(), name.to_owned());
+        let Some(key) = self.resource(type_url, name) else { return BTreeMap::new() };
         let live = self.sidecars.iter();
-        live.filter_map(|(uid, sidecar)| Some((uid.clone(), sidecar.applied.get(&key)?.clone()))).collect()
+        live.filter_map(|(uid, sidecar)| Some((uid.clone(), sidecar.applied.get(&key)?.to_string())))
+            .collect()
     }
 
     /// The version of one resource that is live in one sidecar.
     pub fn live(&self, uid: &PodUid, type_url: &str, name: &str) -> Option<&str> {
-        let key = (type_url.to_owned(), name.to_owned());
-        self.sidecars.get(uid)?.applied.get(&key).map(String::as_str)
+        self.sidecars.get(uid)?.applied.get(&self.resource(type_url, name)?).map(|version| &**version)
+    }
+
+    /// `None`: nobody has spoken of it.
+    fn resource(&self, type_url: &str, name: &str) -> Option<(Arc<str>, Arc<str>)> {
+        Some((self.texts.known(type_url)?, self.texts.known(name)?))
     }
 
     /// What sidecars refuse: (pod, type URL, name, version, reason).

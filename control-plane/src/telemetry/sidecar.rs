@@ -1,12 +1,13 @@
 //! What one sidecar says of itself: what is live in it, what it refuses, which endpoints it sees.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use weft_core::identity::{PodUid, SpiffeId};
 use weft_proto::pb::v1 as pb;
 
 use super::{
     bounds::{MAX_ITEMS, cut, is_recent},
+    texts::{EndpointName, Texts},
     view::{EndpointRow, SidecarRow},
 };
 
@@ -27,13 +28,28 @@ pub(super) struct Sidecar {
     pub(super) last_seen_ms: u64,
     pub(super) gauges: pb::Gauges,
     /// (type URL, name) → version that is live there.
-    pub(super) applied: BTreeMap<(String, String), String>,
+    pub(super) applied: BTreeMap<Resource, Arc<str>>,
     /// Bytes of these.
     pub(super) applied_text: usize,
     /// (type URL, name) → (version, reason) of what it refused and has not accepted since.
-    pub(super) nacked: BTreeMap<(String, String), (String, String)>,
-    pub(super) endpoints: Vec<pb::EndpointState>,
+    pub(super) nacked: BTreeMap<Resource, (String, String)>,
+    pub(super) endpoints: Vec<Endpoint>,
     pub(super) dropped: u64,
+}
+
+/// Type URL and name.
+type Resource = (Arc<str>, Arc<str>);
+
+/// One endpoint as one sidecar sees it.
+pub(super) struct Endpoint {
+    name: Arc<EndpointName>,
+    reason: Option<Arc<str>>,
+    cost_us: u64,
+    ejected_for_ms: u64,
+    requests: u64,
+    in_flight: u32,
+    weight: u32,
+    state: i32,
 }
 
 impl Sidecar {
@@ -71,14 +87,16 @@ impl Sidecar {
     }
 
     /// Takes the endpoints that it describes; says how many there was no room for.
-    pub(super) fn take_endpoints(&mut self, endpoints: Vec<pb::EndpointState>) -> u64 {
+    pub(super) fn take_endpoints(&mut self, endpoints: Vec<pb::EndpointState>, texts: &mut Texts) -> u64 {
         let told = endpoints.len();
-        let endpoints = endpoints.into_iter().take(MAX_ENDPOINTS_OF_ONE).map(cut_endpoint);
-        let within = endpoints.scan(0_usize, |text, endpoint| {
-            *text += prost::Message::encoded_len(&endpoint);
-            (*text <= MAX_ENDPOINT_TEXT).then_some(endpoint)
+        let endpoints =
+            endpoints.into_iter().take(MAX_ENDPOINTS_OF_ONE).map(|said| Endpoint::new(said, texts));
+        let within = endpoints.scan(0_usize, |bytes, endpoint| {
+            *bytes += endpoint.bytes();
+            (*bytes <= MAX_ENDPOINT_TEXT).then_some(endpoint)
         });
         self.endpoints = within.collect();
+        self.endpoints.shrink_to_fit();
         (told - self.endpoints.len()) as u64
     }
 
@@ -104,10 +122,15 @@ impl Sidecar {
     }
 
     /// Says how many names were left out: nobody subscribes to as many as are kept.
-    pub(super) fn take_delivery(&mut self, applied: Vec<pb::Applied>, nacked: Vec<pb::Nacked>) -> u64 {
+    pub(super) fn take_delivery(
+        &mut self,
+        applied: Vec<pb::Applied>,
+        nacked: Vec<pb::Nacked>,
+        texts: &mut Texts,
+    ) -> u64 {
         let mut left_out = 0;
         for applied in applied.into_iter().take(MAX_ITEMS) {
-            let key = (cut(applied.type_url), cut(applied.name));
+            let key = (texts.keep(applied.type_url), texts.keep(applied.name));
             self.nacked.remove(&key);
             let names = key.0.len() + key.1.len();
             let before = self.applied.get(&key).map_or(0, |version| names + version.len());
@@ -116,7 +139,7 @@ impl Sidecar {
                 self.applied_text -= before;
                 continue;
             }
-            let version = cut(applied.version);
+            let version = texts.keep(applied.version);
             let text = self.applied_text - before + names + version.len();
             let has_room = self.applied.len() < MAX_ITEMS || self.applied.contains_key(&key);
             if has_room && text <= MAX_APPLIED_TEXT {
@@ -127,7 +150,7 @@ impl Sidecar {
             }
         }
         for nacked in nacked.into_iter().take(MAX_ITEMS) {
-            let key = (cut(nacked.type_url), cut(nacked.name));
+            let key = (texts.keep(nacked.type_url), texts.keep(nacked.name));
             if self.nacked.len() < MAX_NACKED || self.nacked.contains_key(&key) {
                 self.nacked.insert(key, (cut(nacked.version), cut(nacked.reason)));
             } else {
@@ -141,27 +164,41 @@ impl Sidecar {
         self.endpoints.iter().map(|endpoint| EndpointRow {
             seen_by: self.reporter.uid.to_string(),
             caller: self.reporter.identity.to_string(),
-            backend: endpoint.backend.clone(),
-            uid: endpoint.uid.clone(),
-            address: endpoint.address.clone(),
+            backend: endpoint.name.backend.clone(),
+            uid: endpoint.name.uid.clone(),
+            address: endpoint.name.address.clone(),
             cost_ms: endpoint.cost_us as f64 / 1_000.0,
             in_flight: endpoint.in_flight,
             weight: endpoint.weight,
             state: endpoint.state().as_str_name().trim_start_matches("STATE_").to_ascii_lowercase(),
             ejected_for_ms: endpoint.ejected_for_ms,
-            reason: endpoint.reason.clone(),
+            reason: endpoint.reason.as_deref().unwrap_or_default().to_owned(),
             requests: endpoint.requests,
         })
     }
 }
 
-fn cut_endpoint(endpoint: pb::EndpointState) -> pb::EndpointState {
-    pb::EndpointState {
-        backend: cut(endpoint.backend),
-        uid: cut(endpoint.uid),
-        address: cut(endpoint.address),
-        reason: cut(endpoint.reason),
-        ..endpoint
+impl Endpoint {
+    fn new(mut said: pb::EndpointState, texts: &mut Texts) -> Self {
+        Self {
+            name: texts.keep_endpoint(&mut said),
+            reason: (!said.reason.is_empty()).then(|| cut(said.reason).into()),
+            cost_us: said.cost_us,
+            ejected_for_ms: said.ejected_for_ms,
+            requests: said.requests,
+            in_flight: said.in_flight,
+            weight: said.weight,
+            state: said.state,
+        }
+    }
+
+    /// As if nobody else spoke of it.
+    fn bytes(&self) -> usize {
+        size_of::<Self>() + self.name.len() + self.reason.as_ref().map_or(0, |reason| reason.len())
+    }
+
+    fn state(&self) -> pb::endpoint_state::State {
+        pb::endpoint_state::State::try_from(self.state).unwrap_or_default()
     }
 }
 

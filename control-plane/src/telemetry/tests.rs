@@ -151,6 +151,42 @@ fn what_one_sidecar_says_is_bounded_in_bytes() {
 }
 
 #[test]
+fn what_all_sidecars_say_is_kept_once_and_forgotten_with_the_last_of_them() {
+    let mut store = Store::default();
+    let say = |store: &mut Store, of: u32, sequence: u64, version: &str, now_ms: u64| {
+        let applied = |n: u32| pb::Applied {
+            type_url: "t".into(),
+            name: format!("n{n}"),
+            version: version.into(),
+            removed: false,
+        };
+        let endpoint = |n: u32| pb::EndpointState {
+            backend: "shop/api:80".into(),
+            uid: format!("u{n}"),
+            address: format!("10.0.0.{n}:80"),
+            ..Default::default()
+        };
+        let (applied, endpoints) = ((0..20).map(applied).collect(), (0..10).map(endpoint).collect());
+        store.report(
+            &reporter(of),
+            pb::ReportRequest { applied, endpoints, ..report(sequence, vec![delta("r", &[1])]) },
+            now_ms,
+        );
+    };
+    (0..50).for_each(|of| say(&mut store, of, 1, "v1", T0));
+    // A type, twenty names, a version, ten endpoints.
+    assert_eq!(store.texts.len(), 1 + 20 + 1 + 10);
+    assert_eq!(store.applied("t", "n7").len(), 50);
+    assert_eq!(store.endpoints().len(), 500);
+    (0..50).for_each(|of| say(&mut store, of, 2, "v2", T0 + 60_000));
+    store.forget_gone(T0 + 60_000);
+    assert_eq!(store.texts.len(), 1 + 20 + 1 + 10, "nobody says v1 any more");
+    assert_eq!(store.live(&reporter(3).uid, "t", "n7"), Some("v2"));
+    store.forget_gone(T0 + 600_000);
+    assert_eq!((store.texts.len(), store.applied("t", "n7").len()), (0, 0));
+}
+
+#[test]
 fn applied_and_refused_follow_the_sidecars() {
     let mut store = Store::default();
     let applied = |version: &str| pb::Applied {
