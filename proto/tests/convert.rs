@@ -347,14 +347,7 @@ fn authorization() -> impl Strategy<Value = Authorization> {
                 not_identities,
                 not_namespaces,
             });
-    let http = (
-        vec(method(), 0..2),
-        vec(string_match(), 0..2),
-        vec(string_match(), 0..2),
-        vec((header(), string_match()), 0..2),
-    )
-        .prop_map(|(methods, paths, hosts, headers)| HttpMatch { methods, paths, hosts, headers });
-    let rule = (object(), action(), vec(source, 0..3), vec(http, 0..3))
+    let rule = (object(), action(), vec(source, 0..3), vec(http(), 0..3))
         .prop_map(|(object, action, sources, http)| AuthzRule { object, action, sources, http });
     (action(), vec(rule, 0..4), any::<u64>()).prop_map(|(default, rules, generation)| Authorization {
         default,
@@ -363,17 +356,33 @@ fn authorization() -> impl Strategy<Value = Authorization> {
     })
 }
 
+fn http() -> impl Strategy<Value = HttpMatch> {
+    let headers = vec((header(), string_match()), 0..2);
+    (vec(method(), 0..2), vec(string_match(), 0..2), vec(string_match(), 0..2), headers)
+        .prop_map(|(methods, paths, hosts, headers)| HttpMatch { methods, paths, hosts, headers })
+}
+
+fn rate_limit() -> impl Strategy<Value = RateLimit> {
+    let rate = (1u32..=1_000_000, 100u64..=3_600_000, 1u32..=1_000_000).prop_map(|(requests, per, burst)| {
+        Rate::try_new(requests, Duration::from_millis(per), Some(burst)).unwrap()
+    });
+    let by = (any::<bool>(), vec(header(), 0..3)).prop_map(|(identity, headers)| By { identity, headers });
+    (object(), "[0-9]{1,3}", rate, vec(http(), 0..3), by)
+        .prop_map(|(object, name, rate, http, by)| RateLimit { object, name: name.into(), rate, http, by })
+}
+
 fn workload_value() -> impl Strategy<Value = WorkloadResource> {
     let mode = prop::sample::select(vec![MtlsMode::Permissive, MtlsMode::Strict]);
     let probe =
         prop_oneof!["/[a-z?=/]{0,9}".prop_map(|path| Probe::Get(path.into())), Just(Probe::GrpcHealth)];
-    let port_value = (protocol(), ms(), mode, uid(), any::<u16>(), vec(probe, 0..3))
-        .prop_map(|(protocol, detect_timeout, mtls, uid, port, probes)| PortResource {
+    let port_value = (protocol(), ms(), mode, uid(), any::<u16>(), vec(probe, 0..3), vec(rate_limit(), 0..3))
+        .prop_map(|(protocol, detect_timeout, mtls, uid, port, probes, rate_limits)| PortResource {
             protocol,
             detect_timeout,
             mtls,
             authorization: Name::Authorization(uid, port).to_string().into(),
             probes,
+            rate_limits,
         })
         .boxed();
     let egress = prop::sample::select(vec![Egress::Allow, Egress::Deny]);
@@ -551,6 +560,10 @@ fn good_workload() -> v1::WorkloadConfig {
         egress: v1::workload_config::Egress::Allow.into(),
         ..v1::WorkloadConfig::default()
     }
+}
+
+fn good_rate_limit() -> v1::RateLimit {
+    v1::RateLimit { object: good_object(), name: "0".to_owned(), ..v1::RateLimit::default() }
 }
 
 #[test]
@@ -848,6 +861,10 @@ fn a_workload_names_the_field_that_is_wrong() {
     check(
         |w| w.ports.push(w.ports[0].clone()),
         "WorkloadConfig.ports[1].port: 80 is there twice; say it once",
+    );
+    check(
+        |w| w.ports[0].rate_limits = vec![v1::RateLimit { per_ms: 1_000, ..good_rate_limit() }],
+        "WorkloadConfig.ports[0].rate_limits[0]: is not a rate that can be kept: a rate is 1 to 1000000 requests",
     );
     check(|w| w.default_port = None, "WorkloadConfig.default_port: is missing; set it");
     check(

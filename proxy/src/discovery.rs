@@ -351,6 +351,7 @@ mod tests {
                 mtls: MtlsMode::Strict,
                 authorization,
                 probes: Vec::new(),
+                rate_limits: Vec::new(),
             }),
             mesh_ranges: vec!["10.0.0.0/8".parse().unwrap()],
             egress,

@@ -19,6 +19,8 @@ pub(crate) const WEFT_REASON: HeaderName = HeaderName::from_static("weft-reason"
 pub(crate) const WEFT_UNSENT: HeaderName = HeaderName::from_static("weft-unsent");
 /// What an inbound sidecar says in [`WEFT_REASON`] whose app refuses connections.
 pub(crate) const APP_REFUSES: &str = "inbound;connect_refused";
+/// What it says there of a caller that asks too often.
+pub(crate) const RATE_LIMITED: &str = "inbound;rate_limited";
 
 /// Why a sidecar answered a request itself, or ended a connection.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -57,6 +59,13 @@ pub(crate) enum Error {
     PathNotCanonical,
     #[error("the sidecar has no policy for this workload yet")]
     NotReady,
+    #[error("the rate limit {limit} is used up")]
+    RateLimited {
+        /// Which.
+        limit: std::sync::Arc<str>,
+        /// Seconds until it would be granted.
+        wait: u64,
+    },
     #[error("the sidecar has as much in flight as it may")]
     Overloaded,
     #[error("the control plane did not answer in time for a destination inside the mesh")]
@@ -130,6 +139,9 @@ impl Error {
                 (StatusCode::BAD_REQUEST, INVALID_ARGUMENT, "path_not_canonical", false)
             }
             Self::NotReady => (StatusCode::SERVICE_UNAVAILABLE, UNAVAILABLE, "not_ready", true),
+            Self::RateLimited { .. } => {
+                (StatusCode::TOO_MANY_REQUESTS, RESOURCE_EXHAUSTED, "rate_limited", false)
+            }
             Self::Overloaded => (StatusCode::SERVICE_UNAVAILABLE, RESOURCE_EXHAUSTED, "overloaded", true),
             Self::DiscoveryTimeout => {
                 (StatusCode::SERVICE_UNAVAILABLE, UNAVAILABLE, "discovery_timeout", true)
@@ -183,6 +195,14 @@ impl Error {
         matches!(self, Self::BadTarget | Self::ConnectNotAllowed | Self::Malformed(_))
     }
 
+    /// After how many seconds it may be worth asking again.
+    fn retry_after(&self) -> Option<u64> {
+        if let Self::RateLimited { wait, .. } = self {
+            return Some(*wait);
+        }
+        (*self == Self::Overloaded).then_some(1)
+    }
+
     /// The response: `grpc-status` in a trailers-only answer without a body for gRPC, else a status with a short text.
     pub(crate) fn response(&self, direction: Direction, grpc: bool) -> Response<String> {
         let answer = self.answer();
@@ -205,8 +225,8 @@ impl Error {
             response
         };
         response.headers_mut().insert(WEFT_REASON, reason);
-        if *self == Self::Overloaded {
-            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+        if let Some(seconds) = self.retry_after() {
+            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
         }
         if answer.unsent && direction == Direction::Inbound {
             response.headers_mut().insert(WEFT_UNSENT, HeaderValue::from_static("1"));
@@ -249,6 +269,16 @@ mod tests {
         };
         assert_eq!(after(Error::Overloaded).as_deref(), Some("1"));
         assert_eq!(after(Error::NoEndpoint), None);
+    }
+
+    #[test]
+    fn who_asks_too_often_is_told_when_to_come_again_and_goes_nowhere_else() {
+        let error = Error::RateLimited { limit: "TrafficPolicy/shop/api/0".into(), wait: 7 };
+        let response = error.response(Direction::Inbound, false);
+        assert_eq!((response.status().as_u16(), &response.headers()[header::RETRY_AFTER]), (429, &7.into()));
+        assert_eq!(response.headers()[WEFT_REASON], RATE_LIMITED);
+        assert!(response.headers().get(WEFT_UNSENT).is_none());
+        assert_eq!(error.response(Direction::Inbound, true).headers()[GRPC_STATUS], "8");
     }
 
     #[test]

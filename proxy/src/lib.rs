@@ -72,7 +72,7 @@ use crate::{
     drain::Drain,
     limits::ConnectionLimits,
     memory::Memory,
-    pod_wide::{Budgets, Caps},
+    pod_wide::{Budgets, Caps, Limiters},
     telemetry::{
         metrics::{self, Shared},
         recorder::{self, Recorder},
@@ -137,6 +137,7 @@ pub async fn start(
         limits,
         budgets: Budgets::default(),
         caps: Caps::default(),
+        limiters: Limiters::default(),
         lost: broadcast::Sender::new(LOST),
     };
     let (started, bound) = std_mpsc::channel();

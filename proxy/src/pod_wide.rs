@@ -1,4 +1,5 @@
-//! What holds for the pod as a whole, whichever worker a request is on: retry budgets, and how much of a service is in use.
+//! What holds for the pod as a whole, whichever worker a request is on: retry budgets, how much of a service is in use,
+//! and how often the app may be asked.
 //!
 //! Why atomics behind a map that is asked seldom: a cap that each worker kept for itself would be as many times as large
 //! as there are workers. A service's numbers are found once, when its policy arrives; a request then counts itself in one
@@ -6,22 +7,30 @@
 
 use std::{
     collections::HashMap,
+    hash::Hash,
     sync::{
         Arc, Mutex, PoisonError, Weak,
         atomic::{AtomicU32, Ordering},
     },
 };
 
-use weft_core::{budget::Budget, policy::BackendKey};
+use weft_core::{
+    budget::Budget,
+    limit::Limiter,
+    policy::{BackendKey, ObjectRef},
+};
 
-/// What holds for the pod as a whole, by service: all workers have the same one of each, as long as anybody has it.
-pub(crate) struct PodWide<T>(Arc<Mutex<HashMap<BackendKey, Weak<T>>>>);
+/// What holds for the pod as a whole, by service or port: all workers have the same one of each, as long as anybody has it.
+pub(crate) struct PodWide<K, T>(Arc<Mutex<HashMap<K, Weak<T>>>>);
 
 /// Retry budgets: all workers draw from the same ones.
-pub(crate) type Budgets = PodWide<Budget>;
+pub(crate) type Budgets = PodWide<BackendKey, Budget>;
 
 /// What is in use of each service, by whichever worker.
-pub(crate) type Caps = PodWide<InUse>;
+pub(crate) type Caps = PodWide<BackendKey, InUse>;
+
+/// Rate limits, by the app's port and where each was said.
+pub(crate) type Limiters = PodWide<(u16, ObjectRef, Arc<str>), Limiter>;
 
 /// What is in use of one service.
 #[derive(Default)]
@@ -30,34 +39,29 @@ pub(crate) struct InUse {
     connections: AtomicU32,
 }
 
-impl<T> PodWide<T> {
-    /// The one of a service; a new one if there is none, or if it is not `right` any more.
-    pub(crate) fn of(
-        &self,
-        service: BackendKey,
-        right: impl FnOnce(&T) -> bool,
-        new: impl FnOnce() -> T,
-    ) -> Arc<T> {
+impl<K: Eq + Hash, T> PodWide<K, T> {
+    /// The one of a service or port; a new one if there is none, or if it is not `right` any more.
+    pub(crate) fn of(&self, what: K, right: impl FnOnce(&T) -> bool, new: impl FnOnce() -> T) -> Arc<T> {
         let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(known) = all.get(&service).and_then(Weak::upgrade)
+        if let Some(known) = all.get(&what).and_then(Weak::upgrade)
             && right(&known)
         {
             return known;
         }
         all.retain(|_, known| known.strong_count() > 0);
         let made = Arc::new(new());
-        all.insert(service, Arc::downgrade(&made));
+        all.insert(what, Arc::downgrade(&made));
         made
     }
 }
 
-impl<T> Default for PodWide<T> {
+impl<K, T> Default for PodWide<K, T> {
     fn default() -> Self {
         Self(Arc::default())
     }
 }
 
-impl<T> Clone for PodWide<T> {
+impl<K, T> Clone for PodWide<K, T> {
     fn clone(&self) -> Self {
         Self(self.0.clone())
     }

@@ -18,6 +18,7 @@ use weft_core::{
     balance::{Balancer, Lease},
     budget::Budget,
     classify::{Failure, Outcome},
+    limit::Limiter,
     policy::{BackendKey, InboundPolicy, OutboundPolicy, PortPolicy, Rule},
 };
 
@@ -30,7 +31,7 @@ use crate::{
     drain::{Drain, LocalDrain},
     limits::ConnectionLimits,
     peer::Peer,
-    pod_wide::{Budgets, Caps, InUse},
+    pod_wide::{Budgets, Caps, InUse, Limiters},
     pool::Pool,
     telemetry::{
         exchange::Exchange,
@@ -55,6 +56,8 @@ pub(crate) struct Worker {
     pub(crate) limits: Arc<ConnectionLimits>,
     pub(crate) rng: RefCell<SmallRng>,
     inbound: RefCell<Option<Arc<InboundPolicy>>>,
+    /// How often the app's ports may be asked: those that are limited.
+    rate_limits: RefCell<HashMap<u16, RateLimits>>,
     /// Grows with each change of `inbound`.
     policy_generation: Cell<u64>,
     /// Who waits for one.
@@ -64,9 +67,13 @@ pub(crate) struct Worker {
     backends: RefCell<HashMap<BackendKey, Rc<Backend>>>,
     budgets: Budgets,
     caps: Caps,
+    limiters: Limiters,
     /// Sidecars to which some worker of this pod lost a connection.
     lost: broadcast::Sender<Peer>,
 }
+
+/// The limits of one port, with what is counted of each.
+pub(crate) type RateLimits = Rc<[Arc<Limiter>]>;
 
 /// A TLS configuration, and the certificate's generation and the policy that it was made of.
 type Configured = (u64, Arc<InboundPolicy>, Arc<rustls::ServerConfig>);
@@ -81,6 +88,7 @@ pub(crate) struct Parts {
     pub(crate) limits: Arc<ConnectionLimits>,
     pub(crate) budgets: Budgets,
     pub(crate) caps: Caps,
+    pub(crate) limiters: Limiters,
     pub(crate) lost: broadcast::Sender<Peer>,
 }
 
@@ -168,8 +176,11 @@ impl Worker {
             backends: RefCell::default(),
             budgets: parts.budgets,
             caps: parts.caps,
+            limiters: parts.limiters,
+            rate_limits: RefCell::default(),
             lost,
         });
+        worker.limit_rates();
         let reported = Rc::downgrade(&worker);
         worker.recorder.endpoints(move || reported.upgrade().map_or_else(Vec::new, |w| w.report_endpoints()));
         worker
@@ -183,6 +194,7 @@ impl Worker {
             let mut inbound = following.discovery.inbound();
             loop {
                 *following.inbound.borrow_mut() = inbound.borrow_and_update().clone();
+                following.limit_rates();
                 following.policy_generation.set(following.policy_generation.get() + 1);
                 following.policy_changes.wake();
                 if inbound.changed().await.is_err() {
@@ -209,6 +221,30 @@ impl Worker {
     /// This workload's own policy.
     pub(crate) fn inbound_policy(&self) -> Option<Arc<InboundPolicy>> {
         self.inbound.borrow().clone()
+    }
+
+    /// How often a port of the app may be asked; `None`: as often as anybody likes.
+    pub(crate) fn rate_limits(&self, port: u16) -> Option<RateLimits> {
+        self.rate_limits.borrow().get(&port).cloned()
+    }
+
+    /// Takes over the limits of the policy of now. What was counted under one that is the same still counts: else every
+    /// change of policy would be an occasion for as many requests again.
+    fn limit_rates(&self) {
+        let policy = self.inbound.borrow();
+        let ports = policy.iter().flat_map(|policy| &policy.ports);
+        let limited = ports.filter(|(_, port)| !port.rate_limits.is_empty()).map(|(number, port)| {
+            let limiters = port.rate_limits.iter().map(|limit| {
+                let (object, name) = (limit.object.clone(), limit.name.clone());
+                let seed = rand::Rng::random(&mut *self.rng.borrow_mut());
+                let new = || Limiter::new(limit.clone(), seed, now());
+                self.limiters.of((*number, object, name), |known| known.limit() == limit, new)
+            });
+            (*number, limiters.collect())
+        });
+        // The old ones live until here.
+        let limited = limited.collect();
+        *self.rate_limits.borrow_mut() = limited;
     }
 
     /// How long a connection for a request under `rule` may take.

@@ -26,6 +26,7 @@ mod http2_odd;
 mod identity;
 mod inbound;
 mod nothing_lost;
+mod policy;
 mod probes;
 mod resources;
 mod routing;

@@ -81,6 +81,10 @@ impl Index {
                 if let Some(policy) = self.traffic.get(&name) {
                     for target in &policy.spec.target_refs {
                         self.affected_by_target(&name.0, target, &mut keys);
+                        // What its pods' own sidecars count; of all else they hear nothing.
+                        if policy.spec.rate_limits.is_some() && target.kind == "Service" {
+                            self.pods_of_target(&name.0, target, &mut keys);
+                        }
                     }
                 }
             }
@@ -169,6 +173,12 @@ impl Index {
                 keys.insert(Key::Route(service_name(&service_key, port.port)));
             }
         }
+    }
+
+    fn pods_of_target(&self, namespace: &Arc<str>, target: &TargetRef, keys: &mut BTreeSet<Key>) {
+        let name = (namespace.clone(), target.name.as_str().into());
+        let Some(service) = self.services.get(&name) else { return };
+        keys.extend(self.pods_of(&name, service).map(|(_, pod)| Key::Workload(pod.uid.clone())));
     }
 
     fn affected_by_target(&self, namespace: &Arc<str>, target: &TargetRef, keys: &mut BTreeSet<Key>) {

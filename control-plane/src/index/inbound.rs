@@ -9,8 +9,8 @@ use ipnet::IpNet;
 use weft_core::{
     identity::{PodUid, SpiffeId, TrustDomain},
     policy::{
-        Action, Authorization, AuthzRule, DETECT_TIMEOUT, Egress, HttpMatch, InboundPolicy, MtlsMode,
-        ObjectRef, Place, PortPolicy, Protocol, SourceMatch, StringMatch,
+        Action, Authorization, AuthzRule, DETECT_TIMEOUT, Egress, InboundPolicy, MtlsMode, ObjectRef, Place,
+        PortPolicy, Protocol, RateLimit, SourceMatch, StringMatch,
     },
 };
 
@@ -18,10 +18,11 @@ use super::{
     Index, in_namespace,
     objects::{Meta, Name, PodEntry, declared_protocol, is_subset},
     rules::object_ref,
+    traffic::{http, try_rate_limit},
 };
 use crate::resources::{
     Kind,
-    policy::{self, AuthorizationPolicySpec, Mtls, Operation, Source},
+    policy::{self, AuthorizationPolicySpec, Mtls, Source},
     values::TextPattern,
 };
 
@@ -79,6 +80,7 @@ impl Index {
                 mtls: mtls(&policies, port, mesh.mtls),
                 authorization: Arc::new(self.authorization(name, pod, &policies, port, mesh.authorization)),
                 probes: port.and_then(|port| pod.probes.get(&port)).cloned().unwrap_or_default(),
+                rate_limits: port.map_or_else(Vec::new, |port| self.rate_limits(name, pod, port)),
             })
         };
         let mut trust_domains = vec![self.trust_domain.clone()];
@@ -138,6 +140,32 @@ impl Index {
         in_namespace(&self.services, &name.0)
             .filter(move |(service_name, service)| self.is_pod_of(service_name, service, name, pod))
             .flat_map(move |(_, service)| service.ports.iter().filter_map(|port| port.target_on(pod)))
+    }
+
+    /// How often a pod's port may be asked: what is said of each service that sends to it.
+    fn rate_limits(&self, name: &Name, pod: &PodEntry, port: u16) -> Vec<RateLimit> {
+        // Hardly any namespace has one, and its pods may be thousands.
+        if !in_namespace(&self.traffic, &name.0).any(|(_, policy)| policy.spec.rate_limits.is_some()) {
+            return Vec::new();
+        }
+        let mut found: Vec<RateLimit> = Vec::new();
+        for (service_name, service) in in_namespace(&self.services, &name.0) {
+            if !self.is_pod_of(service_name, service, name, pod) {
+                continue;
+            }
+            for sends in service.ports.iter().filter(|sends| sends.target_on(pod) == Some(port)) {
+                let mut levels = self.named_service_levels(service_name, sends).into_iter();
+                let said = levels.find_map(|(policy, spec)| Some((policy, spec.rate_limits.as_ref()?)));
+                let Some((policy, limits)) = said else { continue };
+                let object = object_ref(Kind::TrafficPolicy, policy);
+                // What cannot be kept was refused when it was read.
+                let limits =
+                    limits.iter().enumerate().filter_map(|(i, l)| try_rate_limit(l, &object, i).ok());
+                // One policy may be about several services of one pod.
+                found.extend(limits.filter(|limit| !found.contains(limit)).collect::<Vec<_>>());
+            }
+        }
+        found
     }
 
     /// Policies that select a pod.
@@ -346,15 +374,6 @@ pub(crate) fn sources(source: &Source) -> Vec<SourceMatch> {
         }
     }
     found
-}
-
-fn http(operation: &Operation) -> HttpMatch {
-    HttpMatch {
-        methods: operation.methods.iter().map(|m| m.0.clone()).collect(),
-        paths: operation.paths.iter().map(|p| p.0.clone()).collect(),
-        hosts: operation.hosts.iter().map(|h| h.0.clone()).collect(),
-        headers: operation.headers.iter().map(|h| (h.name.0.clone(), h.value.0.clone())).collect(),
-    }
 }
 
 /// Unless told, every private range is the mesh's: a pod that is dialled before anybody heard of it must

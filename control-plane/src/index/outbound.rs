@@ -280,6 +280,15 @@ impl Index {
 
     /// Policies of a service port, the most specific first, oldest first among equals.
     fn service_levels(&self, service: &Name, port: &ServicePort) -> Vec<&TrafficPolicySpec> {
+        self.named_service_levels(service, port).into_iter().map(|(_, spec)| spec).collect()
+    }
+
+    /// The same with their names.
+    pub(crate) fn named_service_levels(
+        &self,
+        service: &Name,
+        port: &ServicePort,
+    ) -> Vec<(&Name, &TrafficPolicySpec)> {
         let mut levels =
             self.targeting("Service", service, |section| section.is_some_and(|s| port.is_named(s)));
         levels.extend(self.targeting("Service", service, |section| section.is_none()));
@@ -298,8 +307,8 @@ impl Index {
         let is_rule = |section: &str| section == label || section.parse() == Ok(position);
         let mut levels = self.targeting(kind, route, |section| section.is_some_and(is_rule));
         levels.extend(self.targeting(kind, route, |section| section.is_none()));
-        levels.extend(self.service_levels(service, port));
-        levels
+        levels.extend(self.named_service_levels(service, port));
+        levels.into_iter().map(|(_, spec)| spec).collect()
     }
 
     fn targeting<'a>(
@@ -307,7 +316,7 @@ impl Index {
         kind: &str,
         name: &Name,
         section: impl Fn(Option<&str>) -> bool,
-    ) -> Vec<&'a TrafficPolicySpec> {
+    ) -> Vec<(&'a Name, &'a TrafficPolicySpec)> {
         let is_target =
             |t: &TargetRef| t.kind == kind && *t.name == *name.1 && section(t.section_name.as_deref());
         let mut found: Vec<_> = in_namespace(&self.traffic, &name.0)
@@ -315,7 +324,7 @@ impl Index {
             .map(|(policy_name, policy)| (policy.meta.created, policy_name, &policy.spec))
             .collect();
         found.sort_by(|a, b| (a.0, a.1).cmp(&(b.0, b.1)));
-        found.into_iter().map(|(_, _, spec)| spec).collect()
+        found.into_iter().map(|(_, name, spec)| (name, spec)).collect()
     }
 
     fn service_policy(&self, service: &Name, port: &ServicePort) -> TrafficPolicySpec {

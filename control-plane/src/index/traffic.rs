@@ -9,11 +9,14 @@ use weft_core::{
     backoff::Backoff,
     budget::BudgetParams,
     identity::SpiffeId,
-    policy::{Algorithm, HealthPolicy, LoadBalancing, RetryPolicy, ServiceLimits, SuccessRate, Timeouts},
+    policy::{
+        Algorithm, By, HealthPolicy, HttpMatch, LoadBalancing, ObjectRef, Rate, RateError, RateLimit,
+        RetryPolicy, ServiceLimits, SuccessRate, Timeouts,
+    },
 };
 
 use crate::resources::{
-    policy::{self, BackoffSpec, TrafficPolicySpec},
+    policy::{self, BackoffSpec, Operation, TrafficPolicySpec},
     values::GatewayDuration,
 };
 
@@ -140,6 +143,38 @@ pub(super) fn limits(spec: Option<&policy::Limits>) -> ServiceLimits {
         max_requests: spec.max_requests.unwrap_or(default.max_requests),
         max_connections: spec.max_connections.unwrap_or(default.max_connections),
         queue_wait: spec.queue_wait.map_or(default.queue_wait, |wait| wait.0),
+    }
+}
+
+/// One limit of a policy.
+///
+/// # Errors
+/// What is out of bounds.
+pub(super) fn try_rate_limit(
+    spec: &policy::RateLimit,
+    object: &ObjectRef,
+    position: usize,
+) -> Result<RateLimit, RateError> {
+    let per = spec.per.map_or(Duration::from_secs(1), |per| per.0);
+    Ok(RateLimit {
+        object: object.clone(),
+        name: position.to_string().into(),
+        rate: Rate::try_new(spec.requests, per, spec.burst)?,
+        http: spec.to.iter().map(http).collect(),
+        by: By {
+            identity: spec.by.identity.unwrap_or(false),
+            headers: spec.by.headers.iter().map(|name| name.0.clone()).collect(),
+        },
+    })
+}
+
+/// Which requests are meant.
+pub(super) fn http(operation: &Operation) -> HttpMatch {
+    HttpMatch {
+        methods: operation.methods.iter().map(|m| m.0.clone()).collect(),
+        paths: operation.paths.iter().map(|p| p.0.clone()).collect(),
+        hosts: operation.hosts.iter().map(|h| h.0.clone()).collect(),
+        headers: operation.headers.iter().map(|h| (h.name.0.clone(), h.value.0.clone())).collect(),
     }
 }
 

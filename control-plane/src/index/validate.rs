@@ -12,20 +12,24 @@ use k8s_openapi::api::{
 use weft_core::{
     backoff::Backoff,
     identity::PodUid,
-    policy::{Action, Authorization},
+    policy::{Action, Authorization, RateError},
 };
-use weft_proto::{ads::MAX_RESOURCE_LEN, convert::authz, pb::v1};
+use weft_proto::{
+    ads::MAX_RESOURCE_LEN,
+    convert::{authz, workload},
+    pb::v1,
+};
 
 use super::{
     inbound::{combinations, exceptions, rules_of},
     objects::{SERVICE_NAME, parse_opaque_ports, parse_ports},
     rules::object_ref,
-    traffic::try_backoff,
+    traffic::{try_backoff, try_rate_limit},
 };
 use crate::resources::{
     AuthorizationPolicy, INJECTED, Kind, OPAQUE_PORTS, Object, SKIP_INBOUND_PORTS, TrafficPolicy, WEIGHT,
     lookup,
-    policy::{AuthorizationPolicySpec, BackoffSpec, TargetRef, TrafficPolicySpec},
+    policy::{AuthorizationPolicySpec, BackoffSpec, Operation, TargetRef, TrafficPolicySpec},
     values::GatewayDuration,
 };
 
@@ -157,6 +161,7 @@ fn traffic(policy: &TrafficPolicy) -> Result<(), Invalid> {
             }
         }
     }
+    rate_limits(policy)?;
     if let Some(retries) = &spec.retries {
         count("spec.retries.statuses", retries.statuses.len(), MAX_ITEMS)?;
         count("spec.retries.grpcCodes", retries.grpc_codes.len(), MAX_ITEMS)?;
@@ -192,12 +197,52 @@ fn traffic(policy: &TrafficPolicy) -> Result<(), Invalid> {
     Ok(())
 }
 
+fn rate_limits(policy: &TrafficPolicy) -> Result<(), Invalid> {
+    let limits = policy.spec.rate_limits.as_deref().unwrap_or_default();
+    count("spec.rateLimits", limits.len(), MAX_RATE_LIMITS)?;
+    let object = object_ref(Kind::TrafficPolicy, &("namespace".into(), "name".into()));
+    let mut compiled = Vec::with_capacity(limits.len());
+    for (i, limit) in limits.iter().enumerate() {
+        let path = format!("spec.rateLimits[{i}]");
+        count(&format!("{path}.by.headers"), limit.by.headers.len(), MAX_KEY_HEADERS)?;
+        for (j, to) in limit.to.iter().enumerate() {
+            if *to == Operation::default() {
+                return invalid(
+                    format!("{path}.to[{j}]"),
+                    "says nothing; leave `to` out to mean all requests",
+                );
+            }
+            let lists = [to.methods.len(), to.paths.len(), to.hosts.len(), to.headers.len()];
+            count(&format!("{path}.to[{j}]"), lists.into_iter().sum(), MAX_ITEMS)?;
+        }
+        match try_rate_limit(limit, &object, i) {
+            Ok(limit) => compiled.push(limit),
+            Err(error) => {
+                let field = match error {
+                    RateError::Requests => "requests",
+                    RateError::Per => "per",
+                    RateError::Burst => "burst",
+                };
+                return invalid(format!("{path}.{field}"), error.to_string());
+            }
+        }
+    }
+    // Told with all else that each of its pods needs to know.
+    let bytes = workload::size(&compiled);
+    if bytes > MAX_RATE_LIMIT_BYTES {
+        let reason = format!("they take {bytes} bytes in all; at most {MAX_RATE_LIMIT_BYTES} can be told");
+        return invalid("spec.rateLimits", reason);
+    }
+    Ok(())
+}
+
 /// The first field that only services have.
 fn service_only(spec: &TrafficPolicySpec) -> Option<&'static str> {
     [
         ("loadBalancing", spec.load_balancing.is_some()),
         ("outlierEjection", spec.outlier_ejection.is_some()),
         ("limits", spec.limits.is_some()),
+        ("rateLimits", spec.rate_limits.is_some()),
         ("mtlsRequired", spec.mtls_required.is_some()),
         ("acceptedIdentities", !spec.accepted_identities.is_empty()),
         ("detectTimeout", spec.detect_timeout.is_some()),
@@ -329,6 +374,11 @@ fn invalid(path: impl Into<String>, reason: impl Into<String>) -> Result<(), Inv
 
 /// Gateway API's own bound is 16 rules; this leaves room and still bounds what sidecars get.
 const MAX_RULES: usize = 1_024;
+/// Of one policy: each is asked for each request.
+const MAX_RATE_LIMITS: usize = 32;
+const MAX_KEY_HEADERS: usize = 16;
+/// Of one policy: a pod may be behind several services.
+const MAX_RATE_LIMIT_BYTES: usize = 64 * 1024;
 /// Of an ordinary list.
 const MAX_ITEMS: usize = 1_024;
 /// Combinations of one rule's sources.
@@ -376,5 +426,21 @@ mod tests {
         traffic("retries: {budget: {minPerSecond: 1000001}}", "spec.retries.budget.minPerSecond", "above");
         let rate = "outlierEjection: {successRate: {window: 61m}}";
         traffic(rate, "spec.outlierEjection.successRate.window", "above 1h");
+        let rate = |limit: &str, field: &str, why| {
+            let spec = format!(
+                "{{targetRefs: [{{kind: Service, name: a}}], rateLimits: [{{requests: 1}}, {limit}]}}"
+            );
+            refused("TrafficPolicy", &spec, &format!("spec.rateLimits[1].{field}"), why);
+        };
+        rate("{requests: 0}", "requests", "1 to 1000000");
+        rate("{requests: 1, per: 0s}", "per", "100ms to 1h");
+        rate("{requests: 1, burst: 0}", "burst", "1 to 1000000");
+        rate("{requests: 1, to: [{}]}", "to[0]", "leave `to` out");
+        traffic("rateLimits: [{per: 1s}]", "spec.rateLimits[0]", "requests");
+        let many = vec!["{requests: 1}"; 33].join(", ");
+        traffic(&format!("rateLimits: [{many}]"), "spec.rateLimits", "33 are more than 32");
+        let long = format!("/{}", "x".repeat(4_000));
+        let many = vec![format!("{{requests: 1, to: [{{paths: [{long}]}}]}}"); 20].join(", ");
+        traffic(&format!("rateLimits: [{many}]"), "spec.rateLimits", "can be told");
     }
 }

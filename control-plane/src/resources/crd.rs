@@ -66,10 +66,10 @@ pub fn all() -> Vec<Value> {
                 ),
                 rule(
                     "!(has(self.loadBalancing) || has(self.outlierEjection) || has(self.limits) || \
-                     has(self.mtlsRequired) || has(self.detectTimeout)) || !has(self.targetRefs) || \
+                     has(self.rateLimits) || has(self.mtlsRequired) || has(self.detectTimeout)) || !has(self.targetRefs) || \
                      self.targetRefs.all(t, has(t.kind) && t.kind == 'Service')",
-                    "loadBalancing, outlierEjection, limits, mtlsRequired and detectTimeout are about Services: \
-                     write a policy of its own for the route",
+                    "loadBalancing, outlierEjection, limits, rateLimits, mtlsRequired and detectTimeout are about \
+                     Services: write a policy of its own for the route",
                 ),
             ],
         }),

@@ -90,6 +90,9 @@ pub struct TrafficPolicySpec {
     pub outlier_ejection: Option<OutlierEjection>,
     /// Caps per calling sidecar. Services only.
     pub limits: Option<Limits>,
+    /// How often each of its pods may be asked. Every limit counts for itself; a request that one of them
+    /// refuses is answered 429 with `Retry-After` (gRPC: RESOURCE_EXHAUSTED). Services only.
+    pub rate_limits: Option<Vec<RateLimit>>,
     /// Never fall back to plaintext, even to pods outside the mesh. Services only.
     pub mtls_required: Option<bool>,
     /// The only identities that its endpoints may have; whoever else is among them gets no requests. Services only.
@@ -230,6 +233,39 @@ pub struct Limits {
     pub max_connections: Option<u32>,
     /// How long a request waits while no endpoint can be reached; 3 s unless given.
     pub queue_wait: Option<GatewayDuration>,
+}
+
+/// How often a pod may be asked, as its own sidecar counts it: whoever calls, and whatever the caller says of its
+/// route. A request that several limits count needs room in all of them, and takes from none if it is refused.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct RateLimit {
+    /// So many requests, 1 to 1,000,000.
+    pub requests: u32,
+    /// In this time, 100ms to 1h; 1 s unless given.
+    #[serde(default)]
+    pub per: Option<GatewayDuration>,
+    /// So many at once after a quiet time; as many as `requests` unless given.
+    #[serde(default)]
+    pub burst: Option<u32>,
+    /// What has a count of its own; all requests share one unless given.
+    #[serde(default, deserialize_with = "nullable")]
+    pub by: RateLimitBy,
+    /// Requests that are counted: any of these; all unless given.
+    #[serde(default, deserialize_with = "nullable")]
+    pub to: Vec<Operation>,
+}
+
+/// What has a count of its own. 10,000 are kept; where more are in use at once, those that come last share one.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, rename_all = "camelCase", deny_unknown_fields)]
+pub struct RateLimitBy {
+    /// Each caller, by its identity. Callers outside the mesh share one.
+    pub identity: Option<bool>,
+    /// Each combination of these headers' values; requests without them share one. Whoever chooses a header's value
+    /// chooses the count: with `identity` each caller can do so for itself only.
+    #[serde(deserialize_with = "nullable")]
+    pub headers: Vec<HeaderText>,
 }
 
 /// See [`AuthorizationPolicy`]. Without `targetRefs` and `selector` it holds for every workload of its

@@ -104,7 +104,7 @@ fn source(at: &At<'_>, source: &pb::Source) -> Result<SourceMatch, Invalid> {
     Ok(source)
 }
 
-fn http(at: &At<'_>, http: &pb::Http) -> Result<HttpMatch, Invalid> {
+pub(super) fn http(at: &At<'_>, http: &pb::Http) -> Result<HttpMatch, Invalid> {
     Ok(HttpMatch {
         methods: at.each("methods", &http.methods, MAX_ITEMS, |at, name| method(at, name))?,
         paths: at.each("paths", &http.paths, MAX_ITEMS, string_match)?,
@@ -151,7 +151,7 @@ fn to_source(source: &SourceMatch) -> pb::Source {
     }
 }
 
-fn to_http(http: &HttpMatch) -> pb::Http {
+pub(super) fn to_http(http: &HttpMatch) -> pb::Http {
     pb::Http {
         methods: http.methods.iter().map(|method| method.as_str().to_owned()).collect(),
         paths: http.paths.iter().map(to_string_match).collect(),

@@ -117,6 +117,9 @@ pub enum Problem {
     /// Said twice.
     #[error("{0} is there twice; say it once")]
     Duplicate(String),
+    /// A rate that core refuses.
+    #[error("is not a rate that can be kept: {0}")]
+    Rate(#[from] weft_core::policy::RateError),
     /// A schedule that core refuses.
     #[error("is not a usable schedule: {0}")]
     Backoff(String),

@@ -11,18 +11,20 @@ use std::{
 };
 
 use ipnet::IpNet;
+use prost::Message as _;
 use weft_core::{
     identity::{PodUid, SpiffeId, TrustDomain},
     policy::{
-        Authorization, DETECT_TIMEOUT, Egress, InboundPolicy, MtlsMode, Place, PortPolicy, Probe, Protocol,
+        Authorization, By, DETECT_TIMEOUT, Egress, InboundPolicy, MtlsMode, Place, PortPolicy, Probe,
+        Protocol, Rate, RateLimit,
     },
 };
 
 use super::{
-    Invalid, Problem,
+    Invalid, Problem, authz,
     common::{
-        At, MAX_ITEMS, MAX_LABEL, cut, identity, in_range, millis, port, protocol, requires, text, to_millis,
-        to_protocol, trust_domain,
+        At, MAX_ITEMS, MAX_LABEL, cut, header_name, identity, in_range, millis, object, port, protocol,
+        requires, some_text, text, to_millis, to_object, to_protocol, trust_domain,
     },
     decode,
 };
@@ -39,6 +41,9 @@ use crate::{
 const MAX_RANGES: usize = 16_384;
 /// Of one port: a pod has a few containers with three probes each.
 const MAX_PROBES: usize = 64;
+/// Of one port, and headers of one limit: each is looked at for each request.
+const MAX_RATE_LIMITS: usize = 256;
+const MAX_KEY_HEADERS: usize = 16;
 
 /// A workload's settings, with its authorization policies by name.
 #[derive(Clone, Debug, PartialEq)]
@@ -72,6 +77,8 @@ pub struct PortResource {
     pub authorization: Arc<str>,
     /// What is admitted without identity.
     pub probes: Vec<Probe>,
+    /// How often it may be asked.
+    pub rate_limits: Vec<RateLimit>,
 }
 
 /// Reads a workload's settings.
@@ -80,6 +87,12 @@ pub struct PortResource {
 /// The first field that cannot be taken.
 pub fn parse(body: &[u8]) -> Result<WorkloadResource, Invalid> {
     WorkloadResource::try_from(&decode::<v1::WorkloadConfig>("WorkloadConfig", body)?)
+}
+
+/// Bytes that limits take in a message.
+pub fn size(limits: &[RateLimit]) -> usize {
+    let rate_limits = limits.iter().map(to_rate_limit).collect();
+    v1::InboundPort { rate_limits, ..v1::InboundPort::default() }.encoded_len()
 }
 
 /// Takes a policy apart: the workload's settings, and each authorization under its resource name.
@@ -94,6 +107,7 @@ pub fn split(policy: &InboundPolicy, uid: &PodUid) -> (WorkloadResource, Vec<(St
             mtls: port.mtls,
             authorization: name.into(),
             probes: port.probes.clone(),
+            rate_limits: port.rate_limits.clone(),
         }
     };
     let resource = WorkloadResource {
@@ -127,6 +141,7 @@ impl WorkloadResource {
                 mtls: port.mtls,
                 authorization: authorization(&port.authorization)?,
                 probes: port.probes.clone(),
+                rate_limits: port.rate_limits.clone(),
             }))
         };
         Some(InboundPolicy {
@@ -235,6 +250,7 @@ fn port_resource(at: &At<'_>, port: &v1::InboundPort) -> Result<PortResource, In
         mtls,
         authorization: port.authz.as_str().into(),
         probes: at.each("probes", &port.probes, MAX_PROBES, probe)?,
+        rate_limits: at.each("rate_limits", &port.rate_limits, MAX_RATE_LIMITS, rate_limit)?,
     })
 }
 
@@ -246,6 +262,34 @@ fn probe(at: &At<'_>, probe: &v1::inbound_port::Probe) -> Result<Probe, Invalid>
             .bad(Problem::Text(cut(path), "start it with /, without spaces and fragments"))),
         Some(PbProbe::GrpcHealth(true)) => Ok(Probe::GrpcHealth),
         Some(PbProbe::GrpcHealth(false)) | None => Err(at.bad(Problem::Missing)),
+    }
+}
+
+fn rate_limit(at: &At<'_>, limit: &v1::RateLimit) -> Result<RateLimit, Invalid> {
+    let per = Duration::from_millis(limit.per_ms.into());
+    Ok(RateLimit {
+        object: object(at, limit.object.as_ref())?,
+        name: some_text(&at.field("name"), &limit.name, MAX_LABEL)?,
+        rate: Rate::try_new(limit.requests, per, Some(limit.burst)).map_err(|e| at.bad(e))?,
+        http: at.each("http", &limit.http, MAX_ITEMS, authz::http)?,
+        by: By {
+            identity: limit.by_identity,
+            headers: at
+                .each("by_headers", &limit.by_headers, MAX_KEY_HEADERS, |at, name| header_name(at, name))?,
+        },
+    })
+}
+
+fn to_rate_limit(limit: &RateLimit) -> v1::RateLimit {
+    v1::RateLimit {
+        object: to_object(&limit.object),
+        name: limit.name.to_string(),
+        requests: limit.rate.requests(),
+        per_ms: to_millis(limit.rate.per()),
+        burst: limit.rate.burst(),
+        http: limit.http.iter().map(authz::to_http).collect(),
+        by_identity: limit.by.identity,
+        by_headers: limit.by.headers.iter().map(|name| name.as_str().to_owned()).collect(),
     }
 }
 
@@ -261,6 +305,7 @@ fn to_port(number: u16, port: &PortResource) -> v1::InboundPort {
         authz: port.authorization.to_string(),
         detect_timeout_ms: Some(to_millis(port.detect_timeout)),
         probes: port.probes.iter().map(to_probe).collect(),
+        rate_limits: port.rate_limits.iter().map(to_rate_limit).collect(),
     }
 }
 

@@ -795,6 +795,8 @@ pub struct InboundPort {
     /// admitted without identity: exactly these
     #[prost(message, repeated, tag = "6")]
     pub probes: ::prost::alloc::vec::Vec<inbound_port::Probe>,
+    #[prost(message, repeated, tag = "7")]
+    pub rate_limits: ::prost::alloc::vec::Vec<RateLimit>,
 }
 /// Nested message and enum types in `InboundPort`.
 pub mod inbound_port {
@@ -855,6 +857,30 @@ pub mod inbound_port {
             }
         }
     }
+}
+/// How often a port may be asked. A request that several count is taken out of all of them, or out of none.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct RateLimit {
+    #[prost(message, optional, tag = "1")]
+    pub object: ::core::option::Option<ObjectRef>,
+    /// its position in the object
+    #[prost(string, tag = "2")]
+    pub name: ::prost::alloc::string::String,
+    #[prost(uint32, tag = "3")]
+    pub requests: u32,
+    #[prost(uint32, tag = "4")]
+    pub per_ms: u32,
+    #[prost(uint32, tag = "5")]
+    pub burst: u32,
+    /// what is counted: any of these; empty: everything
+    #[prost(message, repeated, tag = "6")]
+    pub http: ::prost::alloc::vec::Vec<authorization::Http>,
+    /// each caller has a count of its own
+    #[prost(bool, tag = "7")]
+    pub by_identity: bool,
+    /// each combination of their values has
+    #[prost(string, repeated, tag = "8")]
+    pub by_headers: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }
 /// One rejected resource of a NACK, in Status.details.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]

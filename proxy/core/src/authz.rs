@@ -60,6 +60,14 @@ pub fn is_probe(probes: &[Probe], method: &Method, path_and_query: &str) -> bool
     })
 }
 
+/// Whether a request is any of these; read as what restricts is, so that no other spelling of a method evades it.
+///
+/// # Errors
+/// One of them looks at the path, and that is not in canonical form.
+pub(crate) fn is_asked(any: &[HttpMatch], ask: &Ask<'_>) -> Result<bool, NotCanonical> {
+    asks_any(any, Action::Deny, ask, &mut None)
+}
+
 /// The decision.
 #[derive(Clone, Copy, Debug)]
 pub enum Verdict<'a> {

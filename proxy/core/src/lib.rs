@@ -21,6 +21,7 @@ pub mod path;
 pub mod route;
 
 pub mod authz;
+pub mod limit;
 
 pub mod topology;
 

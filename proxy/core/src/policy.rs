@@ -16,6 +16,7 @@ pub use crate::{
     },
     backoff::Backoff,
     budget::BudgetParams,
+    limit::{By, Rate, RateError, RateLimit},
     name::{NameError, ObjectRef, ServiceName},
     route::{
         RouteTable,
@@ -85,6 +86,8 @@ pub struct PortPolicy {
     /// What the pod's kubelet asks there. Exactly this is admitted without identity; that a caller seems to be the
     /// node means nothing, since whatever is routed through a node may come with its address.
     pub probes: Vec<Probe>,
+    /// How often it may be asked.
+    pub rate_limits: Vec<RateLimit>,
 }
 
 /// Whether plaintext is admitted.

@@ -19,6 +19,7 @@ use tokio_rustls::server::TlsStream;
 use weft_core::{
     authz::{self, Ask, Verdict},
     classify::{self, Class, Failure, Outcome},
+    limit::{self, Refused},
     policy::{Authorization, PortPolicy},
     retry,
 };
@@ -48,7 +49,7 @@ use crate::{
     },
     upgraded::{self, Ended},
     upload::{Replay, Upload},
-    worker::{Spoken, Worker, port_policy},
+    worker::{RateLimits, Spoken, Worker, port_policy},
 };
 
 /// What of one request is kept so that a connection which the app closed while it was idle can be replaced.
@@ -196,6 +197,8 @@ pub(super) struct Inner {
     parent: Arc<str>,
     /// The port's policy, and the generation of the one that it was taken from.
     seen: RefCell<(Option<u64>, Arc<PortPolicy>)>,
+    /// How often the port may be asked, as of then.
+    rate_limits: RefCell<Option<RateLimits>>,
     series: RefCell<[Option<Rc<Series>>; 3]>,
     edge: OnceCell<Rc<Edge>>,
     /// Of gRPC methods.
@@ -219,6 +222,7 @@ impl Server {
         Self(Rc::new(Inner {
             // The handshake may have taken long: the policy of now is read at the first request.
             seen: RefCell::new((None, port)),
+            rate_limits: RefCell::default(),
             worker,
             original,
             caller,
@@ -367,6 +371,9 @@ impl Inner {
         if !probe && self.worker.limits.refuses_requests() {
             return Err(Error::Overloaded);
         }
+        if !probe {
+            self.limit_rate(&outgoing)?;
+        }
         if let Some(attempt) = attempt {
             tracing::debug!(?attempt, request_id = decision.request_id(), "another attempt");
             outgoing.headers.insert(WEFT_ATTEMPT, attempt);
@@ -440,6 +447,26 @@ impl Inner {
                 }
             }
         }
+    }
+
+    /// Takes the request out of what the port may be asked.
+    fn limit_rate(&self, outgoing: &Outgoing) -> Result<(), Error> {
+        let limits = self.rate_limits.borrow();
+        let Some(limits) = &*limits else { return Ok(()) };
+        let ask = Ask::Http {
+            method: &outgoing.method,
+            host: outgoing.host(),
+            path: outgoing.path.path(),
+            headers: &outgoing.headers,
+        };
+        limit::take(limits, &self.caller.peer(), &ask, now()).map_err(|refused| match refused {
+            Refused::Path(_) => Error::PathNotCanonical,
+            Refused::Limit { limit, wait } => {
+                self.worker.recorder.count(Counter::RateLimited);
+                let wait = wait.as_secs() + u64::from(wait.subsec_nanos() > 0);
+                Error::RateLimited { limit: format!("{}/{}", limit.object, limit.name).into(), wait }
+            }
+        })
     }
 
     /// Sends to the app. An idle connection that the app closed at the moment of reuse is replaced, if the
@@ -554,6 +581,7 @@ impl Inner {
         if seen.0 != Some(generation) {
             if let Some(policy) = self.worker.inbound_policy() {
                 seen.1 = port_policy(&policy, self.original.port()).clone();
+                *self.rate_limits.borrow_mut() = self.worker.rate_limits(self.original.port());
             }
             seen.0 = Some(generation);
         }

@@ -19,7 +19,7 @@ use crate::{
     answer::{Body, Held, Tail},
     clock::now,
     direction::Direction,
-    error::{APP_REFUSES, Error, WEFT_REASON, WEFT_UNSENT, is_grpc},
+    error::{APP_REFUSES, Error, RATE_LIMITED, WEFT_REASON, WEFT_UNSENT, is_grpc},
     expect::{self, Gate},
     front::{self, Front, Head, Requests},
     head::{self, Outgoing, Upgrade},
@@ -484,10 +484,17 @@ impl Client {
                         Failure::NotProcessed
                     });
                 }
-                match classify::grpc_status(head.headers()) {
+                let outcome = match classify::grpc_status(head.headers()) {
                     Some(code) if sending.grpc => classify::grpc_under(code, &sending.rule.retry),
                     _ => classify::status_under(head.status(), &sending.rule.retry),
+                };
+                let told =
+                    |why| sent.private && head.headers().get(WEFT_REASON).is_some_and(|said| said == why);
+                if outcome.is_failure() && told(RATE_LIMITED) {
+                    // The caller's fault: the endpoint is none the worse for it, and another would only be asked more.
+                    return Outcome::ClientError;
                 }
+                outcome
             }
         }
     }

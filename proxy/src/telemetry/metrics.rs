@@ -42,6 +42,7 @@ pub(super) const COUNTERS: [(Counter, &str, &str, &str); Counter::COUNT] = {
         (C::ReplayOverflow, "weft_replay_overflow_total", "", "Request bodies too large to be sent again"),
         (C::Ejections, "weft_ejections_total", "", "Endpoints ejected"),
         (C::RequestsShed, "weft_requests_shed_total", "", "Requests refused because too many were in flight, or memory was short"),
+        (C::RateLimited, "weft_rate_limited_total", "", "Requests refused because a rate limit was used up"),
         (C::Panics, "weft_panics_total", "", "Connections that ended in a panic"),
         (C::DiscoveryTimeouts, "weft_discovery_timeouts_total", "", "Destinations that the control plane did not answer in time"),
         (C::DiscoveryShed, "weft_discovery_shed_total", "", "Connections refused because too many waited for discovery"),
@@ -166,6 +167,8 @@ closed_enum! {
         Ejections,
         /// See the table.
         RequestsShed,
+        /// See the table.
+        RateLimited,
         /// See the table.
         Panics,
         /// See the table.

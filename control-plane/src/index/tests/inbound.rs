@@ -233,3 +233,40 @@ status: {podIP: 10.0.0.1}
     assert_eq!(policy.ports[&9090].probes, [Probe::GrpcHealth]);
     assert!(policy.default_port.probes.is_empty());
 }
+
+#[test]
+fn how_often_a_pod_may_be_asked_is_what_is_said_of_the_services_that_send_to_it() {
+    let mut index = index(SHOP);
+    let policy = |name: &str, section: &str, limits: &str| {
+        format!(
+            "apiVersion: weft.dev/v1alpha1\nkind: TrafficPolicy\nmetadata: {{name: {name}, namespace: shop}}\n\
+             spec: {{targetRefs: [{{kind: Service, name: cart{section}}}], {limits}}}\n"
+        )
+    };
+    let limits = |index: &Index, pod: &str, port: u16| -> Vec<(String, u32)> {
+        let (policy, _) = index.workload(&uid(pod)).unwrap();
+        let limits = &policy.ports[&port].rate_limits;
+        limits.iter().map(|l| (format!("{}/{}", l.object, l.name), l.rate.requests())).collect()
+    };
+    let told = |name: &str, requests| (format!("TrafficPolicy/shop/{name}"), requests);
+    // Of everything else the pods' own sidecars hear nothing.
+    let dirty = apply(&mut index, &policy("all", "", "timeouts: {request: 1s}"));
+    assert!(!dirty.contains(&Key::Workload(uid("cart-1-uid"))), "{dirty:?}");
+    let dirty = apply(&mut index, &policy("all", "", "rateLimits: [{requests: 5}, {requests: 9, per: 1m}]"));
+    for pod in ["cart-1-uid", "cart-2-uid"] {
+        assert!(dirty.contains(&Key::Workload(uid(pod))), "{dirty:?}");
+    }
+    assert_eq!(limits(&index, "cart-1-uid", 8080), [told("all/0", 5), told("all/1", 9)]);
+    assert_eq!(limits(&index, "cart-1-uid", 9090), [told("all/0", 5), told("all/1", 9)]);
+    // What is said of one port stands in place of what is said of all, and none is something said, too.
+    apply(&mut index, &policy("web", ", sectionName: http", "rateLimits: [{requests: 7}]"));
+    apply(&mut index, &policy("metrics", ", sectionName: metrics", "rateLimits: []"));
+    assert_eq!(limits(&index, "cart-1-uid", 8080), [told("web/0", 7)]);
+    assert_eq!(limits(&index, "cart-1-uid", 9090), []);
+    let (other, _) = index.workload(&uid("cart-1-uid")).unwrap();
+    assert!(other.default_port.rate_limits.is_empty(), "no service sends there");
+    // With the policy goes the limit.
+    let dirty = delete(&mut index, Kind::TrafficPolicy, "web");
+    assert!(dirty.contains(&Key::Workload(uid("cart-1-uid"))), "{dirty:?}");
+    assert_eq!(limits(&index, "cart-1-uid", 8080), [told("all/0", 5), told("all/1", 9)]);
+}

@@ -78,7 +78,7 @@ pub struct SourceMatch {
 }
 
 /// What is asked: all that is set must hold.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct HttpMatch {
     /// Any of these methods; empty: all.
     pub methods: Vec<Method>,
