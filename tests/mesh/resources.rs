@@ -1,6 +1,7 @@
 //! What a sidecar takes, and what it does when there is no more: memory, descriptors, log pipes, disks.
 
 use std::{
+    io::{BufRead as _, BufReader},
     net::{SocketAddr, TcpStream},
     path::PathBuf,
     process::{Child, Command, Stdio},
@@ -9,7 +10,7 @@ use std::{
 };
 
 use weft_control_plane::cli::demo::{
-    mesh::{Mesh, Workload, wait},
+    mesh::{Binaries, Mesh, Workload, wait},
     netns::Pod,
 };
 use weft_core::{identity::PodUid, ports};
@@ -64,6 +65,38 @@ fn address(server: &Served) -> String {
 fn the_descriptor_limit_is_raised_to_its_hard_limit() {
     let Some(pair) = launched("nofile", &[], &["prlimit", "--nofile=512:2048"]) else { return };
     let limits = std::fs::read_to_string(format!("/proc/{}/limits", pair.server.sidecar.proxy.id())).unwrap();
+    let files = limits.lines().find(|line| line.starts_with("Max open files")).unwrap();
+    let numbers: Vec<_> = files.split_whitespace().skip(3).take(2).collect();
+    assert_eq!(numbers, ["2048", "2048"], "{files}");
+}
+
+#[test]
+fn the_controllers_descriptor_limit_is_raised_to_its_hard_limit() {
+    let folder = std::env::temp_dir().join(format!("weft-controller-nofile-{}", std::process::id()));
+    std::fs::create_dir_all(folder.join("mesh")).unwrap();
+    let program = match std::env::var_os("WEFT_PROGRAMS") {
+        Some(programs) => Binaries::in_dir(programs.as_ref()),
+        None => Binaries::beside_this(),
+    };
+    let mut controller = Command::new("prlimit")
+        .arg("--nofile=512:2048")
+        .arg(program.unwrap().path("weft-controller"))
+        .args(["--source", "dir"])
+        .arg(folder.join("mesh"))
+        .arg("--state-dir")
+        .arg(folder.join("state"))
+        .args(["--discovery-port", "0", "--identity-port", "0", "--api-listen", "127.0.0.1:0"])
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let log = BufReader::new(controller.stderr.take().unwrap());
+    let listening = log.lines().map_while(Result::ok).any(|line| line.contains("listening"));
+    let limits = std::fs::read_to_string(format!("/proc/{}/limits", controller.id())).unwrap();
+    controller.kill().unwrap();
+    controller.wait().unwrap();
+    std::fs::remove_dir_all(&folder).unwrap();
+    assert!(listening);
+    // A sidecar is a connection: with a container's usual 1,024 the next one would be turned away.
     let files = limits.lines().find(|line| line.starts_with("Max open files")).unwrap();
     let numbers: Vec<_> = files.split_whitespace().skip(3).take(2).collect();
     assert_eq!(numbers, ["2048", "2048"], "{files}");

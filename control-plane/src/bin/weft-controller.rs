@@ -24,6 +24,7 @@ fn serve(args: &ServeArgs) -> anyhow::Result<()> {
     harden()?;
     let config = Config::new(args)?;
     log(args)?;
+    raise_descriptor_limit();
     let runtime =
         tokio::runtime::Builder::new_current_thread().enable_all().build().context("starting the runtime")?;
     runtime.block_on(async {
@@ -49,6 +50,18 @@ fn harden() -> anyhow::Result<()> {
     setrlimit(Resource::RLIMIT_CORE, 0, 0).context("RLIMIT_CORE")?;
     set_dumpable(false).context("PR_SET_DUMPABLE")?;
     set_no_new_privs().context("no_new_privs")
+}
+
+/// As many descriptors as the hard limit allows: each sidecar needs one, and a container is often given 1,024.
+fn raise_descriptor_limit() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let raised = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(soft, hard)| match soft < hard {
+        true => setrlimit(Resource::RLIMIT_NOFILE, hard, hard),
+        false => Ok(()),
+    });
+    if let Err(error) = raised {
+        tracing::warn!(%error, "the descriptor limit stays as it is");
+    }
 }
 
 fn log(args: &ServeArgs) -> anyhow::Result<()> {

@@ -52,8 +52,9 @@ fn is_no_such_family(error: &io::Error) -> bool {
         || error.kind() == io::ErrorKind::AddrNotAvailable
 }
 
-/// As tokio's own.
-const BACKLOG: i32 = 1_024;
+/// A fleet that comes back at once waits here; whoever finds no place asks again after one, three and seven seconds.
+/// The kernel makes it `net.core.somaxconn`, 4,096, where that is less.
+const BACKLOG: i32 = 16_384;
 
 #[cfg(test)]
 mod tests {
