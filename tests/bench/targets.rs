@@ -53,6 +53,10 @@ pub(crate) fn targets(report: &Report) -> Vec<Target> {
     let mut list = List(Vec::new());
     for row in report.rows.iter().filter(|row| row.pair == Peer::Weft) {
         let load = row.load;
+        if matches!(load, Load::Handshakes | Load::Rules) {
+            // What else goes on is not a cost of requests: there latency is what is looked at.
+            continue;
+        }
         match load.kind() {
             Kind::Saturated | Kind::Paced => of_requests(&mut list, report, load),
             Kind::Bulk => {
