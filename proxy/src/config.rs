@@ -22,6 +22,10 @@ use weft_core::{
 
 use crate::harden::Harden;
 
+/// As many headers the HTTP/1 library reads into arrays on its stack. Told of any other number, be it smaller, it
+/// allocates and fills two arrays for each head, which costs more than all that is decided about a request.
+pub(crate) const HEADERS_ON_STACK: usize = 100;
+
 /// What the fields that a sidecar adds to a head may take.
 const ADDED_FIELDS: usize = 2 * 1024;
 
@@ -86,7 +90,7 @@ pub struct GrowthLimits {
     pub max_connections_per_peer: usize,
     /// Bytes of a request's or response's head (`WEFT_MAX_HEADER_BYTES`).
     pub header_bytes: usize,
-    /// Headers of a request or response (`WEFT_MAX_HEADERS`).
+    /// Headers of a request or response (`WEFT_MAX_HEADERS`; as many as Envoy lets pass, and more of them cost more).
     pub headers: usize,
     /// HTTP/2 streams of one connection from an app or a peer outside the mesh (`WEFT_MAX_STREAMS_OUTSIDE`).
     pub streams_outside: u32,
@@ -387,7 +391,7 @@ impl<G: Fn(&str) -> Option<String>> Reader<G> {
         let max_connections = self.number("WEFT_MAX_CONNECTIONS", 20_000, 1..=1_000_000);
         let max_connections_per_peer = self.number("WEFT_MAX_CONNECTIONS_PER_PEER", 5_000, 1..=1_000_000);
         let header_bytes = self.number("WEFT_MAX_HEADER_BYTES", 64 * 1024, 8 * 1024..=1024 * 1024);
-        let headers = self.number("WEFT_MAX_HEADERS", 200, 10..=10_000);
+        let headers = self.number("WEFT_MAX_HEADERS", HEADERS_ON_STACK, 10..=10_000);
         let streams_outside = self.number("WEFT_MAX_STREAMS_OUTSIDE", 100, 1..=100_000);
         let streams_mesh = self.number("WEFT_MAX_STREAMS_MESH", 1_000, 1..=100_000);
         let discovery_waiters = self.number("WEFT_DISCOVERY_WAITERS", 1_000, 1..=100_000);
@@ -581,7 +585,7 @@ mod tests {
         assert_eq!(config.controller_identity.as_str(), "spiffe://cluster.local/ns/weft/sa/weft-controller");
         assert_eq!(config.times.discovery_hold, Duration::from_secs(2));
         assert_eq!(config.times.discovery_idle, Duration::from_secs(600));
-        assert_eq!((config.limits.header_bytes, config.limits.headers), (65_536, 200));
+        assert_eq!((config.limits.header_bytes, config.limits.headers), (65_536, 100));
         assert_eq!((config.limits.streams_outside, config.limits.streams_mesh), (100, 1_000));
         let text = config.to_string();
         assert!(text.contains("WEFT_DISCOVERY_IDLE=10m  (default)"), "{text}");

@@ -13,6 +13,7 @@
 
 use std::{
     future::Future,
+    pin::Pin,
     sync::{
         Arc,
         atomic::{AtomicU8, Ordering},
@@ -128,8 +129,11 @@ impl Gate {
     }
 
     /// Waits for an answer, and opens when that takes longer than `patience`.
-    pub(crate) async fn patient<T>(&self, patience: Duration, answer: impl Future<Output = T>) -> T {
-        let mut answer = std::pin::pin!(answer);
+    pub(crate) async fn patient<T>(
+        &self,
+        patience: Duration,
+        mut answer: Pin<&mut impl Future<Output = T>>,
+    ) -> T {
         if let Ok(answered) = tokio::time::timeout(patience, answer.as_mut()).await {
             return answered;
         }

@@ -542,12 +542,15 @@ pub(crate) async fn not_http(recorder: &Recorder, accepted: Accepted, direction:
     std::future::poll_fn(|cx| front.poll_linger(cx)).await;
 }
 
-/// What reads HTTP/1 behind a [`Front`], but for its timer.
+/// What reads HTTP/1 behind a [`Front`], but for its timer. That a head has no more fields than it may is seen before.
 pub(crate) fn http1(limits: &config::GrowthLimits) -> http1::Builder {
     let mut builder = http1::Builder::new();
     // A little more than a head may have, so that the library is never the first to say no.
     let buffer = limits.header_bytes.max(8 * 1024) + 1024;
-    builder.auto_date_header(false).max_headers(limits.headers).max_buf_size(buffer);
+    builder.auto_date_header(false).max_buf_size(buffer);
+    if limits.headers > config::HEADERS_ON_STACK {
+        builder.max_headers(limits.headers);
+    }
     builder
 }
 

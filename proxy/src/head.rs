@@ -374,6 +374,8 @@ pub(crate) fn remove_connection_headers(headers: &mut HeaderMap) {
             .iter()
             .filter_map(|value| value.to_str().ok())
             .flat_map(|value| value.split(','))
+            // What nearly all say, and no field is called.
+            .filter(|token| !["keep-alive", "close"].iter().any(|usual| token.eq_ignore_ascii_case(usual)))
             .filter_map(|token| HeaderName::try_from(token.trim()).ok())
             .collect();
         for name in listed {
@@ -409,11 +411,9 @@ pub(crate) fn clean_trailers(trailers: &mut HeaderMap) {
 }
 
 fn remove_those(headers: &mut HeaderMap, unwanted: impl Fn(&HeaderName) -> bool) {
-    if headers.keys().any(&unwanted) {
-        let names: Vec<_> = headers.keys().filter(|name| unwanted(name)).cloned().collect();
-        for name in names {
-            headers.remove(name);
-        }
+    // One by one: there are hardly ever more than two, and then a list of them would cost more than looking again.
+    while let Some(name) = headers.keys().find(|name| unwanted(name)).cloned() {
+        headers.remove(name);
     }
 }
 

@@ -136,7 +136,8 @@ async fn connection(
     let accepted = Accepted { stream, client, original, open };
     match side {
         Direction::Outbound => outbound::serve(worker.clone(), accepted).await,
-        Direction::Inbound => inbound::serve(worker.clone(), accepted).await,
+        // Boxed: thrice as large, and connections of apps, of which there are more, would all have room for it.
+        Direction::Inbound => Box::pin(inbound::serve(worker.clone(), accepted)).await,
     }
 }
 

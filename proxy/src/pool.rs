@@ -172,12 +172,16 @@ impl Pool {
         }))
     }
 
-    /// Sends a request and waits for the head of its response.
+    /// Sends a request, which it takes, and waits for the head of its response.
+    ///
+    /// What is rare on the way (to open a connection, to wait for the app to ask for a body) is boxed where it is
+    /// awaited, and the request is lent: every request carries the room for all that may happen to it, and pays for
+    /// each byte of it when it is moved and when it is touched.
     pub(crate) async fn send(
         &self,
         peer: &Peer,
-        request: Request<Upload>,
-        options: SendOptions<'_>,
+        request: &mut Option<Request<Upload>>,
+        options: &SendOptions<'_>,
     ) -> Result<Sent, SendError> {
         if peer.is_h2() {
             self.send_h2(peer, request, options).await
@@ -211,6 +215,11 @@ impl From<ConnectError> for SendError {
         let ConnectError { failure, detail, local, capped } = error;
         Self { failure, detail, reused: false, local, capped }
     }
+}
+
+/// A request is sent once, and again only where the connection gave it back.
+fn nothing_left() -> SendError {
+    SendError::new(Failure::NotProcessed, "the request was not given back", false)
 }
 
 fn not_processed(error: &hyper::Error) -> ConnectError {

@@ -55,6 +55,12 @@ impl<S: Stream> Stream for tokio_rustls::server::TlsStream<S> {
     }
 }
 
+impl<S: Stream> Stream for Box<S> {
+    fn tcp(&self) -> &TcpStream {
+        (**self).tcp()
+    }
+}
+
 impl<S: Stream> Stream for Prefixed<S> {
     fn tcp(&self) -> &TcpStream {
         self.inner.tcp()

@@ -787,8 +787,8 @@ fn a_head_up_to_64_kib_passes_and_a_larger_one_is_431() {
             assert_eq!((answer.status(), answer.text()), (200, size.to_string()));
             assert_eq!(answer.header("x-59").map(str::len), Some(1_000));
         }
-        // 190 fields, as many as a browser would never send.
-        let fields: String = (0..190).map(|n| format!("X-{n}: {}\r\n", "v".repeat(300))).collect();
+        // 90 fields, as many as a browser would never send.
+        let fields: String = (0..90).map(|n| format!("X-{n}: {}\r\n", "v".repeat(300))).collect();
         let answer = client.ask(format!("GET / HTTP/1.1\r\nHost: a\r\nX-Big: z\r\n{fields}\r\n")).unwrap();
         assert_eq!((answer.status(), answer.text().as_str()), (200, "1"), "{}", answer.head);
         for large in [ask(70_000), format!("GET / HTTP/1.1\r\nHost: a\r\n{}\r\n", "X: y\r\n".repeat(250))] {

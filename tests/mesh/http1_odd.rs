@@ -161,11 +161,11 @@ fn odd_but_allowed_answers_arrive_as_they_were_meant() {
 }
 
 #[test]
-fn two_hundred_fields_pass_and_one_more_is_431() {
+fn a_hundred_fields_pass_and_one_more_is_431() {
     let Some(world) = scripted("fields", |mut wire, _| {
         answer_all(&mut wire, |request| {
             let sent = request.head.lines().filter(|line| line.starts_with("x-n")).count();
-            let fields: String = (0..199).map(|n| format!("X-A{n}: 1\r\n")).collect();
+            let fields: String = (0..99).map(|n| format!("X-A{n}: 1\r\n")).collect();
             format!("HTTP/1.1 200 OK\r\n{fields}Content-Length: 3\r\n\r\n{sent:03}")
         })
     }) else {
@@ -176,16 +176,16 @@ fn two_hundred_fields_pass_and_one_more_is_431() {
             let fields: String = (1..n).map(|n| format!("X-N{n}: 1\r\n")).collect();
             format!("GET / HTTP/1.1\r\nHost: a\r\n{fields}\r\n")
         };
-        let answer = Wire::dial(&pod, &address).unwrap().ask(head(200)).unwrap();
+        let answer = Wire::dial(&pod, &address).unwrap().ask(head(100)).unwrap();
         assert_eq!(
             (answer.status(), answer.text().as_str()),
-            (200, "199"),
+            (200, "099"),
             "{address}: {:.200}",
             answer.head
         );
-        assert_eq!(answer.head.lines().filter(|line| line.starts_with("x-a")).count(), 199);
+        assert_eq!(answer.head.lines().filter(|line| line.starts_with("x-a")).count(), 99);
         let mut client = Wire::dial(&pod, &address).unwrap();
-        let answer: Message = client.ask(head(201)).unwrap();
+        let answer: Message = client.ask(head(101)).unwrap();
         assert_eq!(answer.status(), 431, "{address}: {:.200}", answer.head);
         assert!(client.gone().unwrap().is_empty());
     }

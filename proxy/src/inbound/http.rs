@@ -5,6 +5,7 @@ use std::{
     collections::HashMap,
     convert::Infallible,
     net::SocketAddr,
+    pin::pin,
     rc::Rc,
     sync::Arc,
 };
@@ -60,7 +61,7 @@ const METHODS: usize = 64;
 /// Serves a caller's sidecar.
 pub(super) async fn serve_mesh(
     worker: Rc<Worker>,
-    tls: TlsStream<Prefixed<TcpStream>>,
+    tls: Box<TlsStream<Prefixed<TcpStream>>>,
     client: SocketAddr,
     original: SocketAddr,
     port: Arc<PortPolicy>,
@@ -96,7 +97,12 @@ pub(super) async fn serve_plain(
         let io = Front::h2(stream, first, requests.clone(), Direction::Inbound, head);
         let service = service_fn(move |request| {
             let server = server.clone();
-            Box::pin(async move { server.handle(request, None).await })
+            let gate = expect::gate(&request, false);
+            let mut asked = server.ask(request, gate);
+            Box::pin(async move {
+                let handled = server.0.forward(&mut asked).await;
+                Ok::<_, Infallible>(server.conclude(asked, handled, None))
+            })
         });
         let header_list = u32::try_from(limits.header_bytes).unwrap_or(u32::MAX);
         let connection = h2_builder(&worker, limits.streams_outside, header_list)
@@ -107,8 +113,17 @@ pub(super) async fn serve_plain(
         let of_service = requests.clone();
         let service = service_fn(move |request| {
             let (server, requests, in_progress) = (server.clone(), of_service.clone(), of_service.begin());
+            let gate = expect::gate(&request, false);
+            let mut asked = server.ask(request, gate);
             async move {
-                let Ok(response) = server.handle(request, Some(&requests)).await;
+                let handled = server.0.forward(&mut asked).await;
+                let (upload, refused) = (asked.replay.clone(), handled.is_err());
+                let mut response = server.conclude(asked, handled, Some(&requests));
+                requests.ends_after(upload.as_ref(), refused, &mut response).await;
+                let ends = server.0.worker.drain.phase() >= Phase::LameDuck;
+                if ends && response.status() != StatusCode::SWITCHING_PROTOCOLS {
+                    head::closes(&mut response);
+                }
                 Ok::<_, Infallible>(Requests::answered(in_progress, response))
             }
         });
@@ -238,32 +253,29 @@ impl Server {
     }
 
     /// A request of a sidecar.
-    async fn handle_mesh(self, request: Request<Incoming>) -> Handled {
-        let Some(gate) = expect::gate(&request, true) else {
-            return Ok(self.answer(request, None, None).await);
-        };
-        // The app may ask for the body before it answers.
-        let opened = gate.clone();
-        let mut answer = Box::pin(async move { self.answer(request, None, Some(gate)).await });
-        tokio::select! {
-            biased;
-            response = &mut answer => Ok(response),
-            () = opened.opened() => Ok(Permitted::coming(answer)),
+    fn handle_mesh(self, request: Request<Incoming>) -> impl Future<Output = Handled> {
+        let gate = expect::gate(&request, true);
+        let mut asked = self.ask(request, gate.clone());
+        async move {
+            let Some(gate) = gate else {
+                let handled = self.0.forward(&mut asked).await;
+                return Ok(self.conclude(asked, handled, None));
+            };
+            // The app may ask for the body before it answers.
+            let mut answer = Box::pin(async move {
+                let handled = self.0.forward(&mut asked).await;
+                self.conclude(asked, handled, None)
+            });
+            tokio::select! {
+                biased;
+                response = &mut answer => Ok(response),
+                () = gate.opened() => Ok(Permitted::coming(answer)),
+            }
         }
     }
 
-    /// A request of a caller without a sidecar; `requests`: of an HTTP/1 connection.
-    async fn handle(self, request: Request<Incoming>, requests: Option<&Requests>) -> Handled {
-        let gate = expect::gate(&request, false);
-        Ok(self.answer(request, requests, gate).await)
-    }
-
-    async fn answer(
-        self,
-        request: Request<Incoming>,
-        requests: Option<&Requests>,
-        gate: Option<Gate>,
-    ) -> Response<Permitted> {
+    /// Takes a request as its caller sent it.
+    fn ask(&self, mut request: Request<Incoming>, gate: Option<Gate>) -> Asked {
         let inner = &self.0;
         let worker = &inner.worker;
         // Counted before the question whether to refuse, so that a drain waits for it or it sees the drain.
@@ -272,29 +284,85 @@ impl Server {
         let grpc = is_grpc(request.headers());
         let (spoken, h2) = (inner.spoken(&request, grpc), request.version() == Version::HTTP_2);
         exchange.belongs_to(inner.series(spoken));
-        let mut decision = Decision::default();
-        let mut upload = None;
-        let handled =
-            inner.forward(request, gate, grpc, guard, &mut upload, &mut exchange, &mut decision).await;
-        let refused = handled.is_err();
-        let mut response = handled.unwrap_or_else(|error| {
-            let error = front::behind(error, requests);
-            let mut response = inner.answer(&error, grpc, exchange, decision);
-            if error.ends_connection() && !h2 {
-                // What follows on the connection may be meant otherwise than we read it.
-                head::closes(&mut response);
+        let wants_upgrade =
+            request.headers().contains_key(header::UPGRADE) || request.method() == Method::CONNECT;
+        let upgrade = wants_upgrade.then(|| hyper::upgrade::on(&mut request));
+        let mesh = inner.caller.identity.is_some();
+        let attempt = request.headers().get(WEFT_ATTEMPT).filter(|_| mesh).cloned();
+        let (mut decision, mut replay) = (Decision::default(), None);
+        let outgoing = Outgoing::take(request, mesh).map(|(mut outgoing, body)| {
+            outgoing.comes_from(Provenance { address: inner.address.clone(), id: inner.client_id.clone() });
+            outgoing.expects = gate.is_some();
+            replay =
+                (!http_body::Body::is_end_stream(&body)).then(|| Replay::new(body, h2, REPLAY).behind(gate));
+            if outgoing.upgrade.is_some() && outgoing.version != Version::HTTP_2 {
+                // Between sidecars an upgrade is an extended CONNECT; what the app will see is what is authorized.
+                outgoing.method = Method::GET;
             }
-            Permitted::of(response)
+            decision.request(&outgoing.headers, &outgoing.path);
+            outgoing
         });
-        if let Some(requests) = requests {
-            requests.ends_after(upload.as_ref(), refused, &mut response).await;
-            if worker.drain.phase() >= Phase::LameDuck && response.status() != StatusCode::SWITCHING_PROTOCOLS
-            {
-                head::closes(&mut response);
-            }
-        }
-        response
+        Asked { outgoing, replay, upgrade, attempt, grpc, h2, guard, exchange, decision }
     }
+
+    /// The answer; `requests`: of an HTTP/1 connection.
+    fn conclude(
+        &self,
+        asked: Asked,
+        handled: Result<Forwarded, Error>,
+        requests: Option<&Requests>,
+    ) -> Response<Permitted> {
+        let inner = &self.0;
+        let Asked { outgoing, upgrade, grpc, h2, guard, exchange, decision, .. } = asked;
+        let error = match (outgoing, handled) {
+            (Ok(outgoing), Ok(forwarded)) => {
+                let answered = Answered { outgoing, upgrade, grpc, guard, exchange, forwarded };
+                return inner.respond(answered);
+            }
+            (Ok(_) | Err(_), Err(error)) | (Err(error), Ok(_)) => error,
+        };
+        let error = front::behind(error, requests);
+        let mut response = inner.answer(&error, grpc, exchange, decision);
+        if error.ends_connection() && !h2 {
+            // What follows on the connection may be meant otherwise than we read it.
+            head::closes(&mut response);
+        }
+        Permitted::of(response)
+    }
+}
+
+/// One request, and what becomes known of it. It stays in one place until it is answered, and is lent to whatever is
+/// done about it, as in `outbound`.
+struct Asked {
+    /// An error: it cannot be carried on.
+    outgoing: Result<Outgoing, Error>,
+    replay: Option<Replay>,
+    upgrade: Option<OnUpgrade>,
+    /// Of the caller's attempts, from the second on.
+    attempt: Option<HeaderValue>,
+    grpc: bool,
+    /// The caller speaks HTTP/2.
+    h2: bool,
+    guard: RequestGuard,
+    exchange: Exchange,
+    decision: Decision,
+}
+
+/// What the app answered.
+struct Forwarded {
+    sent: Sent,
+    outcome: Outcome,
+    permission: Permission,
+}
+
+/// What an answer carries on with.
+struct Answered {
+    outgoing: Outgoing,
+    upgrade: Option<OnUpgrade>,
+    grpc: bool,
+    guard: RequestGuard,
+    exchange: Exchange,
+    forwarded: Forwarded,
 }
 
 impl Inner {
@@ -319,43 +387,20 @@ impl Inner {
         error.response(Direction::Inbound, grpc).map(Body::full)
     }
 
-    #[expect(clippy::too_many_arguments, reason = "what a request is, and what becomes known of it")]
-    async fn forward(
-        self: &Rc<Self>,
-        mut request: Request<Incoming>,
-        gate: Option<Gate>,
-        grpc: bool,
-        guard: RequestGuard,
-        upload: &mut Option<Replay>,
-        exchange: &mut Exchange,
-        decision: &mut Decision,
-    ) -> Result<Response<Permitted>, Error> {
-        let wants_upgrade =
-            request.headers().contains_key(header::UPGRADE) || request.method() == Method::CONNECT;
-        let upgrade = wants_upgrade.then(|| hyper::upgrade::on(&mut request));
+    async fn forward(self: &Rc<Self>, asked: &mut Asked) -> Result<Forwarded, Error> {
+        let Asked { outgoing, replay, attempt, grpc, exchange, decision, .. } = asked;
+        let (outgoing, grpc) = (outgoing.as_mut().map_err(|error| error.clone())?, *grpc);
         let mesh = self.caller.identity.is_some();
-        let h2 = request.version() == Version::HTTP_2;
-        let attempt = request.headers().get(WEFT_ATTEMPT).filter(|_| mesh).cloned();
-        let (mut outgoing, body) = Outgoing::take(request, mesh)?;
-        outgoing.comes_from(Provenance { address: self.address.clone(), id: self.client_id.clone() });
-        outgoing.expects = gate.is_some();
-        *upload =
-            (!http_body::Body::is_end_stream(&body)).then(|| Replay::new(body, h2, REPLAY).behind(gate));
-        if outgoing.upgrade.is_some() && outgoing.version != Version::HTTP_2 {
-            // Between sidecars an upgrade is an extended CONNECT; what the app will see is what is authorized.
-            outgoing.method = Method::GET;
-        }
-        decision.request(&outgoing.headers, &outgoing.path);
         let path = outgoing.path.path();
         let port = self.port();
-        let probe = self.is_probe(&port, &outgoing);
+        let probe = self.is_probe(&port, outgoing);
         let permitted = if probe {
             Ok(())
         } else if self.caller.must_not_speak_plaintext(&port) {
             self.worker.recorder.count(Counter::PlaintextRefused);
             Err(Error::PlaintextRefused)
         } else {
-            self.authorize(&port.authorization, &outgoing)
+            self.authorize(&port.authorization, outgoing)
         };
         // The kubelet is nobody's caller, and admitted in every mode: an edge would stand in the way of strict for ever.
         if !probe {
@@ -372,9 +417,9 @@ impl Inner {
             return Err(Error::Overloaded);
         }
         if !probe {
-            self.limit_rate(&outgoing)?;
+            self.limit_rate(outgoing)?;
         }
-        if let Some(attempt) = attempt {
+        if let Some(attempt) = attempt.take() {
             tracing::debug!(?attempt, request_id = decision.request_id(), "another attempt");
             outgoing.headers.insert(WEFT_ATTEMPT, attempt);
         }
@@ -386,16 +431,18 @@ impl Inner {
             head::mark_unique(&mut outgoing.headers);
         }
         let idempotent = retry::is_idempotent(&outgoing.method, &outgoing.headers);
-        let sent = permission.hold(&outgoing, self.send(&outgoing, upload.as_ref(), idempotent)).await?;
-        let now = now();
+        let sent = {
+            let sending = pin!(self.send(outgoing, replay.as_ref(), idempotent));
+            permission.hold(outgoing, sending).await?
+        };
         let outcome = match classify::grpc_status(sent.response.headers()) {
             Some(code) if grpc => classify::grpc(code),
             _ => classify::status(sent.response.status()),
         };
-        if let Some(upload) = upload {
-            upload.forget();
+        if let Some(replay) = replay {
+            replay.forget();
         }
-        Ok(self.respond(outgoing, permission, upgrade, sent, outcome, grpc, guard, exchange.take(now)))
+        Ok(Forwarded { sent, outcome, permission })
     }
 
     /// Whether the policy of this moment permits it: asked again about what is under way.
@@ -481,7 +528,7 @@ impl Inner {
         let (mut fresh, mut sent_before, connected) = (false, false, Cell::new(false));
         loop {
             let body = replay.map_or_else(Upload::none, Replay::attempt);
-            let request = outgoing.request(&peer, body, 1)?;
+            let mut request = Some(outgoing.request(&peer, body, 1)?);
             let options = SendOptions {
                 connect_timeout: self.worker.config.times.connect,
                 idempotent,
@@ -490,7 +537,7 @@ impl Inner {
                 cap: None,
                 connected: &connected,
             };
-            match self.worker.pool.send(&peer, request, options).await {
+            match self.worker.pool.send(&peer, &mut request, &options).await {
                 Ok(sent) => return Ok(sent),
                 Err(error) => {
                     let unsent = error.failure == Failure::NotProcessed;
@@ -515,18 +562,9 @@ impl Inner {
         }
     }
 
-    #[expect(clippy::too_many_arguments, reason = "everything that the response carries on with")]
-    fn respond(
-        self: &Rc<Self>,
-        outgoing: Outgoing,
-        permission: Permission,
-        upgrade: Option<OnUpgrade>,
-        sent: Sent,
-        outcome: Outcome,
-        grpc: bool,
-        guard: RequestGuard,
-        exchange: Exchange,
-    ) -> Response<Permitted> {
+    fn respond(self: &Rc<Self>, answered: Answered) -> Response<Permitted> {
+        let Answered { outgoing, upgrade, grpc, guard, exchange, forwarded } = answered;
+        let Forwarded { sent, outcome, permission } = forwarded;
         let status = sent.response.status();
         let switched =
             status == StatusCode::SWITCHING_PROTOCOLS || (sent.upgrades_by_ok && status == StatusCode::OK);

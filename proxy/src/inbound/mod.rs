@@ -59,7 +59,7 @@ pub(crate) async fn serve(worker: Rc<Worker>, mut accepted: Accepted) {
                 // Nobody is there to be answered.
             } else if must_speak {
                 spoken(worker, accepted, First::nothing()).await;
-            } else if let Some((accepted, first)) = tcp::whoever_speaks(&worker, accepted).await {
+            } else if let Some((accepted, first)) = Box::pin(tcp::whoever_speaks(&worker, accepted)).await {
                 spoken(worker, accepted, first).await;
             }
         }
@@ -111,7 +111,8 @@ async fn mesh(
     let Accepted { stream, client, original, open } = accepted;
     let accepting = TlsAcceptor::from(config).accept(Prefixed::new(first.bytes, stream));
     let tls = match tokio::time::timeout(worker.config.times.handshake, accepting).await {
-        Ok(Ok(tls)) => tls,
+        // Boxed: it is handed on five times, and each that has it in its hands would have room for it.
+        Ok(Ok(tls)) => Box::new(tls),
         Ok(Err(error)) => {
             worker.recorder.count(Counter::HandshakesFailed);
             tracing::warn!(%client, %error, "TLS handshake failed");
@@ -138,13 +139,13 @@ async fn mesh(
     }
     // Both may have been offered: the handshake has agreed on one.
     match tls.get_ref().1.alpn_protocol().and_then(Alpn::from_name).unwrap_or(alpn) {
-        Alpn::H2 => http::serve_mesh(worker, tls, client, original, port, caller, open).await,
+        Alpn::H2 => Box::pin(http::serve_mesh(worker, tls, client, original, port, caller, open)).await,
         Alpn::Tcp if port.protocol.is_http() => {
-            tcp::serve_declared_http(&worker, tls, original, &caller).await;
+            Box::pin(tcp::serve_declared_http(&worker, tls, original, &caller)).await;
             drop(open);
         }
         Alpn::Tcp => {
-            tcp::serve(&worker, tls, original, &caller).await;
+            Box::pin(tcp::serve(&worker, tls, original, &caller)).await;
             drop(open);
         }
     }
@@ -174,7 +175,7 @@ async fn plaintext(worker: Rc<Worker>, accepted: Accepted, port: Arc<PortPolicy>
     match http {
         // An HTTP caller is told why: each of its requests is answered.
         Some(h2) if port.protocol != Protocol::Opaque || strict => {
-            http::serve_plain(worker, accepted, port, caller, first.bytes, h2).await;
+            Box::pin(http::serve_plain(worker, accepted, port, caller, first.bytes, h2)).await;
         }
         _ if strict => {
             worker.recorder.count(Counter::PlaintextRefused);
@@ -187,7 +188,8 @@ async fn plaintext(worker: Rc<Worker>, accepted: Accepted, port: Arc<PortPolicy>
         }
         _ => {
             let Accepted { stream, original, open, .. } = accepted;
-            tcp::serve(&worker, Prefixed::new(first.bytes, stream), original, &caller).await;
+            let stream = Prefixed::new(first.bytes, stream);
+            Box::pin(tcp::serve(&worker, stream, original, &caller)).await;
             drop(open);
         }
     }

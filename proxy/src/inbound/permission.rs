@@ -7,7 +7,7 @@
 
 use std::{
     future::{Future, poll_fn},
-    pin::{Pin, pin},
+    pin::Pin,
     rc::Rc,
     task::{Context, Poll, ready},
 };
@@ -51,9 +51,8 @@ impl Permission {
     pub(super) async fn hold<T>(
         &mut self,
         outgoing: &Outgoing,
-        work: impl Future<Output = Result<T, Error>>,
+        mut work: Pin<&mut impl Future<Output = Result<T, Error>>>,
     ) -> Result<T, Error> {
-        let mut work = pin!(work);
         poll_fn(|cx| match work.as_mut().poll(cx) {
             Poll::Ready(done) => Poll::Ready(done),
             Poll::Pending => self.poll_revoked(cx, outgoing).map(|()| Err(Error::Denied)),
@@ -93,7 +92,7 @@ impl Permission {
 pub(super) struct Permitted {
     body: Body,
     /// Of an answer that did not end with its head: its request must stay permitted.
-    held: Option<(Permission, Outgoing)>,
+    held: Option<Box<(Permission, Outgoing)>>,
     /// The app has asked for the request's body, and this is its answer.
     coming: Option<LocalBoxFuture<'static, Response<Self>>>,
 }
@@ -111,7 +110,11 @@ impl Permitted {
         outgoing: Outgoing,
     ) -> Response<Self> {
         let lasts = !response.body().is_end_stream();
-        response.map(|body| Self { body, held: lasts.then_some((permission, outgoing)), coming: None })
+        response.map(|body| Self {
+            body,
+            held: lasts.then(|| Box::new((permission, outgoing))),
+            coming: None,
+        })
     }
 
     /// Asks a caller's sidecar for the request's body; the answer follows, its head first.
@@ -143,14 +146,14 @@ impl HttpBody for Permitted {
             return Poll::Ready(Some(Ok(Frame::data(expect::write_head(&head)))));
         }
         // Before the body: one that always has more would never be asked.
-        if let Some((permission, outgoing)) = &mut this.held
+        if let Some((permission, outgoing)) = this.held.as_deref_mut()
             && permission.is_stale()
             && permission.poll_revoked(cx, outgoing).is_ready()
         {
             return this.break_off();
         }
         let polled = Pin::new(&mut this.body).poll_frame(cx);
-        match &mut this.held {
+        match this.held.as_deref_mut() {
             Some((permission, outgoing)) if polled.is_pending() => {
                 if permission.poll_revoked(cx, outgoing).is_ready() { this.break_off() } else { polled }
             }

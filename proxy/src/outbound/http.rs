@@ -1,6 +1,6 @@
 //! One HTTP request of the app: match, pick, send, perhaps again, answer.
 
-use std::{cell::Cell, convert::Infallible, net::SocketAddr, rc::Rc, sync::Arc};
+use std::{cell::Cell, convert::Infallible, net::SocketAddr, pin::pin, rc::Rc, sync::Arc};
 
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, Version, header};
@@ -20,7 +20,7 @@ use crate::{
     clock::now,
     direction::Direction,
     error::{APP_REFUSES, Error, RATE_LIMITED, WEFT_REASON, WEFT_UNSENT, is_grpc},
-    expect::{self, Gate},
+    expect,
     front::{self, Front, Head, Requests},
     head::{self, Outgoing, Upgrade},
     peer::{NOT_ACCEPTED, Peer},
@@ -52,8 +52,12 @@ pub(super) async fn serve(
         let io = Front::h2(stream, first, requests.clone(), Direction::Outbound, head);
         let service = service_fn(move |request| {
             let client = client.clone();
+            let mut asked = client.ask(request);
             // Boxed: the library moves it eight times on the way to its task.
-            Box::pin(async move { Ok::<_, Infallible>(client.handle(request, None).await) })
+            Box::pin(async move {
+                let handled = client.route(&mut asked).await;
+                Ok::<_, Infallible>(client.conclude(asked, handled, None))
+            })
         });
         let mut builder = hyper::server::conn::http2::Builder::new(LocalExec);
         builder
@@ -73,8 +77,12 @@ pub(super) async fn serve(
         let of_service = requests.clone();
         let service = service_fn(move |request| {
             let (client, requests, in_progress) = (client.clone(), of_service.clone(), of_service.begin());
+            let mut asked = client.ask(request);
             async move {
-                let response = client.handle(request, Some(&requests)).await;
+                let handled = client.route(&mut asked).await;
+                let (upload, refused) = (asked.replay(), handled.is_err());
+                let mut response = client.conclude(asked, handled, Some(&requests));
+                requests.ends_after(upload.as_ref(), refused, &mut response).await;
                 Ok::<_, Infallible>(Requests::answered(in_progress, response))
             }
         });
@@ -98,35 +106,103 @@ struct Client {
     open: Rc<Open>,
 }
 
+/// One request, and what becomes known of it.
+///
+/// It stays in one place until it is answered, and is lent to whatever is done about it: an async function keeps room
+/// for all that it was given by value, and each request would carry its own copies of itself.
+struct Asked {
+    /// An error: it cannot be carried on.
+    message: Result<Message, Error>,
+    resolved: Rc<Resolved>,
+    spoken: Spoken,
+    grpc: bool,
+    /// The app speaks HTTP/2.
+    h2: bool,
+    exchange: Exchange,
+    decision: Decision,
+}
+
+impl Asked {
+    /// What sends its body, if it has one.
+    fn replay(&self) -> Option<Replay> {
+        self.message.as_ref().ok()?.replay.clone()
+    }
+}
+
+/// What is sent, perhaps more than once.
+struct Message {
+    outgoing: Outgoing,
+    replay: Option<Replay>,
+    idempotent: bool,
+    upgrade: Option<OnUpgrade>,
+}
+
 /// What all attempts of one request share.
-struct Sending<'a> {
+#[derive(Clone, Copy)]
+struct Matched<'a> {
     resolved: &'a Resolved,
     rule: &'a Arc<Rule>,
     rule_index: usize,
     /// What matched, where it was a prefix.
     prefix: Option<&'a str>,
-    outgoing: Outgoing,
-    replay: Option<Replay>,
-    idempotent: bool,
     grpc: bool,
     spoken: Spoken,
-    upgrade: Option<OnUpgrade>,
+}
+
+/// One try to have it answered.
+struct Attempt<'a> {
+    matched: Matched<'a>,
+    message: &'a Message,
+    /// As the chosen backend is to see it.
+    outgoing: &'a Outgoing,
+    lease: &'a Lease,
+    chosen: &'a weft_core::policy::BackendRef,
+    number: u32,
+    connected: &'a Cell<bool>,
+}
+
+/// The head of an answer, and what its body carries on with.
+struct Answered {
+    sent: Sent,
+    lease: Lease,
+    permit: Permit,
+    outcome: Outcome,
+    exchange: Exchange,
 }
 
 impl Client {
-    /// `requests`: of an HTTP/1 connection.
-    async fn handle(&self, request: Request<Incoming>, requests: Option<&Requests>) -> Response<Body> {
-        let mut exchange = Exchange::start(&self.worker.recorder, now());
-        let grpc = is_grpc(request.headers());
-        let (spoken, h2) = (Spoken::of(request.version(), grpc), request.version() == Version::HTTP_2);
+    /// Takes a request as the app sent it.
+    fn ask(&self, mut request: Request<Incoming>) -> Asked {
+        let exchange = Exchange::start(&self.worker.recorder, now());
+        let (grpc, h2) = (is_grpc(request.headers()), request.version() == Version::HTTP_2);
+        let spoken = Spoken::of(request.version(), grpc);
         let gate = expect::gate(&request, false);
+        let wants_upgrade =
+            request.headers().contains_key(header::UPGRADE) || request.method() == http::Method::CONNECT;
+        let upgrade = wants_upgrade.then(|| hyper::upgrade::on(&mut request));
+        let mut decision = Decision::default();
+        let message = Outgoing::take(request, false).map(|(mut outgoing, body)| {
+            outgoing.expects = gate.is_some();
+            let replay = (!http_body::Body::is_end_stream(&body))
+                .then(|| Replay::new(body, h2, pool::UPLOAD_WINDOW as usize).behind(gate));
+            head::identify(&mut outgoing.headers, &mut *self.worker.rng.borrow_mut());
+            decision.request(&outgoing.headers, &outgoing.path);
+            let idempotent = retry::is_idempotent(&outgoing.method, &outgoing.headers);
+            Message { outgoing, replay, idempotent, upgrade }
+        });
         let resolved = self.destination.resolved(&self.worker);
-        let (mut upload, mut decision) = (None, Decision::default());
-        let handled = self
-            .route(request, gate, &resolved, grpc, spoken, &mut upload, &mut exchange, &mut decision)
-            .await;
-        let refused = handled.is_err();
-        let mut response = handled.unwrap_or_else(|error| {
+        Asked { message, resolved, spoken, grpc, h2, exchange, decision }
+    }
+
+    /// The answer; `requests`: of an HTTP/1 connection.
+    fn conclude(
+        &self,
+        asked: Asked,
+        handled: Result<Response<Body>, Error>,
+        requests: Option<&Requests>,
+    ) -> Response<Body> {
+        let Asked { resolved, spoken, grpc, h2, mut exchange, decision, .. } = asked;
+        handled.unwrap_or_else(|error| {
             let error = front::behind(error, requests);
             if !exchange.has_series() {
                 exchange.belongs_to(resolved.series(&self.worker.recorder, None, None, spoken));
@@ -137,11 +213,7 @@ impl Client {
                 head::closes(&mut response);
             }
             response
-        });
-        if let Some(requests) = requests {
-            requests.ends_after(upload.as_ref(), refused, &mut response).await;
-        }
-        response
+        })
     }
 
     /// Every exit by error: recorded, logged, told.
@@ -166,35 +238,15 @@ impl Client {
         error.response(Direction::Outbound, grpc).map(Body::full)
     }
 
-    #[expect(clippy::too_many_arguments, reason = "what a request is, and what becomes known of it")]
-    async fn route(
-        &self,
-        mut request: Request<Incoming>,
-        gate: Option<Gate>,
-        resolved: &Resolved,
-        grpc: bool,
-        spoken: Spoken,
-        upload: &mut Option<Replay>,
-        exchange: &mut Exchange,
-        decision: &mut Decision,
-    ) -> Result<Response<Body>, Error> {
-        let wants_upgrade =
-            request.headers().contains_key(header::UPGRADE) || request.method() == http::Method::CONNECT;
-        let upgrade = wants_upgrade.then(|| hyper::upgrade::on(&mut request));
-        let h2 = request.version() == Version::HTTP_2;
-        let (mut outgoing, body) = Outgoing::take(request, false)?;
-        outgoing.expects = gate.is_some();
-        let replay = (!http_body::Body::is_end_stream(&body))
-            .then(|| Replay::new(body, h2, pool::UPLOAD_WINDOW as usize).behind(gate));
-        upload.clone_from(&replay);
-        head::identify(&mut outgoing.headers, &mut *self.worker.rng.borrow_mut());
-        decision.request(&outgoing.headers, &outgoing.path);
-        let idempotent = retry::is_idempotent(&outgoing.method, &outgoing.headers);
-        let request_head = outgoing.head();
+    async fn route(&self, asked: &mut Asked) -> Result<Response<Body>, Error> {
+        let Asked { message, resolved, spoken, grpc, exchange, decision, .. } = asked;
+        let (resolved, spoken, grpc) = (&**resolved, *spoken, *grpc);
+        let message = message.as_mut().map_err(|error| error.clone())?;
+        let request_head = message.outgoing.head();
         let routes = &resolved.policy.routes;
         let found = route::find(routes, &request_head).ok_or_else(|| unmatched(routes))?;
         let (rule, rule_index, prefix) = (found.rule, found.index, found.prefix);
-        if route::is_ambiguous(&resolved.policy.routes, &request_head, &found) {
+        if route::is_ambiguous(routes, &request_head, &found) {
             return Err(Error::PathNotCanonical);
         }
         decision.rule(&rule.label);
@@ -203,50 +255,41 @@ impl Client {
             return Err(Error::Overloaded);
         }
         if !rule.filters.is_empty() {
-            if let Some(redirect) = self.redirected(&rule.filters, &outgoing, resolved, prefix)? {
+            if let Some(redirect) = self.redirected(&rule.filters, &message.outgoing, resolved, prefix)? {
                 exchange.take(now()).finish(Class::Ok, now());
                 return Ok(redirect);
             }
-            apply_filters(&rule.filters, &mut outgoing, prefix)?;
+            apply_filters(&rule.filters, &mut message.outgoing, prefix)?;
         }
-        if let Some(replay) = &replay {
+        if let Some(replay) = &message.replay {
             replay.keeps(rule.retry.max_body);
         }
-        let sending = Sending {
-            resolved,
-            rule,
-            rule_index,
-            prefix,
-            outgoing,
-            replay,
-            idempotent,
-            grpc,
-            spoken,
-            upgrade,
-        };
         resolved.budget.deposit(exchange.started());
-        let asked = if grpc { head::grpc_timeout(&sending.outgoing.headers) } else { None };
+        let asked = if grpc { head::grpc_timeout(&message.outgoing.headers) } else { None };
         let limit = [rule.timeouts.request, asked].into_iter().flatten().min();
-        match limit.and_then(|limit| exchange.started().checked_add(limit)) {
-            None => self.attempts(sending, None, exchange, decision).await,
+        let deadline = limit.and_then(|limit| exchange.started().checked_add(limit));
+        let deadline = deadline.map(tokio::time::Instant::from_std);
+        let matched = Matched { resolved, rule, rule_index, prefix, grpc, spoken };
+        let mut attempts = pin!(self.attempts(matched, message, deadline, exchange, decision));
+        match deadline {
+            None => attempts.await,
+            // An attempt under way ends itself, so that its endpoint is held to account; this bounds the waits.
             Some(deadline) => {
-                let deadline = tokio::time::Instant::from_std(deadline);
-                // An attempt under way ends itself, so that its endpoint is held to account; this bounds the waits.
-                let attempts = self.attempts(sending, Some(deadline), exchange, decision);
-                tokio::time::timeout_at(deadline, attempts).await.unwrap_or(Err(Error::Timeout))
+                tokio::time::timeout_at(deadline, attempts.as_mut()).await.unwrap_or(Err(Error::Timeout))
             }
         }
     }
 
     async fn attempts(
         &self,
-        mut sending: Sending<'_>,
+        matched: Matched<'_>,
+        message: &mut Message,
         deadline: Option<tokio::time::Instant>,
         exchange: &mut Exchange,
         decision: &mut Decision,
     ) -> Result<Response<Body>, Error> {
-        let (resolved, rule) = (sending.resolved, sending.rule);
-        let mut attempts = Attempts::new(&rule.retry, sending.idempotent);
+        let Matched { resolved, rule, .. } = matched;
+        let mut attempts = Attempts::new(&rule.retry, message.idempotent);
         let mut tried: Vec<SocketAddr> = Vec::new();
         loop {
             let chosen = route::pick_backend(rule, &mut *self.worker.rng.borrow_mut());
@@ -255,9 +298,9 @@ impl Client {
             let policy = &resolved.policy.backends[chosen.backend];
             exchange.belongs_to(resolved.series(
                 &self.worker.recorder,
-                Some(sending.rule_index),
+                Some(matched.rule_index),
                 Some(chosen.backend),
-                sending.spoken,
+                matched.spoken,
             ));
             if !policy.resolved {
                 return Err(Error::BackendUnresolved);
@@ -267,21 +310,21 @@ impl Client {
                 None
             } else {
                 let redirect =
-                    self.redirected(&chosen.filters, &sending.outgoing, resolved, sending.prefix)?;
+                    self.redirected(&chosen.filters, &message.outgoing, resolved, matched.prefix)?;
                 if let Some(redirect) = redirect {
                     exchange.take(now()).finish(Class::Ok, now());
                     return Ok(redirect);
                 }
-                let mut edited = Box::new(sending.outgoing.clone());
-                apply_filters(&chosen.filters, &mut edited, sending.prefix)?;
+                let mut edited = Box::new(message.outgoing.clone());
+                apply_filters(&chosen.filters, &mut edited, matched.prefix)?;
                 Some(edited)
             };
-            let outgoing = edited.as_deref().unwrap_or(&sending.outgoing);
+            let outgoing = edited.as_deref().unwrap_or(&message.outgoing);
             let permit = Permit::request(&backend.in_use, policy.service.limits.max_requests)
                 .ok_or(Error::Overloaded)?;
             let lease = self.pick(backend, policy.service.limits.queue_wait, &tried).await?;
             if lease.only_connects() {
-                let h2 = sending.outgoing.version == Version::HTTP_2;
+                let h2 = message.outgoing.version == Version::HTTP_2;
                 let peer = Peer::of(lease.endpoint(), h2, &policy.service);
                 self.worker.knock(lease, peer, self.worker.connect_timeout(rule));
                 continue;
@@ -289,22 +332,26 @@ impl Client {
             let address = lease.endpoint().address;
             let number = attempts.number();
             let connected = Cell::new(false);
-            let sent = self.send(&sending, outgoing, lease.endpoint(), chosen, number, &connected);
             let try_ends = rule.timeouts.per_try.map(|limit| tokio::time::Instant::now() + limit);
-            let sent = match [try_ends, deadline].into_iter().flatten().min() {
-                None => sent.await,
-                Some(ends) => match tokio::time::timeout_at(ends, sent).await {
-                    Ok(sent) => sent,
-                    // Before there was a connection nothing was sent, whatever the method.
-                    Err(_) if !connected.get() => {
-                        Err(SendError::new(Failure::ConnectTimeout, "no connection in time", false))
-                    }
-                    Err(_) => Err(SendError::new(Failure::Timeout, "no answer in time", false)),
-                },
+            let attempt =
+                Attempt { matched, message, outgoing, lease: &lease, chosen, number, connected: &connected };
+            let sent = {
+                let mut sent = pin!(self.send(&attempt));
+                match [try_ends, deadline].into_iter().flatten().min() {
+                    None => sent.await,
+                    Some(ends) => match tokio::time::timeout_at(ends, sent.as_mut()).await {
+                        Ok(sent) => sent,
+                        // Before there was a connection nothing was sent, whatever the method.
+                        Err(_) if !connected.get() => {
+                            Err(SendError::new(Failure::ConnectTimeout, "no connection in time", false))
+                        }
+                        Err(_) => Err(SendError::new(Failure::Timeout, "no answer in time", false)),
+                    },
+                }
             };
             let now = now();
-            let outcome = self.outcome(&sending, &sent);
-            let replayable = sending.replay.as_ref().is_none_or(Replay::is_replayable);
+            let outcome = outcome(matched, message, &sent);
+            let replayable = message.replay.as_ref().is_none_or(Replay::is_replayable);
             let over = deadline.is_some_and(|deadline| deadline.into_std() <= now);
             let capped = sent.as_ref().is_err_and(|error| error.capped);
             let next = if over || capped {
@@ -338,7 +385,8 @@ impl Client {
                     match sent {
                         Ok(sent) => {
                             let exchange = exchange.take(now);
-                            return Ok(self.respond(sending, chosen, sent, lease, permit, outcome, exchange));
+                            let answered = Answered { sent, lease, permit, outcome, exchange };
+                            return Ok(self.respond(matched, message, chosen, answered));
                         }
                         Err(error) => {
                             let blame = if error.local { Outcome::Cancelled } else { outcome };
@@ -349,7 +397,7 @@ impl Client {
                             if capped {
                                 return Err(Error::Overloaded);
                             }
-                            if sending.replay.take().is_some_and(|r| r.source_failed()) {
+                            if message.replay.as_ref().is_some_and(Replay::source_failed) {
                                 return Err(Error::UploadBroken);
                             }
                             return Err(Error::from_failure(error.failure));
@@ -428,75 +476,40 @@ impl Client {
         }
     }
 
-    async fn send(
-        &self,
-        sending: &Sending<'_>,
-        outgoing: &Outgoing,
-        endpoint: &weft_core::policy::Endpoint,
-        chosen: &weft_core::policy::BackendRef,
-        number: u32,
-        connected: &Cell<bool>,
-    ) -> Result<Sent, SendError> {
-        let service = &sending.resolved.policy.backends[chosen.backend].service;
-        let h2 = sending.outgoing.version == Version::HTTP_2;
-        let peer = Peer::of(endpoint, h2, service)
+    async fn send(&self, attempt: &Attempt<'_>) -> Result<Sent, SendError> {
+        let Attempt { matched, message, outgoing, lease, chosen, number, connected } = attempt;
+        let service = &matched.resolved.policy.backends[chosen.backend].service;
+        let h2 = message.outgoing.version == Version::HTTP_2;
+        let peer = Peer::of(lease.endpoint(), h2, service)
             .ok_or_else(|| SendError::new(Failure::Identity, NOT_ACCEPTED, false))?;
-        let body = match &sending.replay {
+        let body = match &message.replay {
             None => Upload::none(),
             Some(replay) => replay.attempt(),
         };
-        let request = outgoing
-            .request(&peer, body, number)
-            .map_err(|e| SendError::new(Failure::Unreachable, e.to_string(), false))?;
-        let cap = sending.resolved.backends.get(chosen.backend);
+        let mut request = Some(
+            outgoing
+                .request(&peer, body, *number)
+                .map_err(|e| SendError::new(Failure::Unreachable, e.to_string(), false))?,
+        );
+        let cap = matched.resolved.backends.get(chosen.backend);
         let cap = cap.map(|backend| Cap { in_use: &backend.in_use, max: service.limits.max_connections });
         let options = SendOptions {
-            connect_timeout: self.worker.connect_timeout(sending.rule),
-            idempotent: sending.idempotent,
-            upload: sending.replay.as_ref(),
-            fresh: number > 1,
+            connect_timeout: self.worker.connect_timeout(matched.rule),
+            idempotent: message.idempotent,
+            upload: message.replay.as_ref(),
+            fresh: *number > 1,
             cap,
             connected,
         };
-        let mut sent = self.worker.pool.send(&peer, request, options).await;
+        let mut sent = self.worker.pool.send(&peer, &mut request, &options).await;
         if let (Peer::Plain { h2: false, .. }, Err(error)) = (&peer, &mut sent) {
             // The server closed an idle connection at the moment of reuse: as good as not sent, where sending twice
             // does no harm.
-            if error.reused && error.failure == Failure::Reset && sending.idempotent {
+            if error.reused && error.failure == Failure::Reset && message.idempotent {
                 error.failure = Failure::NotProcessed;
             }
         }
         sent
-    }
-
-    /// What an attempt's result says of its endpoint, as far as the head tells.
-    fn outcome(&self, sending: &Sending<'_>, sent: &Result<Sent, SendError>) -> Outcome {
-        match sent {
-            Err(_) if sending.replay.as_ref().is_some_and(Replay::source_failed) => Outcome::Cancelled,
-            Err(error) => Outcome::Failure(error.failure),
-            Ok(sent) => {
-                let head = &sent.response;
-                if sent.private && head.headers().contains_key(WEFT_UNSENT) {
-                    let refused = head.headers().get(WEFT_REASON).is_some_and(|why| why == APP_REFUSES);
-                    return Outcome::Failure(if refused {
-                        Failure::AppRefused
-                    } else {
-                        Failure::NotProcessed
-                    });
-                }
-                let outcome = match classify::grpc_status(head.headers()) {
-                    Some(code) if sending.grpc => classify::grpc_under(code, &sending.rule.retry),
-                    _ => classify::status_under(head.status(), &sending.rule.retry),
-                };
-                let told =
-                    |why| sent.private && head.headers().get(WEFT_REASON).is_some_and(|said| said == why);
-                if outcome.is_failure() && told(RATE_LIMITED) {
-                    // The caller's fault: the endpoint is none the worse for it, and another would only be asked more.
-                    return Outcome::ClientError;
-                }
-                outcome
-            }
-        }
     }
 
     fn count_retry(&self, outcome: Outcome) {
@@ -504,27 +517,24 @@ impl Client {
         self.worker.recorder.count(if sent { Counter::Retries } else { Counter::Redispatched });
     }
 
-    #[expect(clippy::too_many_arguments, reason = "everything that the response carries on with")]
     fn respond(
         &self,
-        mut sending: Sending<'_>,
+        matched: Matched<'_>,
+        message: &mut Message,
         chosen: &weft_core::policy::BackendRef,
-        sent: Sent,
-        lease: Lease,
-        permit: Permit,
-        outcome: Outcome,
-        exchange: Exchange,
+        answered: Answered,
     ) -> Response<Body> {
-        if let Some(replay) = &sending.replay {
+        let Answered { sent, lease, permit, outcome, exchange } = answered;
+        if let Some(replay) = &message.replay {
             replay.forget();
         }
         let (mut head, body) = sent.response.into_parts();
         let reason = sent.private.then(|| head.headers.remove(WEFT_REASON)).flatten();
-        let upgraded = sending.outgoing.upgrade.take().filter(|_| {
+        let upgraded = message.outgoing.upgrade.take().filter(|_| {
             head.status == StatusCode::SWITCHING_PROTOCOLS
                 || (sent.upgrades_by_ok && head.status == StatusCode::OK)
         });
-        if let (Some(upgrade), Some(client)) = (upgraded, sending.upgrade.take()) {
+        if let (Some(upgrade), Some(client)) = (upgraded, message.upgrade.take()) {
             let mut response = Response::from_parts(head, body);
             let server = hyper::upgrade::on(&mut response);
             let tail = Upgraded {
@@ -539,14 +549,14 @@ impl Client {
             let (mut head, _) = response.into_parts();
             head::remove_connection_headers(&mut head.headers);
             head.headers.remove(header::CONTENT_LENGTH);
-            return accepted_upgrade(head, &upgrade, sending.outgoing.version);
+            return accepted_upgrade(head, &upgrade, message.outgoing.version);
         }
         head::remove_connection_headers(&mut head.headers);
         let made_by_peer = reason.is_some();
         if let Some(reason) = reason {
             head.headers.insert(WEFT_REASON, reason);
         }
-        edit_response(&sending.rule.filters, &mut head.headers);
+        edit_response(&matched.rule.filters, &mut head.headers);
         edit_response(&chosen.filters, &mut head.headers);
         let h2 = head.version == Version::HTTP_2;
         let trailers_only = classify::grpc_status(&head.headers).is_some();
@@ -557,10 +567,35 @@ impl Client {
             held: Held::Outbound { _permit: permit },
             outcome,
             class: made_by_peer.then_some(Class::Proxy),
-            grpc: sending.grpc && !trailers_only && !made_by_peer,
+            grpc: matched.grpc && !trailers_only && !made_by_peer,
             seen_data: false,
         };
         Response::from_parts(head.without_version(), Body::watched(body, h2, tail))
+    }
+}
+
+/// What an attempt's result says of its endpoint, as far as the head tells.
+fn outcome(matched: Matched<'_>, message: &Message, sent: &Result<Sent, SendError>) -> Outcome {
+    match sent {
+        Err(_) if message.replay.as_ref().is_some_and(Replay::source_failed) => Outcome::Cancelled,
+        Err(error) => Outcome::Failure(error.failure),
+        Ok(sent) => {
+            let head = &sent.response;
+            if sent.private && head.headers().contains_key(WEFT_UNSENT) {
+                let refused = head.headers().get(WEFT_REASON).is_some_and(|why| why == APP_REFUSES);
+                return Outcome::Failure(if refused { Failure::AppRefused } else { Failure::NotProcessed });
+            }
+            let outcome = match classify::grpc_status(head.headers()) {
+                Some(code) if matched.grpc => classify::grpc_under(code, &matched.rule.retry),
+                _ => classify::status_under(head.status(), &matched.rule.retry),
+            };
+            let told = |why| sent.private && head.headers().get(WEFT_REASON).is_some_and(|said| said == why);
+            if outcome.is_failure() && told(RATE_LIMITED) {
+                // The caller's fault: the endpoint is none the worse for it, and another would only be asked more.
+                return Outcome::ClientError;
+            }
+            outcome
+        }
     }
 }
 

@@ -23,6 +23,8 @@ use crate::{
 };
 
 /// Serves one captured connection of the app.
+///
+/// What carries bytes is boxed: a connection of HTTP, of which an app may leave thousands idle, has no room for it.
 pub(crate) async fn serve(worker: Rc<Worker>, accepted: Accepted) {
     let original = accepted.original;
     let refuse = |error: &Error| accepted.refuse(&worker.recorder, Direction::Outbound, error);
@@ -30,7 +32,7 @@ pub(crate) async fn serve(worker: Rc<Worker>, accepted: Accepted) {
         Some(known) => known,
         None => match worker.discovery.resolve(original).await {
             Ok(Target::Service(watched)) => worker.destination(original, watched),
-            Ok(Target::Outside) => return tcp::outside(&worker, accepted).await,
+            Ok(Target::Outside) => return Box::pin(tcp::outside(&worker, accepted)).await,
             Ok(Target::Denied) => return refuse(&Error::EgressDenied),
             Err(DiscoveryError::NotReady) => return refuse(&Error::NotReady),
             Err(DiscoveryError::Timeout) => return refuse(&Error::DiscoveryTimeout),
@@ -44,7 +46,7 @@ async fn destined(worker: Rc<Worker>, mut accepted: Accepted, destination: Rc<De
     let service = destination.watched.policy().service.clone();
     let silence = match service.protocol {
         Protocol::Opaque | Protocol::Tls => {
-            return tcp::to_service(&worker, accepted, &destination, First::nothing()).await;
+            return Box::pin(tcp::to_service(&worker, accepted, &destination, First::nothing())).await;
         }
         // The client of a declared HTTP port will speak: there is nothing to decide but the version.
         Protocol::Http1 | Protocol::Http2 | Protocol::Grpc => None,
@@ -57,11 +59,14 @@ async fn destined(worker: Rc<Worker>, mut accepted: Accepted, destination: Rc<De
         Ok(Begun::Spoke(first)) => spoken(worker, accepted, destination, first).await,
         Ok(Begun::Silent) => {
             worker.recorder.count(Counter::DetectTimeouts);
-            if let Some((accepted, first)) = tcp::whoever_speaks(&worker, accepted, &destination).await {
+            let heard = Box::pin(tcp::whoever_speaks(&worker, accepted, &destination)).await;
+            if let Some((accepted, first)) = heard {
                 spoken(worker, accepted, destination, first).await;
             }
         }
-        Ok(Begun::Ended) => tcp::to_service(&worker, accepted, &destination, First::nothing()).await,
+        Ok(Begun::Ended) => {
+            Box::pin(tcp::to_service(&worker, accepted, &destination, First::nothing())).await;
+        }
         Err(_) => {}
     }
 }
@@ -77,7 +82,7 @@ async fn spoken(worker: Rc<Worker>, accepted: Accepted, destination: Rc<Destinat
             front::not_http(&worker.recorder, accepted, Direction::Outbound).await;
         }
         Detected::Tls { .. } | Detected::Opaque | Detected::NeedMore => {
-            tcp::to_service(&worker, accepted, &destination, first).await;
+            Box::pin(tcp::to_service(&worker, accepted, &destination, first)).await;
         }
     }
 }

@@ -5,6 +5,7 @@
 
 use std::{
     cell::RefCell,
+    pin::pin,
     rc::Rc,
     time::{Duration, Instant},
 };
@@ -15,11 +16,13 @@ use hyper_util::rt::TokioIo;
 use weft_core::{classify::Failure, framing::HeadLimits};
 
 use super::{
-    Checkout, Pool, SendError, SendOptions, Sent, Use, describe, failure_of, not_processed, one_more,
+    Checkout, Pool, SendError, SendOptions, Sent, Use, describe, failure_of, not_processed, nothing_left,
+    one_more,
 };
 use crate::{
     back::{Back, Due},
     clock::now,
+    config::HEADERS_ON_STACK,
     connect::ConnectError,
     expect, head,
     peer::Peer,
@@ -61,13 +64,13 @@ impl Pool {
     pub(super) async fn send_h1(
         &self,
         peer: &Peer,
-        mut request: Request<Upload>,
-        options: SendOptions<'_>,
+        request: &mut Option<Request<Upload>>,
+        options: &SendOptions<'_>,
     ) -> Result<Sent, SendError> {
         let entry = self.h1_peer(peer);
         let gate = options.upload.and_then(Replay::gate);
-        if let Some(gate) = &gate {
-            gate.opens_at_100(&mut request);
+        if let (Some(gate), Some(request)) = (&gate, &mut *request) {
+            gate.opens_at_100(request);
         }
         loop {
             options.connected.set(false);
@@ -83,7 +86,7 @@ impl Pool {
                         permit = one_more(options.cap, false);
                     }
                     let permit = permit?;
-                    let opened = self.open_h1(peer, options.connect_timeout).await?;
+                    let opened = Box::pin(self.open_h1(peer, options.connect_timeout)).await?;
                     H1 { _permit: permit, _open: entry.open.clone(), ..opened }
                 }
             };
@@ -95,11 +98,16 @@ impl Pool {
                 }
                 return Err(SendError::new(Failure::NotProcessed, "closed at once", reused));
             }
-            connection.due.to(request.method());
-            let sending = connection.sender.try_send_request(request);
-            let answered = match &gate {
-                None => sending.await,
-                Some(gate) => gate.patient(expect::PATIENCE, sending).await,
+            if let Some(request) = &*request {
+                connection.due.to(request.method());
+            }
+            let answered = {
+                let mut sending =
+                    pin!(connection.sender.try_send_request(request.take().ok_or_else(nothing_left)?));
+                match &gate {
+                    None => sending.await,
+                    Some(gate) => Box::pin(gate.patient(expect::PATIENCE, sending.as_mut())).await,
+                }
             };
             match answered {
                 Ok(response) => {
@@ -111,7 +119,7 @@ impl Pool {
                     return Ok(Sent { response, checkout, private: false, upgrades_by_ok: false });
                 }
                 Err(mut error) => match error.take_message() {
-                    Some(unsent) if reused => request = unsent,
+                    Some(unsent) if reused => *request = Some(unsent),
                     unsent => {
                         let error = error.into_error();
                         let failure =
@@ -137,7 +145,10 @@ impl Pool {
         let limits = HeadLimits { bytes: READ_BUFFER, fields: self.0.config.limits.headers };
         let io = TokioIo::new(Back::new(tcp, due.clone(), limits));
         let mut builder = http1::Builder::new();
-        builder.max_headers(limits.fields).max_buf_size(limits.bytes);
+        builder.max_buf_size(limits.bytes);
+        if limits.fields > HEADERS_ON_STACK {
+            builder.max_headers(limits.fields);
+        }
         let handshake = builder.handshake(io).await;
         let (sender, connection) = handshake.map_err(|e| not_processed(&e))?;
         let open = self.0.recorder.raise(Gauge::PooledConnections);
@@ -177,7 +188,7 @@ impl H1Peer {
         !idle.is_empty()
     }
 
-    fn take_idle(&self, options: SendOptions<'_>) -> Option<H1> {
+    fn take_idle(&self, options: &SendOptions<'_>) -> Option<H1> {
         if options.fresh {
             return None;
         }

@@ -8,7 +8,7 @@ use std::{
     cell::{Cell, RefCell},
     io,
     net::SocketAddr,
-    pin::Pin,
+    pin::{Pin, pin},
     rc::Rc,
     task::{Context, Poll, Waker},
     time::{Duration, Instant},
@@ -29,7 +29,7 @@ use weft_core::classify::Failure;
 
 use super::{
     CONNECTION_WINDOW, Cap, Checkout, DOWNLOAD_WINDOW, LocalExec, Pool, SEND_BUFFER, STREAMS_PER_CONNECTION,
-    SendError, SendOptions, Sent, Use, describe, failure_of, not_processed, one_more,
+    SendError, SendOptions, Sent, Use, describe, failure_of, not_processed, nothing_left, one_more,
 };
 use crate::{
     back::Sifted,
@@ -83,8 +83,8 @@ impl Pool {
     pub(super) async fn send_h2(
         &self,
         peer: &Peer,
-        mut request: Request<Upload>,
-        options: SendOptions<'_>,
+        request: &mut Option<Request<Upload>>,
+        options: &SendOptions<'_>,
     ) -> Result<Sent, SendError> {
         let gate = options.upload.and_then(Replay::gate);
         // A connection that closes before it takes the request gives it back; a second and a third is tried.
@@ -95,15 +95,18 @@ impl Pool {
             options.connected.set(true);
             h2.in_flight.set(h2.in_flight.get() + 1);
             let reused = h2.used.replace(true);
-            if !reused {
+            if !reused && let Some(request) = &mut *request {
                 head::unmark_unique(request.headers_mut());
             }
             h2.last_used.set(now());
             let checkout = Checkout(Use::H2(h2.clone()));
-            let sending = h2.sender.borrow_mut().try_send_request(request);
-            let answered = match &gate {
-                None => sending.await,
-                Some(gate) => gate.patient(expect::PATIENCE_MESH, sending).await,
+            let answered = {
+                let mut sending =
+                    pin!(h2.sender.borrow_mut().try_send_request(request.take().ok_or_else(nothing_left)?));
+                match &gate {
+                    None => sending.await,
+                    Some(gate) => Box::pin(gate.patient(expect::PATIENCE_MESH, sending.as_mut())).await,
+                }
             };
             match answered {
                 Ok(mut response) => {
@@ -124,7 +127,7 @@ impl Pool {
                 }
                 Err(mut error) => match error.take_message() {
                     Some(unsent) => {
-                        request = unsent;
+                        *request = Some(unsent);
                         last = Some(error.into_error());
                     }
                     None => {
