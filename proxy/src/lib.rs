@@ -38,6 +38,7 @@ mod belief;
 mod detect;
 mod front;
 mod inbound;
+mod lent;
 mod listener;
 mod outbound;
 mod presence;

@@ -1,7 +1,7 @@
 //! Bytes both ways: half-close kept, a reset stays a reset.
 //!
 //! Why not `copy_bidirectional`: it turns a reset on one side into a clean end on the other, so that an app
-//! takes a truncated stream for a whole one; and its buffers do not grow with the stream.
+//! takes a truncated stream for a whole one; and each stream would keep its buffers while it waits (`lent`).
 //!
 //! Why a side that cannot be written to is still read: a server that says why and closes while its client goes on sending
 //! is a reset to whoever writes to it. What it said lies here by then, and without a mesh its client could read it.
@@ -22,12 +22,8 @@ use tokio::{
 };
 use weft_core::classify::Class;
 
-/// First buffer of a direction; it doubles while reads fill it.
-const BUFFER_MIN: usize = 8 * 1024;
-/// Bulk streams end here: more buys nothing on a 16 KiB TLS record.
-const BUFFER_MAX: usize = 128 * 1024;
-/// What a direction keeps while it waits: the buffers of bursts go back.
-const BUFFER_IDLE: usize = 32 * 1024;
+use crate::lent::{Lent, Size};
+
 /// For the last words of a side that has gone, should the other one be slow to take them.
 const LAST_WORDS: Duration = Duration::from_secs(5);
 
@@ -301,10 +297,14 @@ enum Side {
 #[derive(Default)]
 struct Way<'a> {
     moved: Option<&'a Cell<u64>>,
-    buffer: Vec<u8>,
+    /// What was read and is not written: `from..to` of a buffer. None while there is nothing.
+    buffer: Option<Lent>,
     from: usize,
     to: usize,
+    size: Size,
     read_ended: bool,
+    /// Reading failed: so does this, once what was read before is written.
+    broke: bool,
     unflushed: bool,
     /// An end may be none: see `upgraded`.
     doubts: bool,
@@ -324,8 +324,9 @@ impl Way<'_> {
             return Poll::Ready(Ok(()));
         }
         loop {
-            while self.from < self.to {
-                let chunk = &self.buffer[self.from..self.to];
+            while let Some(chunk) =
+                self.buffer.as_ref().map(|b| &b[self.from..self.to]).filter(|b| !b.is_empty())
+            {
                 match ready!(Pin::new(&mut *writer).poll_write(cx, chunk)) {
                     Ok(0) | Err(_) => return Poll::Ready(Err(Side::Writer)),
                     Ok(n) => {
@@ -337,6 +338,7 @@ impl Way<'_> {
                     }
                 }
             }
+            self.buffer = None;
             if self.read_ended && self.last_words {
                 return Pin::new(&mut *writer).poll_flush(cx).map_err(|_| Side::Writer);
             }
@@ -355,7 +357,6 @@ impl Way<'_> {
                 return match ready!(Pin::new(&mut *writer).poll_shutdown(cx)) {
                     Ok(()) => {
                         self.done = true;
-                        self.buffer = Vec::new();
                         Poll::Ready(Ok(()))
                     }
                     // The other direction's reset is what the apps shall see, if there was one.
@@ -366,26 +367,12 @@ impl Way<'_> {
                     Err(_) => Poll::Ready(Err(Side::Writer)),
                 };
             }
-            if self.buffer.is_empty() {
-                self.buffer = vec![0; BUFFER_MIN];
-            } else if self.to == self.buffer.len() && self.buffer.len() < BUFFER_MAX {
-                let larger = self.buffer.len() * 2;
-                self.buffer = vec![0; larger];
+            if self.broke {
+                return Poll::Ready(Err(Side::Reader));
             }
-            let mut free = ReadBuf::new(&mut self.buffer);
-            match Pin::new(&mut *reader).poll_read(cx, &mut free) {
-                Poll::Ready(Ok(())) => {
-                    self.from = 0;
-                    self.to = free.filled().len();
-                    self.read_ended = self.to == 0;
-                }
-                Poll::Ready(Err(_)) => return Poll::Ready(Err(Side::Reader)),
+            match self.read(cx, reader) {
+                Poll::Ready(()) => {}
                 Poll::Pending => {
-                    self.to = 0;
-                    self.from = 0;
-                    if self.buffer.len() > BUFFER_IDLE {
-                        self.buffer = Vec::new();
-                    }
                     if self.unflushed {
                         match ready!(Pin::new(&mut *writer).poll_flush(cx)) {
                             Ok(()) => self.unflushed = false,
@@ -396,6 +383,27 @@ impl Way<'_> {
                 }
             }
         }
+    }
+
+    /// Reads what is there, as far as it has room: what came in many records leaves in one piece.
+    fn read<R: AsyncRead + Unpin>(&mut self, cx: &mut Context<'_>, reader: &mut R) -> Poll<()> {
+        let mut buffer = Lent::take(self.size);
+        let mut filled = ReadBuf::new(&mut buffer);
+        while filled.remaining() > 0 {
+            let before = filled.filled().len();
+            match Pin::new(&mut *reader).poll_read(cx, &mut filled) {
+                Poll::Ready(Ok(())) if filled.filled().len() == before => self.read_ended = true,
+                Poll::Ready(Ok(())) => continue,
+                Poll::Ready(Err(_)) => self.broke = true,
+                Poll::Pending if before == 0 => return Poll::Pending,
+                Poll::Pending => {}
+            }
+            break;
+        }
+        (self.from, self.to) = (0, filled.filled().len());
+        self.size = self.size.after(self.to);
+        self.buffer = Some(buffer);
+        Poll::Ready(())
     }
 }
 
