@@ -135,7 +135,8 @@ impl Scale {
 
     /// What runs in the namespace. Whether all bounds hold.
     pub(crate) fn inside(&self, out: &Path) -> Result<bool> {
-        let most = 4 * self.sidecars() as u64 + 1_024;
+        // Each side has one of each connection.
+        let most = self.sidecars() as u64 + 1_024;
         setrlimit(Resource::RLIMIT_NOFILE, most, most).context("RLIMIT_NOFILE")?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let report = LocalSet::new().block_on(&runtime, Bench::run(self, out))?;
